@@ -1,0 +1,25 @@
+"""SupMIM on the built-in data: the main job of README's first command.
+
+  python -m supmim_jax.train --config configs/debug.py --workdir runs/supmim
+
+Hardware: 2 CPU cores.
+"""
+
+from configs import base, debug_supervised
+from supmim_jax.config import Config, DecoderConfig, PatchCodesConfig, SupMIMConfig
+
+MASKED_BRANCH = SupMIMConfig(
+    mask_ratio=0.5,
+    encoder_input="masked",
+    mim_weight=1.0,
+    decoder=DecoderConfig(depth=1, width=64, mlp_dim=256, heads=2),
+    tokenizer=PatchCodesConfig(codes=64, normalize="raw", fit_images=600),
+)
+
+
+def experiment() -> Config:
+    return base.with_masked_branch(debug_supervised.experiment(), MASKED_BRANCH)
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

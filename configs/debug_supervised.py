@@ -1,0 +1,39 @@
+"""The supervised twin of configs/debug.py: the same run without the masked branch.
+
+  python -m supmim_jax.train --config configs/debug_supervised.py --workdir runs/supervised
+
+Hardware: 2 CPU cores.
+"""
+
+from configs import base
+from supmim_jax.config import (
+    ClassificationConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    SupervisedConfig,
+    ViTConfig,
+)
+
+
+def experiment() -> Config:
+    return Config(
+        batch_size=64,
+        epochs=128,  # 1200 steps
+        data=DataConfig(name="fractals/tiny"),
+        model=ViTConfig(
+            patch=4,
+            width=64,
+            depth=4,
+            mlp_dim=256,
+            heads=2,
+            positions="sincos2d",
+            drop_path=0.1,
+        ),
+        objective=SupervisedConfig(classification=ClassificationConfig(label_smoothing=0.1)),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=10),
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

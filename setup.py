@@ -1,0 +1,42 @@
+"""Ranges of what the code needs; constraints.txt pins what the README's commands install."""
+
+from setuptools import find_packages, setup
+
+TENSORFLOW_CPU = "sys_platform != 'darwin' and platform_machine == 'x86_64'"
+
+setup(
+    name="supmim_jax",
+    version="0.1.0",
+    description="Supervised representation learning with masked image modelling, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["supmim_jax", "supmim_jax.*"]),
+    install_requires=[
+        "absl-py",
+        "array-record>=0.8",
+        "clu>=0.0.12",
+        "etils[epath]",
+        "flax>=0.12",
+        "grain>=0.2.14",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without asking for it
+        "jax>=0.10",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "matplotlib",
+        "scikit-learn",
+        "tensorboard",  # clu's writers import it
+        "tensorflow-datasets>=4.9.9",
+        # Only for TensorBoard events; the CPU build can never take an accelerator from JAX.
+        f"tensorflow-cpu; {TENSORFLOW_CPU}",
+        f"tensorflow; not ({TENSORFLOW_CPU})",
+    ],
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff"],
+        "parity": ["torch", "transformers>=5.9"],
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
+)

@@ -1,0 +1,161 @@
+"""Checkpoints: plain nested dicts of arrays, beside them the config and the data position.
+
+Restoring is strict: paths, shapes and dtypes are compared with what is on disk, both ways, before
+anything is read (orbax alone accepts a misspelt subtree or another depth).
+"""
+
+import json
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization
+
+from supmim_jax.config import CheckpointConfig, Config, SetupError
+from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax.optim import path_name
+from supmim_jax.types import TrainState
+
+NAMES = ("state", "run", "config")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints/<step>`; saving is asynchronous."""
+
+    def __init__(self, workdir: str | os.PathLike, cfg: CheckpointConfig):
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=cfg.keep, create=False)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_names=NAMES)
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState, cfg: Config, run: dict) -> None:
+        """Starts to save the state; `run` holds plain numbers such as the data position."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(plain(state)),
+            run=ocp.args.JsonSave(run),
+            config=ocp.args.JsonSave(to_configdict(cfg).to_dict()),
+        )
+        self.manager.save(int(state.step), args=items)
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
+        """The state of `step`, laid out like the abstract `like`, and its `run` numbers.
+
+        Raises:
+          SetupError: the checkpoint holds other paths, shapes or dtypes.
+        """
+        directory = self.directory / str(step)
+        target = plain(like)
+        check_same(stored_tree(directory), target, directory)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
+        )
+        found = self.manager.restore(step, args=items)
+        return serialization.from_state_dict(like, found["state"]), found["run"]
+
+    def close(self) -> None:
+        """Waits for a save under way; raises what it raised."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def plain(state: TrainState) -> dict:
+    """The state as nested dicts with string keys, the optimizer's tuples too."""
+    return serialization.to_state_dict(state)
+
+
+def locate(checkpoint: str) -> epath.Path:
+    """The directory of one step, from `workdir` or `workdir@step`.
+
+    Raises:
+      SetupError: there is no such workdir, checkpoint or step.
+    """
+    workdir, at, step = checkpoint.rpartition("@") if "@" in checkpoint else (checkpoint, "", "")
+    root = epath.Path(workdir).absolute() / "checkpoints"
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
+    if not steps:
+        raise SetupError(
+            f"There is no checkpoint in {root}. --checkpoint takes the --workdir of a training "
+            f"run, optionally with @step."
+        )
+    if at and (not step.isdigit() or int(step) not in steps):
+        raise SetupError(f"{root} has no step {step!r}; it has {', '.join(map(str, steps))}.")
+    return root / (step or str(steps[-1]))
+
+
+def read_config(directory: epath.Path) -> Config:
+    """The config of the run that wrote the checkpoint."""
+    return from_configdict(_read_json(directory / "config" / "metadata"))
+
+
+def read_run(directory: epath.Path) -> dict:
+    """The `run` numbers that were saved with the state."""
+    return _read_json(directory / "run" / "metadata")
+
+
+def restore_encoder(directory: epath.Path, like: dict) -> dict:
+    """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
+
+    Raises:
+      SetupError: a subtree is missing or differs in paths, shapes or dtypes.
+    """
+    stored = stored_tree(directory).get("params", {})
+    if missing := sorted(set(like) - set(stored)):
+        raise SetupError(
+            f"{directory} has no params/{', params/'.join(missing)}; it has "
+            f"{', '.join('params/' + name for name in sorted(stored))}."
+        )
+    check_same({name: stored[name] for name in like}, like, directory)
+    restorer = ocp.PyTreeCheckpointer()
+    arguments = ocp.checkpoint_utils.construct_restore_args({"params": like})
+    found = restorer.restore(
+        directory / "state",
+        args=ocp.args.PyTreeRestore(
+            item={"params": like}, restore_args=arguments, partial_restore=True
+        ),
+    )
+    return found["params"]
+
+
+def stored_tree(directory: epath.Path) -> dict:
+    """Shapes and dtypes of the saved state, without reading it."""
+    try:
+        metadata = ocp.PyTreeCheckpointer().metadata(directory / "state").item_metadata
+    except (FileNotFoundError, ValueError, json.JSONDecodeError) as error:
+        raise SetupError(f"{directory} is not a readable checkpoint: {error}") from None
+    return dict(metadata.tree if hasattr(metadata, "tree") else metadata)
+
+
+def check_same(stored: Any, wanted: Any, directory: epath.Path) -> None:
+    """Raises SetupError, naming paths, unless both trees have the same arrays."""
+    on_disk, asked = _shapes(stored), _shapes(wanted)
+    problems = [f"{p} {s} is not in the checkpoint" for p, s in asked.items() if p not in on_disk]
+    problems += [f"{p} {s} is only in the checkpoint" for p, s in on_disk.items() if p not in asked]
+    problems += [
+        f"{p} is {on_disk[p]} in the checkpoint, {s} in the model"
+        for p, s in asked.items()
+        if p in on_disk and on_disk[p] != s
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise SetupError(
+            f"{directory} is of another architecture or optimizer: {'; '.join(problems[:5])}{more}."
+            f" Use the config that is saved beside it, or another --workdir."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+
+def _read_json(path: epath.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise SetupError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,242 @@
+"""Formula-driven images: the built-in tfds dataset `fractals`, with nothing to download.
+
+In the manner of FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020): a
+class is a random iterated function system (see `ifs`), an example a perturbed rendering of it.
+
+An image is a pure function of (seed, split, class, instance), from which its random generator is
+keyed: the same bits in any batch and with any number of processes. Record i has id i and label
+i % num_classes, so that every prefix of a split is balanced.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from numpy.typing import NDArray
+
+from supmim_jax.data import ifs
+
+SPLITS = ("train", "validation", "test")
+JITTER = 0.15  # every entry of a map varies by this share between the images of a class
+MAX_TURN = 0.2679491924311227  # tan 15°: half an angle, for rotations by up to 30° either way
+SCALE = (0.65, 0.95)  # the figure's longer side, as a share of the image's
+GROUND = {1: 0.1, 3: 0.45}  # brightness that the ground may reach, by number of channels
+FIGURE = {1: 0.9, 3: 0.7}  # least brightness of a figure where its points are dense
+CHUNK = 32  # images rendered at once: the working set of the chaos game stays in cache
+PARALLEL_FROM = 4000  # images in a split above which starting processes pays
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All that determines the images. One channel means a bright figure on dark ground."""
+
+    name: str
+    description: str
+    num_classes: int
+    size: int  # pixels, height and width
+    channels: int  # 1 grey, 3 RGB
+    per_class: tuple[int, int, int]  # images in train, validation and test
+    seed: int  # another one gives other classes and images
+    encoding: str = "png"  # of the image; "jpeg" has quality 95
+
+    def num_examples(self, split: str) -> int:
+        return self.num_classes * dict(zip(SPLITS, self.per_class))[split]
+
+
+SPECS = {
+    "tiny": Spec("tiny", "Few labels, small machine", 30, 24, 1, (20, 40, 40), seed=0),
+    "tiny_fresh": Spec("tiny_fresh", "To confirm choices made on tiny", 30, 24, 1, (20, 40, 40), 1),
+    "small": Spec("small", "Colour, some minutes of training", 50, 64, 3, (200, 20, 20), seed=2),
+    "base": Spec("base", "The shape of ImageNet", 1000, 224, 3, (100, 10, 10), 3, encoding="jpeg"),
+}
+
+
+def _draw(spec: Spec, split: str, label: int, instance: int) -> tuple[NDArray, ...]:
+    """All randomness of one image: 44 uniform numbers, the maps to apply, texture and noise."""
+    random = ifs.generator(spec.seed, 1 + SPLITS.index(split), label, instance)
+    uniform = random.random(44)
+    points = max(2048, spec.size**2 // ifs.CHAINS * ifs.CHAINS)  # about one per pixel
+    draws_N = random.integers(0, 256, points + ifs.BURN_IN * ifs.CHAINS, np.uint8)
+    choices_N = ifs.class_systems(spec.num_classes, spec.seed)[1][label][draws_N]
+    coarse, fine, noise_HxW = (
+        random.integers(0, 256, (cells, cells), np.uint8) for cells in (3, 8, spec.size)
+    )
+    texture_HxW = np.zeros((spec.size, spec.size), np.uint8)
+    for grid in (coarse, fine):
+        texture_HxW += cv2.resize(
+            grid // 2, texture_HxW.shape, interpolation=cv2.INTER_LINEAR_EXACT
+        )
+    return uniform, choices_N, texture_HxW, noise_HxW
+
+
+def _paint(hits: NDArray, uniform_Bx5x3: NDArray, texture: NDArray, noise: NDArray, channels: int):
+    """Images, uint8 BxHxWxC, from three BxHxW arrays: points per pixel, texture and noise.
+
+    Colours are drawn without regard to the class. A ground up to GROUND bright, textured between
+    two colours; on it a figure of one colour, brightest where points are dense; with three
+    channels, half of the images are negatives. Arithmetic is in float32.
+    """
+    colour = uniform_Bx5x3.astype(np.float32)[:, :, None, None, :]
+    first, second, figure = (colour[:, i, ..., :channels] for i in range(3))
+    brightness, negative = colour[:, 3, ..., :1], colour[:, 4, ..., :1] < 0.5
+    figure = 0.2 + 0.8 * figure
+    figure *= (FIGURE[channels] + (1 - FIGURE[channels]) * brightness) / figure.max(
+        -1, keepdims=True
+    )
+    texture, noise = (part[..., None] / np.float32(255) for part in (texture, noise))
+    ground = GROUND[channels] * (first + (second - first) * texture)
+    inside = hits[..., None] > 0
+    mean = hits.sum((1, 2))[:, None, None, None] / inside.sum((1, 2), keepdims=True)
+    shade = (1 - 0.45 * mean / (hits[..., None] + mean)).astype(np.float32)
+    image = np.where(inside, figure * shade, ground) + np.float32(0.16) * (noise - np.float32(0.5))
+    image = (np.clip(image, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
+    return np.where(negative & (channels == 3), 255 - image, image)
+
+
+def render(spec: Spec, split: str, ids: Sequence[int]) -> dict[str, NDArray]:
+    """The examples of these ids: image uint8 NxHxWxC, segmentation uint16 NxHxW, label int64 N.
+
+    The segmentation is label + 1 on the figure and 0 around it. Raises KeyError for an unknown
+    split and IndexError for an id outside it.
+    """
+    ids_B, total = np.asarray(ids, np.int64), spec.num_examples(split)
+    if ids_B.size == 0 or ids_B.min() < 0 or ids_B.max() >= total:
+        raise IndexError(f"Expected ids between 0 and {total - 1} ({split}), got {ids}.")
+    instance_B, label_B = np.divmod(ids_B, spec.num_classes)
+    draws = [_draw(spec, split, int(c), int(i)) for c, i in zip(label_B, instance_B)]
+    uniform, choices_BxN, texture, noise = (np.stack(parts) for parts in zip(*draws))
+    jitter_BxMx6 = 2 * uniform[:, :24].reshape(-1, ifs.MAX_MAPS, 6) - 1
+    turn_B, flip_B, scale_B, *shift = uniform[:, 24:29].T
+
+    maps_BxMx6 = ifs.class_systems(spec.num_classes, spec.seed)[0][label_B]
+    xs, ys = ifs.chaos_game(maps_BxMx6 * (1 + JITTER * jitter_BxMx6), choices_BxN)
+    xs *= np.where(flip_B < 0.5, -1, 1)[:, None]
+    cos, sin = (part[:, None] for part in ifs.turn(MAX_TURN * (2 * turn_B - 1)))
+    xs, ys = cos * xs - sin * ys, sin * xs + cos * ys
+    scale_B = SCALE[0] + (SCALE[1] - SCALE[0]) * scale_B
+    hits = ifs.rasterise(xs, ys, spec.size, scale_B, 2 * np.stack(shift) - 1)
+    return {
+        "image": _paint(hits, uniform[:, 29:].reshape(-1, 5, 3), texture, noise, spec.channels),
+        "segmentation": ((hits > 0) * (label_B[:, None, None] + 1)).astype(np.uint16),
+        "label": label_B,
+    }
+
+
+def _encode(spec: Spec, split: str, start: int) -> list[tuple[bytes, bytes]]:
+    """Image and segmentation files of the chunk of examples that starts here."""
+    arrays = render(spec, split, range(start, min(start + CHUNK, spec.num_examples(split))))
+    fast, best = [cv2.IMWRITE_PNG_COMPRESSION, 1], [cv2.IMWRITE_JPEG_QUALITY, 95]
+    suffix, options = {"png": (".png", fast), "jpeg": (".jpg", best)}[spec.encoding]
+    images = (cv2.imencode(suffix, rgb[..., ::-1], options)[1] for rgb in arrays["image"])
+    masks = (cv2.imencode(".png", mask, fast)[1] for mask in arrays["segmentation"])
+    return [(image.tobytes(), mask.tobytes()) for image, mask in zip(images, masks)]
+
+
+def _work() -> None:
+    """A worker process: takes (spec, split, starts) from stdin, writes each chunk to stdout."""
+    cv2.setNumThreads(0)
+    spec, split, starts = pickle.load(sys.stdin.buffer)
+    for start in starts:
+        pickle.dump(_encode(spec, split, start), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+def _encode_in_processes(spec: Spec, split: str, processes: int) -> Iterator[list]:
+    """All chunks of a split in order. Workers wait on full pipes, which bounds memory.
+
+    Plain subprocesses, as those of multiprocessing import the main module, and JAX with it.
+    """
+    command = [sys.executable, "-c", f"from {__name__} import _work; _work()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    starts = range(0, spec.num_examples(split), CHUNK)
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for rank in range(processes):
+            worker = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
+            stack.callback(worker.kill)
+            with worker.stdin:
+                pickle.dump((spec, split, starts[rank::processes]), worker.stdin)
+            workers.append(worker)
+        for chunk in range(len(starts)):
+            worker = workers[chunk % processes]
+            try:
+                yield pickle.load(worker.stdout)
+            except EOFError:
+                message = f"A process rendering {spec.name}/{split} exited with {worker.wait()}."
+                raise RuntimeError(message) from None
+
+
+class FractalsConfig(tfds.core.BuilderConfig):
+    """tfds wants to mutate its configs; what determines the images is the frozen `spec`."""
+
+    def __init__(self, spec: Spec):
+        shape = f"{spec.size} px, {spec.channels} channels, {spec.num_classes} classes"
+        super().__init__(name=spec.name, description=f"{spec.description}: {shape}.")
+        self.spec = spec
+
+
+class Fractals(tfds.core.GeneratorBasedBuilder):
+    """Random iterated function systems, rendered in random poses and colours, with masks."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [FractalsConfig(spec) for spec in SPECS.values()]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        spec, image = self.builder_config.spec, tfds.features.Image
+        pixels, square = (spec.size, spec.size, spec.channels), (spec.size, spec.size, 1)
+        doc = "Label + 1 on the figure, 0 around it."
+        features = {
+            "id": tfds.features.Scalar(np.int64, doc="Index within the split."),
+            "image": image(shape=pixels, encoding_format=spec.encoding),
+            "label": tfds.features.ClassLabel(num_classes=spec.num_classes),
+            "segmentation": image(shape=square, dtype=np.uint16, encoding_format="png", doc=doc),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=Fractals.__doc__,
+            homepage="https://hirokatsukataoka16.github.io/Pretraining-without-Natural-Images/",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        spec = self.builder_config.spec
+        total, processes = spec.num_examples(split), os.cpu_count() or 1
+        if total > PARALLEL_FROM and processes > 1:
+            chunks = _encode_in_processes(spec, split, processes)
+        else:
+            chunks = (_encode(spec, split, start) for start in range(0, total, CHUNK))
+        for index, (image, mask) in enumerate(pair for chunk in chunks for pair in chunk):
+            files = {"image": io.BytesIO(image), "segmentation": io.BytesIO(mask)}
+            yield index, {"id": index, "label": index % spec.num_classes, **files}
+
+
+def prepare(config_name: str, data_dir: str = "") -> Fractals:
+    """The builder of a config; generates its data on first use, under data_dir or tfds's default.
+
+    tfds writes to a directory of another name, renamed at the end, so that half-written data are
+    never taken for complete. Raises ValueError for an unknown name.
+    """
+    if config_name not in SPECS:
+        raise ValueError(f"No fractals config {config_name!r}; known are {', '.join(SPECS)}.")
+    options = {"config": config_name, "data_dir": data_dir or None, "file_format": "array_record"}
+    builder = Fractals(**options)
+    try:
+        builder.download_and_prepare()
+    except FileExistsError:  # another process was faster, and its files are the same
+        builder = Fractals(**options)
+        builder.download_and_prepare()
+    return builder

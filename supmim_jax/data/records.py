@@ -1,0 +1,151 @@
+"""The records of a tfds data set in training or evaluation order; no JAX, for worker processes.
+
+The training sequence is one infinite list, epoch after epoch, each a permutation of all ids. A
+position in it is one number, and nothing in it depends on hosts, devices or workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from grain.experimental import index_shuffle
+
+from supmim_jax.config import ConfigError, DataConfig, SetupError
+from supmim_jax.data import fractals
+
+SHUFFLE_ROUNDS = 4  # of the block cipher in index_shuffle, as in Grain's own shuffle
+
+
+@dataclass(frozen=True)
+class LocalPosition:
+    """Maps an index into this process's examples to a position of the global sequence."""
+
+    rows: Sequence[int]  # of the global batch that this process feeds
+    batch_size: int  # global
+    first_step: int = 0
+
+    def __call__(self, index: int) -> int:
+        step, row = divmod(index, len(self.rows))
+        return (self.first_step + step) * self.batch_size + self.rows[row]
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Maps a position of the training sequence to (epoch, id, record)."""
+
+    source: Any
+    seed: int
+
+    def __call__(self, position: int) -> tuple[int, int, dict]:
+        epoch, place = divmod(position, len(self.source))
+        example = shuffled(place, len(self.source), self.seed, epoch)
+        return epoch, example, self.source[example]
+
+
+@dataclass(frozen=True)
+class EvaluationRecord:
+    """Maps a position of an evaluation pass to (id, record); past the end the id is -1."""
+
+    source: Any
+
+    def __call__(self, position: int) -> tuple[int, dict]:
+        inside = position < len(self.source)
+        return (position, self.source[position]) if inside else (-1, self.source[0])
+
+
+@dataclass(frozen=True)
+class Records(Sequence):
+    """Random access to {"image": encoded bytes, "label": int}; other features stay unread."""
+
+    raw: Sequence[bytes]
+    features: tfds.features.FeaturesDict
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> dict:
+        skip = {"image": tfds.decode.SkipDecoding()}
+        return self.features.deserialize_example_np(self.raw[index], decoders=skip)
+
+
+def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:
+    """The id at `place` of the epoch's permutation of range(examples); O(1) time and memory."""
+    if examples == 1:
+        return 0
+    key = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    return index_shuffle(place, examples - 1, key, SHUFFLE_ROUNDS)
+
+
+def open_source(cfg: DataConfig, split: str) -> Records:
+    """The records of a split.
+
+    `fractals` is built on first use; everything else must have been prepared.
+
+    Raises:
+      SetupError: the data set, its split or a field is missing, or is not what the config says.
+    """
+    builder = _builder(cfg)
+    classes = getattr(dict(builder.info.features).get("label"), "num_classes", None)
+    if classes != cfg.num_classes or "image" not in builder.info.features:
+        raise SetupError(
+            f"config.data.num_classes is {cfg.num_classes}, but the data set {cfg.name!r} has "
+            f"{classes or 'no'} classes; its features are {', '.join(builder.info.features)}. It "
+            f"needs an `image` and a class `label`."
+        )
+    features = {name: builder.info.features[name] for name in ("image", "label")}
+    try:
+        raw = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        return Records(raw, tfds.features.FeaturesDict(features))
+    except (ValueError, KeyError) as error:
+        known = ", ".join(builder.info.splits)
+        raise SetupError(
+            f"{cfg.name!r} has no split {split!r} ({error}). Its splits are {known}; parts are "
+            f"written as 'train[:90%]'."
+        ) from None
+    except NotImplementedError:
+        raise SetupError(
+            f"{cfg.name!r} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
+            f"which has no random access. Prepare it as ArrayRecord: `tfds build {cfg.name} "
+            f"--file_format=array_record`."
+        ) from None
+
+
+def open_training_source(cfg: DataConfig) -> Records:
+    """The training split.
+
+    Raises:
+      SetupError: as `open_source`, or its size is not config.data.train_examples.
+    """
+    source = open_source(cfg, cfg.train_split)
+    if len(source) != cfg.train_examples:
+        raise ConfigError(
+            f"config.data.train_examples is {cfg.train_examples}, but {cfg.name!r} has "
+            f"{len(source)} examples in {cfg.train_split!r}. Set it to that: the number of steps "
+            f"follows from it."
+        )
+    return source
+
+
+def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
+    name, _, variant = cfg.name.partition("/")
+    try:
+        if name == "fractals":
+            return fractals.prepare(variant, cfg.data_dir)
+        builder = tfds.builder(cfg.name, data_dir=cfg.data_dir or None)
+    except (ValueError, tfds.core.DatasetNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SetupError(
+            f"config.data.name is {cfg.name!r}, which tfds does not know: {reason}"
+        ) from None
+    if not epath.Path(builder.data_dir).exists():
+        raise SetupError(
+            f"The data set {cfg.name!r} is not in {builder.data_dir}. Prepare it there with "
+            f"`tfds build {cfg.name} --file_format=array_record`, or set config.data.data_dir to "
+            f"where it is. config.data.name='fractals/tiny' needs no preparation."
+        )
+    return builder

@@ -1,0 +1,29 @@
+"""One evaluation path: training and `probe` call the same `run_all` on an encoder."""
+
+from jax.sharding import Mesh
+
+from supmim_jax.config import Config
+from supmim_jax.data import pipeline
+from supmim_jax.evals import features, knn
+from supmim_jax.types import Encoder
+
+
+def run_all(encoder: Encoder, cfg: Config, split: str, mesh: Mesh) -> dict[str, float]:
+    """Top-1 of the classifier and of kNN on `split`, in per cent; kNN votes with the train split.
+
+    Every example counts once, on any mesh.
+    """
+    bank = features.extract(encoder, pipeline.eval_dataset(cfg, cfg.data.train_split, mesh))
+    queries = features.extract(encoder, pipeline.eval_dataset(cfg, split, mesh))
+    votes = knn.predict(
+        queries.pooled,
+        bank.pooled,
+        bank.label,
+        classes=cfg.data.num_classes,
+        k=min(cfg.eval.knn_k, len(bank.label)),
+        temperature=cfg.eval.knn_temperature,
+    )
+    return {
+        "top1": 100.0 * float((queries.prediction == queries.label).mean()),
+        "knn": 100.0 * float((votes == queries.label).mean()),
+    }

@@ -1,0 +1,65 @@
+"""The shallow transformer decoder that predicts the tokens of masked patches (SupMIM, MAE)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supmim_jax.config import DecoderConfig, ViTConfig
+from supmim_jax.models.masking import Mask
+from supmim_jax.models.transformer import Transformer, layer_norm, linear, sincos2d
+
+
+class Decoder(nnx.Module):
+    """Encoder tokens to one prediction per patch.
+
+    With kept tokens only (MAE's form) it inserts a mask token at every masked place; with a token
+    per patch (`masked` form) it takes them as they are. Positions are fixed 2-D sine-cosine ones,
+    as in MAE. A CLS token, if there is one, goes through and is dropped before the output.
+    """
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        encoder: ViTConfig,
+        side: int,
+        outputs: int,
+        *,
+        inserts_masked: bool,
+        rngs: nnx.Rngs,
+    ):
+        dtype = jnp.dtype(encoder.dtype)
+        self.side = side
+        self.embed = linear(encoder.width, cfg.width, dtype, rngs)
+        if inserts_masked:
+            draw = nnx.initializers.truncated_normal(0.02)
+            self.mask_token = nnx.Param(draw(rngs.params(), (cfg.width,)))
+        self.transformer = Transformer(
+            cfg.depth,
+            0.0,
+            encoder.remat,
+            rngs,
+            width=cfg.width,
+            mlp_dim=cfg.mlp_dim,
+            heads=cfg.heads,
+            layer_scale=0.0,
+            gelu=encoder.gelu,
+            dtype=dtype,
+        )
+        self.norm = layer_norm(cfg.width, dtype, rngs)
+        self.output = linear(cfg.width, outputs, dtype, rngs)
+
+    def __call__(self, tokens_BxNxD, mask: Mask) -> jax.Array:
+        """Predictions for every patch, kept ones too, float32 BxLx(outputs)."""
+        x = self.embed(tokens_BxNxD)
+        patches = mask.masked.shape[1]
+        kept = mask.keep.shape[1] if hasattr(self, "mask_token") else patches
+        cls, x = jnp.split(x, [x.shape[1] - kept], axis=1)
+        if hasattr(self, "mask_token"):
+            hole = self.mask_token[...].astype(x.dtype)
+            holes = jnp.broadcast_to(hole, (x.shape[0], patches - kept, x.shape[2]))
+            x = jnp.concatenate([x, holes], axis=1)
+            x = jnp.take_along_axis(x, mask.restore[..., None], axis=1)
+        x = x + jnp.asarray(sincos2d(self.side, self.side, x.shape[2])).astype(x.dtype)
+        x = jnp.concatenate([cls, x], axis=1)
+        x = self.norm(self.transformer(x, (x.shape[1],)))
+        return self.output(x[:, x.shape[1] - patches :]).astype(jnp.float32)

@@ -1,0 +1,145 @@
+"""The pre-norm transformer that encoder and decoder share, its layers stacked and scanned."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+Initializer = jax.nn.initializers.Initializer
+XAVIER = nnx.initializers.xavier_uniform()
+# The flat kernel of three square ones: Xavier of each of them, not of their concatenation.
+XAVIER_QKV = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+
+REMAT_POLICIES: dict[str, Callable] = {
+    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mid", "fc1"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def linear(
+    inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, init: Initializer = XAVIER
+) -> nnx.Linear:
+    """Linear layer with float32 parameters, Xavier-uniform and zero as in ViT's and MAE's codes."""
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics; epsilon 1e-6 as in ViT."""
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Self-attention and MLP, each behind a LayerNorm and, if asked for, LayerScale."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        heads: int,
+        *,
+        layer_scale: float,
+        gelu: str,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.gelu = gelu
+        self.norm1 = layer_norm(width, dtype, rngs)
+        self.qkv = linear(width, 3 * width, dtype, rngs, XAVIER_QKV)
+        self.out = linear(width, width, dtype, rngs)
+        self.norm2 = layer_norm(width, dtype, rngs)
+        self.fc1 = linear(width, mlp_dim, dtype, rngs)
+        self.fc2 = linear(mlp_dim, width, dtype, rngs)
+        self.scales = layer_scale > 0
+        if self.scales:
+            self.scale1 = nnx.Param(jnp.full((width,), layer_scale))
+            self.scale2 = nnx.Param(jnp.full((width,), layer_scale))
+
+    def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1):
+        """Tokens after this block; attention stays within each run of `segments` tokens.
+
+        keep_2xBxNx1 multiplies the two residual branches (DropPath); None keeps them whole.
+        """
+        x = x_BxNxD
+        branch = self.attend(self.norm1(x), segments)
+        x = x + self._residual(branch, 0, keep_2xBxNx1)
+        x = checkpoint_name(x, "mid")
+        hidden = checkpoint_name(self.fc1(self.norm2(x)), "fc1")
+        branch = self.fc2(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"))
+        return x + self._residual(branch, 1, keep_2xBxNx1)
+
+    def attend(self, x_BxNxD, segments: tuple[int, ...]):
+        """Multi-head self-attention within each segment of the packed sequence."""
+        qkv = checkpoint_name(self.qkv(x_BxNxD), "qkv")
+        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
+        parts = []
+        for part in jnp.split(qkv, np.cumsum(segments)[:-1], axis=1):
+            q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
+            parts.append(jax.nn.dot_product_attention(q, k, v))
+        mixed = jnp.concatenate(parts, axis=1).reshape(x_BxNxD.shape)
+        return self.out(checkpoint_name(mixed, "attention"))
+
+    def _residual(self, branch, which: int, keep_2xBxNx1):
+        if self.scales:
+            branch = branch * (self.scale1, self.scale2)[which].astype(branch.dtype)
+        if keep_2xBxNx1 is not None:
+            branch = branch * keep_2xBxNx1[which].astype(branch.dtype)
+        return branch
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks whose parameters are stacked along a leading axis and run by lax.scan."""
+
+    def __init__(self, depth: int, drop_path: float, remat: str, rngs: nnx.Rngs, **block):
+        self.depth = depth
+        self.drop_path = drop_path
+        self.remat = remat
+        make = nnx.vmap(lambda rngs: Block(rngs=rngs, **block), in_axes=0, out_axes=0)
+        self.blocks = make(rngs.split(depth))
+
+    def __call__(self, x_BxNxD, segments: tuple[int, ...], key: jax.Array | None = None):
+        """Tokens after all blocks; `key` draws DropPath, None (inference) leaves it out.
+
+        DropPath (stochastic depth, arXiv 1603.09382) drops a residual branch per example and
+        segment, with a rate that rises linearly over the blocks, as in DeiT.
+        """
+        graph, params = nnx.split(self.blocks)
+        drop = key is not None and self.drop_path > 0
+        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        keys = jax.random.split(key, self.depth) if drop else jnp.zeros((self.depth, 0))
+
+        def body(x, layer):
+            params, rate, key = layer
+            keep = _keep(key, rate, x.shape[0], segments) if drop else None
+            return nnx.merge(graph, params)(x, segments, keep), None
+
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return jax.lax.scan(body, x_BxNxD, (params, rates, keys))[0]
+
+
+def _keep(key, rate, examples: int, segments: tuple[int, ...]):
+    """0 or 1 / (1 - rate) for each residual branch, example and token: 2xBxNx1."""
+    kept = jax.random.bernoulli(key, 1.0 - rate, (2, examples, len(segments))) / (1.0 - rate)
+    return jnp.repeat(kept, np.array(segments), axis=2, total_repeat_length=sum(segments))[
+        ..., None
+    ]
+
+
+def sincos2d(height: int, width: int, dim: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine position embeddings, float32 (height*width)xdim.
+
+    As in MAE (arXiv 2111.06377, reference code): the first half encodes the column, the second
+    the row; each as [sin, cos] over dim/4 frequencies 10000^(-i / (dim/4)).
+    """
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4.0))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    halves = []
+    for positions in (columns, rows):
+        angles = positions.reshape(-1, 1) * frequencies
+        halves += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(halves, axis=1).astype(np.float32)

@@ -1,0 +1,130 @@
+"""The ViT encoder (arXiv 2010.11929) and the classifier that is used at inference.
+
+Global average pooling is the default, so that 224 px in patches of 14 are exactly 256 tokens, a
+16x16 grid: one for each token of MaskGIT's VQGAN.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supmim_jax.config import DataConfig, ViTConfig
+from supmim_jax.models.masking import Mask
+from supmim_jax.models.transformer import Transformer, layer_norm, linear, sincos2d
+from supmim_jax.types import Features
+
+
+def pixels(images_uint8) -> jax.Array:
+    """float32 images in [-1, 1]."""
+    return images_uint8.astype(jnp.float32) / 127.5 - 1.0
+
+
+def patchify(images_BxHxWxC, patch: int) -> jax.Array:
+    """Non-overlapping patches in row order, BxLx(patch*patch*C), each in (row, column, C) order."""
+    b, h, w, c = images_BxHxWxC.shape
+    x = images_BxHxWxC.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(patches_BxLxP, patch: int, side: int) -> jax.Array:
+    """Inverse of `patchify` for square grids of `side` patches."""
+    b, _, p = patches_BxLxP.shape
+    x = patches_BxLxP.reshape(b, side, side, patch, patch, p // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * patch, side * patch, -1)
+
+
+class ViT(nnx.Module):
+    """Images, or their kept patches, to normalised tokens.
+
+    `embed` and `encode` are apart so that several inputs (the image, its masked twin) can be
+    packed into one pass: every matmul then runs once over all tokens.
+    """
+
+    def __init__(self, cfg: ViTConfig, data: DataConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.side = data.image_size // cfg.patch
+        dtype = jnp.dtype(cfg.dtype)
+        self.patches = linear(cfg.patch**2 * data.channels, cfg.width, dtype, rngs)
+        if cfg.positions == "learned":
+            draw = nnx.initializers.truncated_normal(0.02)
+            self.positions = nnx.Param(draw(rngs.params(), (self.side**2, cfg.width)))
+        if cfg.pooling == "cls":
+            self.cls = nnx.Param(jnp.zeros((cfg.width,)))
+        self.transformer = Transformer(
+            cfg.depth,
+            cfg.drop_path,
+            cfg.remat,
+            rngs,
+            width=cfg.width,
+            mlp_dim=cfg.mlp_dim,
+            heads=cfg.heads,
+            layer_scale=cfg.layer_scale,
+            gelu=cfg.gelu,
+            dtype=dtype,
+        )
+        self.norm = layer_norm(cfg.width, dtype, rngs)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: 1 with a CLS token, else 0."""
+        return int(self.cfg.pooling == "cls")
+
+    def embed(self, images_BxHxWxC, visible: Mask | None = None, masked=None) -> jax.Array:
+        """Patch embeddings with positions, BxNxD.
+
+        Args:
+          images_BxHxWxC: float images as from `pixels`.
+          visible: only the kept patches of this mask enter (MAE's form); they are gathered
+            before the embedding, so masked ones cost nothing.
+          masked: (Mask, mask embedding D): masked patches enter as the mask embedding at their
+            positions (BEiT's and SimMIM's form).
+        """
+        x = patchify(images_BxHxWxC, self.cfg.patch)
+        positions = self._positions()[None]
+        if visible is not None:
+            x = jnp.take_along_axis(x, visible.keep[..., None], axis=1)
+            positions = positions[0][visible.keep]
+        x = self.patches(x)
+        if masked is not None:
+            mask, embedding = masked
+            x = jnp.where(mask.masked[..., None], embedding.astype(x.dtype), x)
+        x = x + positions.astype(x.dtype)
+        if self.prefix:
+            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([cls, x], axis=1)
+        return x
+
+    def encode(self, inputs: tuple[jax.Array, ...], key=None) -> tuple[jax.Array, ...]:
+        """Normalised tokens of each BxNxD input, all in one pass; attention stays within one."""
+        segments = tuple(x.shape[1] for x in inputs)
+        x = self.norm(self.transformer(jnp.concatenate(inputs, axis=1), segments, key))
+        ends = [sum(segments[: i + 1]) for i in range(len(segments) - 1)]
+        return tuple(jnp.split(x, ends, axis=1))
+
+    def pool(self, tokens_BxNxD) -> jax.Array:
+        """The image's embedding, float32 BxD: CLS token or mean over patches."""
+        x = tokens_BxNxD.astype(jnp.float32)
+        return x[:, 0] if self.prefix else x.mean(axis=1)
+
+    def _positions(self) -> jax.Array:
+        if self.cfg.positions == "learned":
+            return self.positions[...]
+        return jnp.asarray(sincos2d(self.side, self.side, self.cfg.width))
+
+
+class Classifier(nnx.Module):
+    """Encoder and linear head: all that there is at inference, whatever the training objective."""
+
+    def __init__(self, cfg: ViTConfig, data: DataConfig, *, rngs: nnx.Rngs):
+        self.encoder = ViT(cfg, data, rngs=rngs)
+        zeros = nnx.initializers.zeros  # as in AugReg's code: the first loss is log(classes)
+        self.head = linear(cfg.width, data.num_classes, jnp.float32, rngs, zeros)
+
+    def features(self, images) -> Features:
+        """Features of uint8 BxHxWxC images."""
+        encoder = self.encoder
+        (tokens,) = encoder.encode((encoder.embed(pixels(images)),))
+        pooled = encoder.pool(tokens)
+        grid = tokens[:, encoder.prefix :].astype(jnp.float32)
+        grid = grid.reshape(grid.shape[0], encoder.side, encoder.side, -1)
+        return Features(pooled, grid, self.head(pooled))

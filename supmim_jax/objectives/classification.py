@@ -1,0 +1,54 @@
+"""The supervised term that `supervised` and `supmim` share: mixing, targets and loss."""
+
+import jax
+import jax.numpy as jnp
+
+from supmim_jax.config import ClassificationConfig
+from supmim_jax.objectives import losses
+from supmim_jax.types import Batch
+
+LOSSES = {"softmax": losses.softmax_cross_entropy, "sigmoid": losses.sigmoid_cross_entropy}
+
+
+def loss(cfg: ClassificationConfig, logits_BxV, targets_BxV, weight_B) -> jax.Array:
+    """Mean loss of the batch, a scalar."""
+    return losses.mean(LOSSES[cfg.loss](logits_BxV, targets_BxV), weight_B)
+
+
+def accuracy(logits_BxV, batch: Batch) -> jax.Array:
+    """Share of the examples whose largest logit is their label (of an unmixed image)."""
+    hit = (logits_BxV.argmax(-1) == batch.label).astype(jnp.float32)
+    return losses.mean(hit, batch.weight)
+
+
+def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> tuple:
+    """Images and soft targets BxV after mixup (1710.09412) or CutMix (1905.04899), if on.
+
+    Each image is mixed with its mirror in the batch, with one coefficient per batch; when both
+    are on a coin chooses, as in timm and DeiT-III.
+    """
+    targets = losses.smoothed_one_hot(batch.label, classes, cfg.label_smoothing)
+    if not (cfg.mixup or cfg.cutmix):
+        return images, targets
+    coin_key, beta_key, box_key = jax.random.split(key, 3)
+    share_cutmix = 0.5 if cfg.mixup and cfg.cutmix else float(cfg.cutmix > 0)
+    use_cutmix = jax.random.bernoulli(coin_key, share_cutmix)
+    alpha = jnp.where(use_cutmix, cfg.cutmix or 1.0, cfg.mixup or 1.0)
+    share = jax.random.beta(beta_key, alpha, alpha)  # of the image itself
+    inside = _box(box_key, share, images.shape[1:3]) & use_cutmix
+    share = jnp.where(use_cutmix, 1.0 - inside.mean(), share)
+    own = jnp.where(use_cutmix, ~inside, share).astype(images.dtype)[None, :, :, None]
+    images = images * own + images[::-1] * (1.0 - own)
+    return images, targets * share + targets[::-1] * (1.0 - share)
+
+
+def _box(key, share, shape: tuple[int, int]) -> jax.Array:
+    """CutMix's rectangle, bool HxW: (1 - share) of the area before it is cut at the border."""
+    centre = jax.random.uniform(key, (2,))
+    half = jnp.sqrt(1.0 - share) / 2.0
+
+    def span(size: int, c):
+        at = (jnp.arange(size) + 0.5) / size
+        return (at > c - half) & (at < c + half)
+
+    return span(shape[0], centre[0])[:, None] & span(shape[1], centre[1])[None, :]

@@ -1,0 +1,106 @@
+"""Where arrays live: one mesh, one table from parameter path to mesh axes.
+
+Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from supmim_jax.config import ConfigError, MeshConfig
+from supmim_jax.optim import path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+REPLICATED = PartitionSpec()
+
+# Searched in a parameter's path, first match wins. The leading None of a block's parameters is
+# the axis of stacked layers. The optimizer's moments carry their parameter's path, and so its row.
+RULES: tuple[tuple[str, tuple], ...] = (
+    (r"blocks/(qkv|fc1)/kernel$", (None, "fsdp", "tensor")),
+    (r"blocks/(out|fc2)/kernel$", (None, "tensor", "fsdp")),
+    (r"blocks/(qkv|fc1)/bias$", (None, "tensor")),
+    (r"(^|/)patches/kernel$", (None, "fsdp")),
+    (r"(^|/)(embed|head|output)/kernel$", ("fsdp", None)),
+    (r"/(bias|scale|scale1|scale2)$", ()),
+    (r"(^|/)(positions|cls|mask_token|mask_embedding)$", ()),
+)
+
+
+def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
+    """The mesh of `cfg` over `devices` (default: all of this run's).
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    rest = cfg.fsdp * cfg.tensor
+    data = cfg.data or max(len(devices) // rest, 1)
+    if data * rest != len(devices):
+        raise ConfigError(
+            f"config.mesh is data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}, but there are "
+            f"{len(devices)} devices. The axes must multiply to that; data=0 takes what is left."
+        )
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((data, cfg.fsdp, cfg.tensor), AXES, axis_types=types, devices=devices)
+
+
+def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Raises ConfigError unless the devices divide the global batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        below = batch_size - batch_size % shards
+        raise ConfigError(
+            f"{field} is {batch_size}, which the {shards} batch shards of the mesh "
+            f"{dict(mesh.shape)} don't divide. Take {below or shards} or {below + shards}, or "
+            f"another config.mesh."
+        )
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How the array at `path` is laid out.
+
+    Raises:
+      ConfigError: no rule names the path, or a mesh axis does not divide the array.
+    """
+    if not shape:
+        return REPLICATED
+    axes = next((axes for pattern, axes in RULES if re.search(pattern, path)), None)
+    if axes is None:
+        raise ConfigError(f"No rule of sharding.RULES names the parameter {path} {shape}; add one.")
+    for size, axis in zip(shape, axes, strict=False):
+        if axis and size % mesh.shape[axis]:
+            raise ConfigError(
+                f"config.mesh.{axis} is {mesh.shape[axis]}, which does not divide the {size} of "
+                f"{path} {shape}. Choose a divisor, or another width."
+            )
+    return PartitionSpec(*axes)
+
+
+def shard_like_params(tree: Any, mesh: Mesh) -> Any:
+    """`tree` of abstract values (parameters, optimizer or train state) with shardings attached."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec(path_name(path), x.shape, mesh))
+        ),
+        tree,
+    )
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """`tree` of abstract values, each whole on every device."""
+    sharding = NamedSharding(mesh, REPLICATED)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def put(tree: Any, abstract: Any) -> Any:
+    """Host arrays, the same on every process, as global arrays laid out like `abstract`."""
+
+    def place(x, like):
+        x = np.asarray(x, like.dtype)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, abstract)

@@ -1,0 +1,48 @@
+"""What flows between the parts.
+
+Letters in names give shapes: B examples, H W image or token rows and columns, C channels,
+L tokens of a whole image, K kept tokens, N tokens of a packed sequence, D width, V codes.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import struct
+
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class Batch:
+    """Examples of one step, the same global values on every topology.
+
+    `weight` is 0 for the padding of evaluation batches. `id` is the record's index: all of an
+    example's randomness comes from it.
+    """
+
+    views: tuple[jax.Array, ...]  # uint8 BxHxWxC each
+    label: jax.Array  # int32 B
+    weight: jax.Array  # float32 B
+    id: jax.Array  # int32 B
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes: plain nested dicts, no RNG state."""
+
+    step: jax.Array  # int32 scalar: steps done
+    params: Any
+    opt_state: Any
+
+
+class Features(NamedTuple):
+    """What evaluators see of an encoder; `logits` is None where there is no classifier."""
+
+    pooled: jax.Array  # float32 BxD
+    tokens: jax.Array  # float32 BxHxWxD
+    logits: jax.Array | None  # float32 BxV, V classes
+
+
+class Encoder(Protocol):
+    def features(self, images: jax.Array) -> Features:
+        """Features of uint8 BxHxWxC images."""

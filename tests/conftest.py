@@ -1,0 +1,87 @@
+"""Every test runs on simulated CPU devices and on images that it makes."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+for flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",  # compiles in half the time; the programs are tiny
+):
+    if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from supmim_jax import sharding
+from supmim_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    PatchCodesConfig,
+    SupervisedConfig,
+    SupMIMConfig,
+    ViTConfig,
+)
+from supmim_jax.types import Batch
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """A directory of its own for the built-in data set, built once per session."""
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def cfg(data_dir) -> Config:
+    """A SupMIM run of 12 steps on the first 64 images of fractals/tiny."""
+    return Config(
+        batch_size=16,
+        epochs=3,
+        data=DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64),
+        model=ViTConfig(width=32, depth=2, mlp_dim=64, heads=2, drop_path=0.1),
+        objective=SupMIMConfig(
+            decoder=DecoderConfig(width=32, mlp_dim=64, heads=2),
+            tokenizer=PatchCodesConfig(codes=16, fit_images=64),
+        ),
+        eval=EvalConfig(batch_size=64),
+        log=LogConfig(every=2),
+        checkpoint=CheckpointConfig(every=4),
+    )
+
+
+@pytest.fixture
+def supervised(cfg) -> Config:
+    return dataclasses.replace(cfg, objective=SupervisedConfig())
+
+
+@pytest.fixture
+def one_device():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def make_batch(cfg: Config, seed: int = 0) -> Batch:
+    """A batch of noise images on the host."""
+    random = np.random.default_rng(seed)
+    size = cfg.data.image_size
+    images = random.integers(0, 256, (cfg.batch_size, size, size, cfg.data.channels), np.uint8)
+    ids = np.arange(cfg.batch_size, dtype=np.int32)
+    return Batch((images,), ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
+
+
+def make_codes(cfg: Config, seed: int = 0) -> dict:
+    """Random codes for the tokenizer of `cfg`; {} for a supervised run."""
+    if cfg.objective.name == "supervised":
+        return {}
+    shape = (cfg.objective.tokenizer.codes, cfg.model.patch**2 * cfg.data.channels)
+    codes = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+    return {"tokenizer": {"codes": codes}}

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs the tests. usage: bash tests/run.sh [pytest arguments]
+# EXTRAS=test,parity also installs what the parity tests compare with (they skip without it).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh "${EXTRAS:-test}"
+
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

@@ -1,0 +1,107 @@
+"""Saving and strict restoring."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch, make_codes
+
+from supmim_jax import checkpoint, program, sharding
+from supmim_jax.config import MeshConfig, SetupError
+
+
+@pytest.fixture
+def saved(cfg, one_device, tmp_path):
+    """A program, a state after one step, and the checkpoints that hold it."""
+    built = program.build(cfg, one_device)
+    state = built.init(jax.random.key(0))
+    state, _ = built.step(state, make_batch(cfg), make_codes(cfg))
+    checkpoints = checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
+    checkpoints.save(state, cfg, {"position": 16, "seconds": 1.5})
+    checkpoints.close()
+    return built, state, checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
+
+
+def same(a, b) -> bool:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, saved):
+    built, state, checkpoints = saved
+    restored, run = checkpoints.restore(1, built.state)
+    assert same(restored, state) and run == {"position": 16, "seconds": 1.5}
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    other = program.build(cfg, mesh)
+    restored, _ = checkpoints.restore(1, other.state)
+    assert same(restored, state)
+    kernel = restored.params["encoder"]["transformer"]["blocks"]["qkv"]["kernel"]
+    assert kernel.sharding.spec == (None, "fsdp", "tensor")
+    assert checkpoint.read_config(checkpoint.locate(str(checkpoints.directory.parent))) == cfg
+
+
+def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_device, tmp_path):
+    """The step reuses the state's buffers while the save still runs in the background."""
+    built = program.build(cfg, one_device)
+    state = built.init(jax.random.key(0))
+    before = jax.tree.map(np.array, checkpoint.plain(state))
+    checkpoints = checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
+    checkpoints.save(state, cfg, {})
+    for _ in range(5):
+        state, _ = built.step(state, make_batch(cfg), make_codes(cfg))
+    checkpoints.close()
+    restored, _ = checkpoint.Checkpoints(tmp_path, cfg.checkpoint).restore(0, built.state)
+    assert same(jax.tree.map(np.array, checkpoint.plain(restored)), before)
+    assert not same(restored.params, state.params)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 3}, r"blocks/fc1/bias is float32\[2, 64\] in the checkpoint, float32\[3, 64\]"),
+        ({"width": 64}, r"float32\[32\] in the checkpoint, float32\[64\] in the model"),
+        ({"pooling": "cls"}, r"params/encoder/cls float32\[32\] is not in the checkpoint"),
+        (
+            {"positions": "sincos2d"},
+            r"encoder/positions float32\[25, 32\] is only in the checkpoint",
+        ),
+    ],
+)
+def test_another_architecture_is_refused(cfg, saved, one_device, changes, message):
+    _, _, checkpoints = saved
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **changes))
+    with pytest.raises(SetupError, match=message) as error:
+        checkpoints.restore(1, program.build(other, one_device).state)
+    assert "Use the config that is saved beside it" in str(error.value)
+    inference = program.build_inference(other, 16, one_device)
+    with pytest.raises(SetupError, match=message.replace("params/", "")):
+        checkpoint.restore_encoder(checkpoints.directory / "1", inference.params)
+
+
+def test_a_misspelt_or_missing_subtree_is_refused(saved, one_device):
+    built, _, checkpoints = saved
+    like = {"encodr": built.state.params["encoder"]}
+    with pytest.raises(SetupError, match="has no params/encodr; it has params/decoder, params/enc"):
+        checkpoint.restore_encoder(checkpoints.directory / "1", like)
+
+
+def test_the_encoder_alone_is_restored_exactly(cfg, saved, one_device):
+    _, state, checkpoints = saved
+    inference = program.build_inference(cfg, 16, one_device)
+    params = checkpoint.restore_encoder(checkpoints.directory / "1", inference.params)
+    assert same(params, {name: state.params[name] for name in ("encoder", "head")})
+
+
+def test_missing_checkpoints_and_steps_are_named(saved, tmp_path):
+    root = str(saved[2].directory.parent)
+    assert checkpoint.locate(f"{root}@1") == checkpoint.locate(root)
+    with pytest.raises(SetupError, match="has no step '7'; it has 1"):
+        checkpoint.locate(f"{root}@7")
+    with pytest.raises(SetupError, match="There is no checkpoint in"):
+        checkpoint.locate(str(tmp_path / "elsewhere"))
+    shutil.rmtree(saved[2].directory / "1" / "state")
+    with pytest.raises(SetupError, match="is not a readable checkpoint"):
+        checkpoint.restore_encoder(checkpoint.locate(root), {"encoder": {"x": jnp.zeros(3)}})

@@ -1,0 +1,112 @@
+"""The schema, its one door, and every file in configs/."""
+
+import ast
+import dataclasses
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+from conftest import REPOSITORY, make_batch, make_codes
+
+from supmim_jax import config, configdict, program
+from supmim_jax.config import Config, ConfigError, SupervisedConfig, SupMIMConfig
+
+NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs").glob("*.py"))
+
+
+def load(name: str, arg: str = "") -> Config:
+    return configdict.from_configdict(importlib.import_module(f"configs.{name}").get_config(arg))
+
+
+@pytest.mark.parametrize("objective", [SupervisedConfig(), SupMIMConfig()])
+def test_a_config_comes_back_through_the_door(objective):
+    cfg = Config(seed=3, objective=objective)
+    assert configdict.from_configdict(configdict.to_configdict(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("objective.mask_ratio", 75.0, "config.objective.mask_ratio is 75.0; it must be 0.01 to"),
+        ("objective.name", "simclr", "config.objective.name is 'simclr'; known are 'supervised'"),
+        ("objective.encoder_input", "half", "known are 'masked', 'visible'"),
+        ("model.depth", 2.5, "config.model.depth is 2.5 of type float; it must be int"),
+        ("model.heads", 3, "config.model: width is 64, not a multiple of heads = 3"),
+        ("model.patch", 3, "config.data.image_size"),
+        ("data.image_size", 21, "24 would do"),
+        ("data.image_size", 28, "config.data: eval_resize is 24"),
+        ("data.flip", 1, "config.data.flip is 1 of type int; it must be bool"),
+        ("data.channels", 2, "config.data.channels is 2; known are 1, 3"),
+        ("optim.lr", float("nan"), "config.optim.lr is nan"),
+        ("seed", True, "config.seed is True of type bool; it must be int"),
+        ("batch_size", 0, "config.batch_size is 0; it must be 1 or more"),
+        ("model", 5, "config.model is 5, but it is a section (ViTConfig)"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_do(path, value, message):
+    values = configdict.to_configdict(Config()).to_dict()
+    *parents, key = path.split(".")
+    section = values
+    for parent in parents:
+        section = section[parent]
+    section[key] = value
+    with pytest.raises(ConfigError) as error:
+        configdict.from_configdict(values)
+    assert message.replace("config.data.image_size", "image_size") in str(error.value)
+
+
+def test_a_typo_is_answered_with_the_known_key():
+    values = configdict.to_configdict(Config()).to_dict()
+    values["objective"]["mask_raito"] = 0.5
+    with pytest.raises(ConfigError, match=r"Did you mean config\.objective\.mask_ratio\?"):
+        configdict.from_configdict(values)
+
+
+def test_derived_values_follow_an_override():
+    cfg = Config(batch_size=100, epochs=10, optim=config.OptimConfig(lr=1.0, lr_batch=400))
+    assert (cfg.total_steps, cfg.warmup_steps, cfg.peak_lr) == (60, 30, 0.25)
+    assert dataclasses.replace(cfg, epochs=1.0).warmup_steps == 5  # below the total of 6
+
+
+def test_differences_name_the_paths():
+    a = configdict.to_configdict(Config()).to_dict()
+    b = configdict.to_configdict(Config(seed=1, model=config.ViTConfig(depth=5))).to_dict()
+    assert configdict.differences(a, b) == ["config.model.depth: 4; 5", "config.seed: 0; 1"]
+
+
+def test_every_field_is_read_somewhere():
+    read = set()
+    for path in Path(REPOSITORY, "supmim_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    kinds = [k for k in vars(config).values() if dataclasses.is_dataclass(k)]
+    fields = {f"{kind.__name__}.{f.name}" for kind in kinds for f in dataclasses.fields(kind)}
+    assert not {name for name in fields if name.split(".")[1] not in read}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_file_loads_builds_and_lowers(name, one_device):
+    source = Path(REPOSITORY, "configs", f"{name}.py").read_text()
+    assert name == "base" or all(x in source for x in (f"configs/{name}.py", "Hardware:"))
+    for arg in ("", "debug"):
+        cfg = load(name, arg)
+        built = program.build(cfg, one_device)
+        assert "stablehlo" in built.step.lower(built.state, built.batch, built.frozen).as_text()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
+def test_debug_shrinks_an_experiment_to_a_step_that_runs_here(name, one_device):
+    cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
+    built = program.build(cfg, one_device)
+    state = built.init(jax.random.key(0))
+    state, metrics = built.step(state, make_batch(cfg), make_codes(cfg))
+    assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())
+
+
+def test_a_supmim_experiment_differs_from_its_twin_in_the_objective_only():
+    for name in ("b14_imagenet1k", "l14_imagenet21k", "b14_imagenet1k_deit3"):
+        supmim, twin = load(f"supmim_{name}"), load(f"supervised_{name}")
+        assert dataclasses.replace(supmim, objective=twin.objective) == twin
+        assert supmim.objective.classification == twin.objective.classification

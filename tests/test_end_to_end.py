@@ -1,0 +1,156 @@
+"""Whole runs: resume, commands, and what a person sees when something is wrong."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from supmim_jax import checkpoint, picture, probe, program
+from supmim_jax.config import SetupError
+from supmim_jax.configdict import from_configdict
+from supmim_jax.metrics import Diverged
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+
+
+def final_state(cfg, workdir, one_device):
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    state, run = checkpoints.restore(checkpoints.latest(), program.build(cfg, one_device).state)
+    return jax.tree.map(np.asarray, checkpoint.plain(state)), run
+
+
+def metric_lines(workdir) -> list[dict]:
+    timing = ("images_per_second", "data_wait")
+    lines = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, one_device, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    results = train(cfg, whole, devices=ONE)
+    for stop_at in (3, 7, None):
+        resumed = train(cfg, parts, stop_at=stop_at, devices=ONE)
+    (a, run), (b, other) = (final_state(cfg, d, one_device) for d in (whole, parts))
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert run["position"] == other["position"] == 12 * 16 and run["seconds"] > 0
+    assert (results["top1"], results["knn"]) == (resumed["top1"], resumed["knn"])
+    a, b = metric_lines(whole), metric_lines(parts)
+    assert [x for x in b if x["step"] not in (3, 7)] == a
+    assert json.loads((whole / "results.json").read_text()) == results
+
+
+def test_metrics_after_the_checkpoint_are_rewritten_on_resume(cfg, tmp_path):
+    train(cfg, tmp_path, stop_at=4, devices=ONE)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')
+    train(cfg, tmp_path, stop_at=6, devices=ONE)
+    assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 6]
+    assert metric_lines(tmp_path)[-1]["loss"] != 1.0
+
+
+def test_a_workdir_of_another_config_is_left_alone(cfg, tmp_path):
+    train(cfg, tmp_path, stop_at=2, devices=ONE)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(SetupError, match=r"another config: config\.seed: 0; 1 .*Choose another"):
+        train(dataclasses.replace(cfg, seed=1), tmp_path, devices=ONE)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_diverges_stops_and_says_where(cfg, tmp_path):
+    optim = dataclasses.replace(cfg.optim, lr=1e30, warmup_epochs=0.0, clip=0.0)
+    cfg = dataclasses.replace(cfg, optim=optim)
+    with pytest.raises(Diverged, match=r"Step \d+ is not finite: .*mim=.*Ids of its batch: \d+, "):
+        train(cfg, tmp_path, devices=ONE)
+    assert checkpoint.Checkpoints(tmp_path, cfg.checkpoint).latest() is None
+
+
+def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
+    results = train(cfg, tmp_path, devices=ONE)
+    row = dict(zip(probe.COLUMNS, probe.probe(str(tmp_path), "validation")))
+    assert row["encoder"] == "supmim" and row["epochs"] == "3"
+    assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
+    assert probe.probe(f"{tmp_path}@8", "validation")[3] == "2"
+    run, objective = picture.restore(str(tmp_path))
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
+    columns = picture.panels(objective, images, jax.random.key(0))
+    picture.draw(columns, tmp_path / "tokens.png")
+    assert run == cfg and (tmp_path / "tokens.png").stat().st_size > 5000
+    image, masked, tokens, predicted = columns
+    hidden = (masked == 0).all(-1)
+    assert 0.4 < hidden.mean() < 0.6 and (masked[~hidden] == image[~hidden]).all()
+    assert (tokens[~hidden] == predicted[~hidden]).all()
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.objective.mask_ratio=75"], "config.objective.mask_ratio is 75.0; it must be"),
+        (["--config.objective.mask_raito=0.5"], 'Did you mean "mask_ratio"'),
+        (["--config.objective.mask_ratio=much"], "mask_ratio"),
+        (["--config.batch_size=63"], "the 2 batch shards of the mesh"),
+        (["--config.model.patch=3"], "not a multiple of model.patch = 3; 18 or 21 would do"),
+        (["--config.data.name=imagenet2012"], "tfds build imagenet2012 --file_format=array_record"),
+        (["--confg=x"], "confg"),
+        (["surplus"], "Unknown argument 'surplus'"),
+    ],
+)
+def test_a_mistake_is_answered_by_a_paragraph_and_nothing_written(arguments, message, tmp_path):
+    out = command(
+        "supmim_jax.train", "--config=configs/debug.py", f"--workdir={tmp_path / 'run'}", *arguments
+    )
+    assert out.returncode == 2 and message in out.stderr
+    assert "Traceback" not in out.stderr and out.stderr.count("error: ") == 1
+    assert len(out.stderr.strip().splitlines()) <= 4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_workdir_is_answered_by_a_paragraph(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    out = command(
+        "supmim_jax.train",
+        "--config=configs/debug.py",
+        f"--config.data.data_dir={data_dir}",
+        f"--workdir={tmp_path}/file/run",
+    )
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert "file/run cannot be written" in out.stderr and "Choose a directory" in out.stderr
+
+
+def test_probe_without_a_checkpoint_is_answered_by_a_paragraph(tmp_path):
+    out = command("supmim_jax.probe", f"--checkpoint={tmp_path}")
+    assert out.returncode == 2 and "There is no checkpoint in" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_training_from_the_command_line(data_dir, tmp_path):
+    overrides = ["epochs=0.4", "log.every=1", "model.depth=1", "checkpoint.every=2"]
+    out = command(
+        "supmim_jax.train",
+        "--config=configs/debug_supervised.py",
+        f"--workdir={tmp_path}",
+        f"--config.data.data_dir={data_dir}",
+        *(f"--config.{override}" for override in overrides),
+    )
+    assert out.returncode == 0, out.stderr
+    saved = from_configdict(json.loads((tmp_path / "config.json").read_text()))
+    assert (saved.epochs, saved.model.depth, saved.total_steps) == (0.4, 1, 4)
+    assert "top1" in out.stdout and "supervised 4/4 100%" in out.stderr

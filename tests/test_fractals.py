@@ -1,0 +1,169 @@
+"""The built-in dataset: reproducible, balanced, and its classes are shapes rather than colours."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from supmim_jax.data import fractals
+
+TINY, SMALL = fractals.SPECS["tiny"], fractals.SPECS["small"]
+ARRAYS = ("image", "segmentation", "label")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return (
+        fractals.render(SMALL, "train", range(1000)),
+        fractals.render(SMALL, "validation", range(500)),
+    )
+
+
+def nearest_neighbour(features, train, test):
+    """Top-1 accuracy of the label of the nearest training example, by cosine."""
+    known, unknown = (features(part).reshape(len(part["label"]), -1) for part in (train, test))
+    known, unknown = (
+        x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-9) for x in (known, unknown)
+    )
+    return np.mean(train["label"][(unknown @ known.T).argmax(1)] == test["label"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_an_image_does_not_depend_on_its_batch(name):
+    spec = fractals.SPECS[name]
+    together = fractals.render(spec, "train", range(70))
+    for i in (69, 0, 31):
+        alone = fractals.render(spec, "train", [i])
+        for key in ARRAYS:
+            np.testing.assert_array_equal(alone[key][0], together[key][i])
+
+
+def test_any_number_of_processes_gives_the_same_files():
+    alone = [fractals._encode(TINY, "train", start) for start in range(0, 600, fractals.CHUNK)]
+    assert alone == list(fractals._encode_in_processes(TINY, "train", 2))
+    assert alone == list(fractals._encode_in_processes(TINY, "train", 3))
+
+
+def test_a_dead_process_is_an_error():
+    impossible = dataclasses.replace(TINY, encoding="bmp")
+    with pytest.raises(RuntimeError, match="exited with 1"):
+        list(fractals._encode_in_processes(impossible, "train", 2))
+
+
+def test_classes_are_interleaved_and_no_image_occurs_twice():
+    parts = [fractals.render(TINY, split, range(600)) for split in fractals.SPLITS]
+    for part in parts:
+        np.testing.assert_array_equal(part["label"], np.arange(600) % 30)
+    masks = np.concatenate([part["segmentation"] > 0 for part in parts])
+    assert len(np.unique(masks.reshape(len(masks), -1), axis=0)) == len(masks)
+
+
+def test_fresh_seed_gives_other_classes():
+    fresh = fractals.render(fractals.SPECS["tiny_fresh"], "validation", range(300))
+    train = fractals.render(TINY, "train", range(600))
+    assert nearest_neighbour(lambda part: part["segmentation"] > 0.0, train, fresh) < 0.12
+
+
+def test_segmentation_is_the_figure_and_names_its_class():
+    part = fractals.render(TINY, "train", range(600))
+    inside, image = part["segmentation"] > 0, part["image"][..., 0].astype(float)
+    np.testing.assert_array_equal(part["segmentation"].max((1, 2)), part["label"] + 1)
+    assert all(len(np.unique(mask)) == 2 for mask in part["segmentation"])
+    bright = (image * inside).sum((1, 2)) / inside.sum((1, 2))
+    dark = (image * ~inside).sum((1, 2)) / (~inside).sum((1, 2))
+    assert np.all(bright > dark + 25)
+    assert part["segmentation"].dtype == np.uint16
+    assert inside.mean((1, 2)).min() > 0.05 and inside.mean((1, 2)).max() < 0.5
+
+
+def test_shape_tells_the_class_and_colour_does_not(small):
+    def mean_colour(part):
+        inside = (part["segmentation"] > 0)[..., None]
+        colour = (part["image"] * inside).sum((1, 2)) / inside.sum((1, 2))
+        return colour - colour.mean(1, keepdims=True)
+
+    chance = 1 / SMALL.num_classes
+    assert nearest_neighbour(mean_colour, *small) < 2.5 * chance
+    assert nearest_neighbour(lambda part: part["segmentation"] > 0.0, *small) > 15 * chance
+
+
+def test_tiny_is_neither_trivial_nor_hopeless_on_raw_pixels():
+    def pixels(part):
+        return part["image"] - part["image"].mean((1, 2, 3), keepdims=True)
+
+    train, test = (fractals.render(TINY, split, range(600)) for split in ("train", "test"))
+    assert 0.15 < nearest_neighbour(pixels, train, test) < 0.6
+
+
+@pytest.mark.parametrize("parallel_from", [10**6, 0])
+def test_prepared_data_read_back_as_rendered(tmp_path, monkeypatch, parallel_from):
+    monkeypatch.setattr(fractals, "PARALLEL_FROM", parallel_from)
+    builder = fractals.prepare("tiny", str(tmp_path))
+    assert fractals.prepare("tiny", str(tmp_path)).data_path == builder.data_path
+    for split in fractals.SPLITS:
+        source = builder.as_data_source(split)
+        assert len(source) == TINY.num_examples(split)
+        ids = [0, 31, len(source) - 1]
+        rendered = fractals.render(TINY, split, ids)
+        for i, record in enumerate(source[j] for j in ids):
+            assert record["id"] == ids[i] and record["label"] == rendered["label"][i]
+            np.testing.assert_array_equal(record["image"], rendered["image"][i])
+            np.testing.assert_array_equal(
+                record["segmentation"][..., 0], rendered["segmentation"][i]
+            )
+
+
+def test_half_written_data_are_not_taken_for_complete(tmp_path, monkeypatch):
+    encode = fractals._encode
+
+    def fail_late(spec, split, start):
+        if (split, start) == ("validation", 64):
+            raise KeyboardInterrupt
+        return encode(spec, split, start)
+
+    monkeypatch.setattr(fractals, "_encode", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        fractals.prepare("tiny", str(tmp_path))
+    monkeypatch.setattr(fractals, "_encode", encode)
+    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("validation")) == 1200
+
+
+def test_two_processes_may_prepare_the_same_data(tmp_path, monkeypatch):
+    encode = fractals._encode
+
+    def overtaken(spec, split, start):
+        monkeypatch.setattr(fractals, "_encode", encode)
+        fractals.prepare("tiny", str(tmp_path))
+        return encode(spec, split, start)
+
+    monkeypatch.setattr(fractals, "_encode", overtaken)
+    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("train")) == 600
+
+
+def test_jpeg_and_wide_labels_survive_the_record(tmp_path):
+    spec = dataclasses.replace(
+        SMALL, name="odd", num_classes=300, per_class=(1, 1, 1), encoding="jpeg"
+    )
+    builder = fractals.Fractals(
+        config=fractals.FractalsConfig(spec), data_dir=tmp_path, file_format="array_record"
+    )
+    builder.download_and_prepare()
+    record, rendered = builder.as_data_source("train")[299], fractals.render(spec, "train", [299])
+    np.testing.assert_array_equal(record["segmentation"][..., 0], rendered["segmentation"][0])
+    assert record["segmentation"].max() == 300
+    assert np.abs(record["image"].astype(int) - rendered["image"][0]).mean() < 12
+
+
+def test_errors_name_what_exists(tmp_path):
+    with pytest.raises(ValueError, match="'huge'; known are tiny, tiny_fresh, small, base"):
+        fractals.prepare("huge", str(tmp_path))
+    with pytest.raises(IndexError, match="between 0 and 599"):
+        fractals.render(TINY, "train", [600])
+
+
+def test_import_brings_in_neither_tensorflow_nor_jax():
+    code = "import sys, supmim_jax.data.fractals; print({'jax', 'tensorflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,61 @@
+"""Imports point down, and the house stays small."""
+
+import ast
+from pathlib import Path
+
+from conftest import REPOSITORY
+
+PACKAGE = Path(REPOSITORY, "supmim_jax")
+LAYERS = [
+    {"config", "configdict", "types"},
+    {"models", "data"},
+    {"optim", "objectives", "sharding", "metrics"},
+    {"program", "checkpoint", "evals", "tokenizers", "commands"},
+    {"train", "probe", "picture"},
+]
+SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
+APART = {("evals", "objectives"), ("evals", "program")}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules and packages of supmim_jax that a file imports, by their first name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "supmim_jax":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("supmim_jax."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_point_down():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        user = parts[0]
+        for used in imports(path) - {user}:
+            assert used in level, f"{path.name} imports {used}, which no layer of this test names"
+            down = level[used] < level[user] or (user, used) in SIDEWAYS
+            assert down and (user, used) not in APART, f"{path} must not import {used}"
+
+
+def test_files_and_functions_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 250, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 120 if (path.name, node.name) == ("train.py", "train") else 60
+                assert node.end_lineno - node.lineno < limit, f"{path}: {node.name}"
+
+
+def test_tensorflow_is_imported_only_where_tensorboard_is_on():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert not name.startswith("tensorflow.") and name != "tensorflow", path
+                assert not name.startswith("clu") or path.name == "metrics.py", path

@@ -1,0 +1,135 @@
+"""ViT, decoder and patch tokenizer on small inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+
+from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError, ViTConfig
+from supmim_jax.models import masking, patch_codes, vit
+from supmim_jax.models.transformer import sincos2d
+
+DATA = DataConfig(image_size=16, eval_resize=16, channels=3)
+SMALL = ViTConfig(patch=4, width=32, depth=2, mlp_dim=64, heads=2)
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+
+
+def encoder(**changes) -> vit.ViT:
+    return vit.ViT(dataclasses.replace(SMALL, **changes), DATA, rngs=nnx.Rngs(0))
+
+
+def test_patches_are_in_row_order_and_come_back():
+    patches = vit.patchify(jnp.asarray(IMAGES), 4)
+    assert (patches[1, 6] == IMAGES[1, 4:8, 8:12].reshape(-1)).all()
+    assert (vit.unpatchify(patches, 4, 4) == IMAGES).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"pooling": "cls"}, {"positions": "sincos2d"}])
+def test_packed_inputs_do_not_see_each_other(changes):
+    model = encoder(**changes)
+    mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
+    full, kept = model.embed(IMAGES), model.embed(IMAGES, visible=mask)
+    assert full.shape[1] == 16 + model.prefix and kept.shape[1] == 8 + model.prefix
+    packed = model.encode((full, kept))
+    alone = model.encode((full,))[0], model.encode((kept,))[0]
+    for a, b in zip(packed, alone):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_visible_patches_are_those_of_the_whole_image():
+    model = encoder()
+    mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
+    kept = jnp.take_along_axis(model.embed(IMAGES), mask.keep[..., None], axis=1)
+    np.testing.assert_allclose(model.embed(IMAGES, visible=mask), kept, atol=1e-6)
+
+
+def test_masked_pixels_are_hidden_in_both_forms():
+    model = encoder()
+    mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
+    hidden = vit.unpatchify(jnp.repeat(mask.masked[..., None], 48, axis=2), 4, 4)
+    other = jnp.where(hidden, -IMAGES, IMAGES)
+    for arguments in ({"visible": mask}, {"masked": (mask, jnp.ones(32))}):
+        assert (model.embed(IMAGES, **arguments) == model.embed(other, **arguments)).all()
+        assert (model.embed(IMAGES) != model.embed(other)).any()
+
+
+def test_drop_path_needs_a_key_and_keeps_the_mean():
+    model = encoder(drop_path=0.5, depth=3)
+    tokens = (model.embed(IMAGES),)
+    assert (model.encode(tokens)[0] == model.encode(tokens, None)[0]).all()
+    from supmim_jax.models.transformer import _keep
+
+    keep = _keep(jax.random.key(0), 0.25, 4000, (3, 2))
+    assert keep.shape == (2, 4000, 5, 1) and abs(float(keep.mean()) - 1.0) < 0.02
+    assert (keep[:, :, 0] == keep[:, :, 2]).all() and (keep[:, :, 0] != keep[:, :, 3]).any()
+
+
+@pytest.mark.parametrize("remat", ["names", "full"])
+def test_remat_changes_nothing_but_memory(remat):
+    def gradient(policy):
+        graph, params = nnx.split(encoder(remat=policy), nnx.Param)
+
+        def loss(p):
+            model = nnx.merge(graph, p)
+            return (model.encode((model.embed(IMAGES),))[0] ** 3).sum()
+
+        return nnx.to_pure_dict(jax.grad(loss)(params))
+
+    for a, b in zip(*(jax.tree.leaves(gradient(policy)) for policy in ("none", remat))):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_scale_starts_near_the_identity():
+    model = encoder(layer_scale=1e-6)
+    tokens = model.embed(IMAGES)
+    np.testing.assert_allclose(model.transformer(tokens, (16,)), tokens, atol=1e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    model = encoder(dtype="bfloat16")
+    assert model.encode((model.embed(IMAGES),))[0].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(nnx.split(model, nnx.Param)[1])} == {
+        np.dtype("float32")
+    }
+
+
+def test_sincos_positions_are_distinct_and_unit_scaled():
+    table = sincos2d(3, 5, 32)
+    np.testing.assert_allclose((table**2).sum(1), 16.0, rtol=1e-5)
+    assert len(np.unique(table.round(4), axis=0)) == 15
+
+
+@pytest.mark.parametrize("normalize", ["raw", "luminance"])
+def test_patch_codes_are_the_nearest_centres(normalize):
+    cfg = PatchCodesConfig(codes=12, normalize=normalize)
+    uint8 = np.random.default_rng(1).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    fitted = patch_codes.fit(cfg, 4, uint8, seed=0)
+    tokenizer = patch_codes.PatchCodes(cfg, 4, DATA)
+    tokenizer.codes[...] = fitted["codes"]
+    images = vit.pixels(jnp.asarray(uint8))
+    patches = patch_codes.normalized(vit.patchify(images, 4), normalize)
+    distance = ((np.asarray(patches)[:, :, None] - fitted["codes"]) ** 2).sum(-1)
+    ids = tokenizer.encode(images)
+    assert (np.asarray(ids) == distance.argmin(-1)).all() and len(np.unique(ids)) == 12
+    assert (vit.patchify(tokenizer.decode(ids), 4)[0, 3] == fitted["codes"][ids[0, 3]]).all()
+
+
+def test_a_bad_codebook_is_refused(tmp_path):
+    tmp_path = epath.Path(tmp_path)
+    cfg = PatchCodesConfig(codes=4)
+    good = {"codes": np.zeros((4, 16), np.float32)}
+    patch_codes.save(tmp_path / "codes.npz", good)
+    assert (patch_codes.load(tmp_path / "codes.npz", cfg, 4, 1)["codes"] == 0).all()
+    with pytest.raises(SetupError, match=r"shape \(4, 16\); the config needs .*\(4, 48\)"):
+        patch_codes.load(tmp_path / "codes.npz", cfg, 4, 3)
+    with pytest.raises(SetupError, match="cannot be read"):
+        patch_codes.load(tmp_path / "missing.npz", cfg, 4, 1)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "codes.npz").read_bytes()[:100])
+    with pytest.raises(SetupError, match=r"cut\.npz cannot be read"):
+        patch_codes.load(tmp_path / "cut.npz", cfg, 4, 1)
+    with pytest.raises(SetupError, match=r"1 distinct patches, and .* is 4"):
+        patch_codes.fit(cfg, 4, np.zeros((2, 16, 16, 1), np.uint8), seed=0)

@@ -1,0 +1,183 @@
+"""Records, transforms and global batches."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supmim_jax import sharding
+from supmim_jax.config import ConfigError, DataConfig, MeshConfig, SetupError
+from supmim_jax.data import augment, pipeline, records, transforms
+
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+PHOTO = cv2.resize(NOISE, (80, 60), interpolation=cv2.INTER_CUBIC) // 2 + 40  # low contrast
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**31 - 1), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_an_epoch_is_a_permutation(examples, seed, epoch):
+    ids = [records.shuffled(place, examples, seed, epoch) for place in range(examples)]
+    assert sorted(ids) == list(range(examples))
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    orders = {
+        tuple(records.shuffled(place, 50, seed, epoch) for place in range(50))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_together_read_each_position_once(processes):
+    """Rows per process as a mesh over hosts gives them; positions of three steps."""
+    share = 8 // processes
+    positions = [
+        records.LocalPosition(tuple(range(p * share, (p + 1) * share)), 8, 5)(i)
+        for p in range(processes)
+        for i in range(3 * share)
+    ]
+    assert sorted(positions) == list(range(40, 64))
+
+
+def stream(cfg, mesh, first=0) -> list:
+    return [jax.tree.map(np.asarray, b) for b in pipeline.train_dataset(cfg, mesh, first)]
+
+
+def test_batches_are_the_same_on_any_mesh_and_after_a_restart(cfg, one_device):
+    whole = stream(cfg, one_device)
+    assert len(whole) == cfg.total_steps == 12
+    for epoch in range(3):
+        ids = np.concatenate([b.id for b in whole[4 * epoch : 4 * epoch + 4]])
+        assert sorted(ids) == list(range(64))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    for other, first in ((stream(cfg, mesh), 0), (stream(cfg, one_device, 5), 5)):
+        for a, b in zip(whole[first:], other, strict=True):
+            assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+
+
+def test_workers_give_the_batches_that_threads_give(cfg, one_device):
+    cfg = dataclasses.replace(cfg, epochs=1)
+    in_threads = stream(cfg, one_device)
+    data = dataclasses.replace(cfg.data, workers=2)
+    in_processes = stream(dataclasses.replace(cfg, data=data), one_device)
+    for a, b in zip(in_threads, in_processes, strict=True):
+        assert (a.id == b.id).all() and (a.views[0] == b.views[0]).all()
+
+
+def test_worker_code_imports_neither_tensorflow_nor_clu():
+    code = (
+        "import sys, supmim_jax.data.records, supmim_jax.data.transforms\n"
+        "print([m for m in ('tensorflow', 'clu') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_evaluation_counts_every_example_once(cfg, one_device):
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=48))
+    batches = list(pipeline.eval_dataset(cfg, "validation[:100]", one_device))
+    ids = np.concatenate([b.id for b in batches])
+    weight = np.concatenate([b.weight for b in batches])
+    assert len(ids) == 144 and (ids[:100] == range(100)).all() and (ids[100:] == -1).all()
+    assert weight.sum() == 100 and (weight[:100] == 1).all()
+
+
+def test_an_examples_image_depends_on_seed_epoch_and_id_alone():
+    cfg = DataConfig(
+        channels=3, image_size=32, eval_resize=32, crop="inception", augment="rand_augment"
+    )
+
+    def make(seed, epoch, example):
+        return transforms.train_image(PHOTO, cfg, transforms.generator(seed, epoch, example))
+
+    assert (make(1, 2, 3) == make(1, 2, 3)).all() and make(1, 2, 3).shape == (32, 32, 3)
+    others = [make(1, 2, 4), make(1, 3, 3), make(2, 2, 3)]
+    assert all((make(1, 2, 3) != other).any() for other in others)
+
+
+def test_colour_augmentation_does_not_move_the_geometry():
+    cfg = DataConfig(channels=3, image_size=32, eval_resize=32, crop="inception")
+    marked = np.zeros((60, 80, 3), np.uint8)
+    marked[20:40, 30:60] = 100  # below solarisation's threshold
+    jittered = dataclasses.replace(cfg, augment="three_augment", color_jitter=0.0)
+    for seed in range(30):
+        plain = transforms.train_image(marked, cfg, transforms.generator(seed, 0, 0))
+        coloured = transforms.train_image(marked, jittered, transforms.generator(seed, 0, 0))
+        if (coloured == plain).all() or plain.std() == 0:
+            continue
+        difference = np.corrcoef(plain.ravel(), coloured.ravel())[0, 1]
+        assert abs(difference) > 0.8  # blurred in place, not shifted
+
+
+def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
+    cfg = DataConfig(channels=3, image_size=8, eval_resize=8, crop="inception", min_crop_area=0.5)
+    height, width = np.mgrid[0:60, 0:80]
+    places = np.stack([height * 4, width * 3, height * 0], -1).astype(np.uint8)
+    crops = [
+        transforms.inception_crop(places, cfg, transforms.generator(0, 0, i)) for i in range(300)
+    ]
+    rows = np.array([(c[-1, 0, 0].astype(int) - c[0, 0, 0]) / 4 * 8 / 7 for c in crops])
+    columns = np.array([(c[0, -1, 1].astype(int) - c[0, 0, 1]) / 3 * 8 / 7 for c in crops])
+    share = rows * columns / 4800
+    assert share.min() > 0.45 and share.max() > 0.85 and 0.6 < share.mean() < 0.8
+    assert min(c[0, 0, 0] for c in crops) < 20 and max(c[-1, -1, 0] for c in crops) > 215
+
+
+def test_eval_images_are_the_centre_of_the_resized_image():
+    cfg = DataConfig(channels=3, image_size=20, eval_resize=30)
+    image = transforms.eval_image(PHOTO, cfg)
+    assert (image == transforms.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
+
+
+def test_undecodable_bytes_are_named():
+    for encoded in (b"", b"not an image"):
+        with pytest.raises(SetupError, match=r"set record 7: \d+ bytes are not an image"):
+            transforms.decode(encoded, 3, "set record 7")
+
+
+@pytest.mark.parametrize("name", list(augment.OPERATIONS))
+def test_each_operation_changes_the_image_and_more_with_strength(name):
+    operation = augment.OPERATIONS[name]
+    low, high = (operation(PHOTO, s, 1.0) for s in (0.1, 1.0))
+    assert high.shape == PHOTO.shape and high.dtype == np.uint8 and (high != PHOTO).any()
+    if name not in ("autocontrast", "equalize", "invert"):
+        moved = [np.abs(x.astype(int) - PHOTO).mean() for x in (low, high)]
+        assert moved[1] > moved[0]
+
+
+def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
+    def opened(**changes):
+        data = dataclasses.replace(cfg.data, **changes)
+        return pipeline.check(dataclasses.replace(cfg, data=data))
+
+    opened()
+    with pytest.raises(ConfigError, match=r"train_examples is 60, but .* has 64 examples"):
+        opened(train_examples=60)
+    with pytest.raises(SetupError, match=r"num_classes is 10, but the data set .* has 30 classes"):
+        opened(num_classes=10)
+    with pytest.raises(SetupError, match=r"no split 'holdout'.*train, validation, test"):
+        opened(eval_split="holdout")
+    with pytest.raises(SetupError, match="tfds does not know"):
+        opened(name="no_such_data_set")
+    with pytest.raises(SetupError, match="known are tiny, tiny_fresh"):
+        opened(name="fractals/huge")
+    with pytest.raises(SetupError, match="tfds build cifar10 --file_format=array_record"):
+        opened(name="cifar10")
+
+
+def test_sources_travel_to_worker_processes(cfg):
+    source = records.open_source(cfg.data, "train[:8]")
+    again = pickle.loads(pickle.dumps(source))
+    assert len(again) == 8 and again[3]["image"] == source[3]["image"]

@@ -1,0 +1,159 @@
+"""The step on any mesh, the sharding table, and inference without overhead."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch, make_codes
+
+from supmim_jax import checkpoint, program, sharding
+from supmim_jax.config import ConfigError, MeshConfig, OptimConfig
+from supmim_jax.data import pipeline
+from supmim_jax.types import Batch
+
+MESHES = [MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)]
+
+
+def run(cfg, mesh, steps: int):
+    """Losses, ids of every step, and the first step's masks on this mesh."""
+    built = program.build(cfg, mesh)
+    state = built.init(jax.random.key(cfg.seed))
+    frozen = sharding.put(make_codes(cfg), built.frozen)
+    losses, ids = [], []
+    for batch, _ in zip(pipeline.train_dataset(cfg, mesh), range(steps)):
+        state, metrics = built.step(state, batch, frozen)
+        losses.append([float(metrics[k]) for k in ("loss", "ce", "mim", "grad_norm")])
+        ids.append(np.asarray(batch.id))
+    return np.array(losses), np.array(ids)
+
+
+@pytest.fixture
+def twenty_steps(cfg):
+    return dataclasses.replace(cfg, epochs=5, optim=OptimConfig(warmup_epochs=1))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {}
+
+
+@pytest.mark.parametrize("encoder_input", ["masked", "visible"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m.data}x{m.fsdp}x{m.tensor}")
+def test_eight_devices_give_the_losses_of_one(
+    twenty_steps, one_device, on_one_device, mesh, encoder_input
+):
+    objective = dataclasses.replace(twenty_steps.objective, encoder_input=encoder_input)
+    cfg = dataclasses.replace(twenty_steps, objective=objective)
+    if encoder_input not in on_one_device:
+        on_one_device[encoder_input] = run(cfg, one_device, 20)
+    losses, ids = on_one_device[encoder_input]
+    sharded_losses, sharded_ids = run(cfg, sharding.make_mesh(mesh), 20)
+    assert (ids == sharded_ids).all() and len(ids) == 20
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["random", "block"])
+def test_masks_are_the_same_on_any_mesh(form):
+    from supmim_jax.models import masking
+
+    ids = jnp.arange(16) * 7
+
+    def sample(ids):
+        return masking.sample(form, 0.5, 5, jax.random.key(3), ids).masked
+
+    alone = jax.jit(sample)(ids)
+    rows = jax.NamedSharding(sharding.make_mesh(MESHES[1]), sharding.BATCH)
+    assert (jax.jit(sample)(jax.device_put(ids, rows)) == alone).all()
+
+
+def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
+    mesh = sharding.make_mesh(MESHES[2])
+    for changes in ({}, {"pooling": "cls"}, {"layer_scale": 0.1}, {"positions": "sincos2d"}):
+        model = dataclasses.replace(cfg.model, **changes)
+        state = program.build(dataclasses.replace(cfg, model=model), mesh).state
+        for path, x in jax.tree_util.tree_leaves_with_path(state):
+            spec = x.sharding.spec
+            assert len(spec) in (0, x.ndim) or not any(spec[x.ndim :]), (path, spec)
+            used = [axis for axis in spec if axis]
+            assert set(used) <= set(mesh.axis_names)
+            if x.ndim >= 2 and "kernel" in str(path[-1]):
+                assert "fsdp" in used, path
+
+
+def test_what_does_not_fit_the_mesh_is_named(cfg):
+    with pytest.raises(ConfigError, match=r"config\.batch_size is 12, which the 8 batch shards"):
+        program.build(dataclasses.replace(cfg, batch_size=12), sharding.make_mesh(MESHES[0]))
+    with pytest.raises(ConfigError, match=r"data=3, fsdp=1, tensor=1, but there are 8 devices"):
+        sharding.make_mesh(MeshConfig(data=3))
+    with pytest.raises(ConfigError, match=r"config\.mesh\.fsdp is 8.*does not divide the 30 of"):
+        mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+        sharding.spec("x/patches/kernel", (16, 30), mesh)
+    with pytest.raises(ConfigError, match=r"No rule of sharding\.RULES names the parameter x/new"):
+        sharding.spec("x/new", (3,), sharding.make_mesh(MeshConfig()))
+
+
+def test_weight_decay_is_on_matrices_only(cfg, one_device):
+    from supmim_jax import optim
+
+    params = program.build(cfg, one_device).state.params
+    flat = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
+    decayed = {optim.path_name(path) for path, on in flat if on}
+    assert "encoder/transformer/blocks/qkv/kernel" in decayed and "head/kernel" in decayed
+    assert all(path.endswith("/kernel") for path in decayed)
+    assert len(decayed) == 2 * 4 + 1 + 1 + 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
+    from supmim_jax import optim
+
+    changed = OptimConfig(name=name, lr=0.1, final_lr=0.01, warmup_epochs=1)
+    cfg = dataclasses.replace(cfg, epochs=10, optim=changed)  # 4 steps of 40
+    rate = optim.schedule(cfg)
+    np.testing.assert_allclose([rate(s) for s in (0, 2, 4, 40)], [0, 0.05, 0.1, 0.01], rtol=1e-5)
+    np.testing.assert_allclose(rate(22), (0.1 + 0.01) / 2, rtol=1e-5)
+    built = program.build(cfg, one_device)
+    state = built.init(jax.random.key(0))
+    for step in range(2):
+        state, metrics = built.step(state, make_batch(cfg), make_codes(cfg))
+        np.testing.assert_allclose(metrics["learning_rate"], rate(step), rtol=1e-6)
+
+
+def canonical(text: str) -> str:
+    """HLO text without names of the module, source locations and fingerprints."""
+    text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    return re.sub(r"HloModule [^,]*", "HloModule m", text)
+
+
+def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_device, tmp_path):
+    """From two checkpoints, one of each objective: the same parameters' shapes, the same HLO."""
+    programs = []
+    for run_cfg in (cfg, supervised):
+        state = program.build(run_cfg, one_device).init(jax.random.key(0))
+        directory = tmp_path / run_cfg.objective.name
+        checkpoints = checkpoint.Checkpoints(directory, run_cfg.checkpoint)
+        checkpoints.save(state, run_cfg, {"position": 0, "seconds": 0.0})
+        checkpoints.close()
+        found = checkpoint.locate(str(directory))
+        inference = program.build_inference(checkpoint.read_config(found), 16, one_device)
+        params = checkpoint.restore_encoder(found, inference.params)
+        assert set(params) == {"encoder", "head"}
+        lowered = inference.features.lower(params, inference.images)
+        programs.append(canonical(lowered.compile().as_text()))
+    assert "fusion" in programs[0] and "metadata" not in programs[0]
+    assert programs[0] == programs[1]
+    wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mlp_dim=96))
+    other = program.build_inference(wider, 16, one_device)
+    text = other.features.lower(other.params, other.images).compile().as_text()
+    assert canonical(text) != programs[0]
+
+
+def test_building_touches_no_device(cfg, one_device):
+    live = {id(x) for x in jax.live_arrays()}
+    program.build(cfg, one_device)
+    program.build_inference(cfg, 16, one_device)
+    assert not [x for x in jax.live_arrays() if id(x) not in live and x.size > 1]
+    assert isinstance(program.build(cfg, one_device).batch, Batch)
