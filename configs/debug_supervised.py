@@ -19,7 +19,7 @@ from supmim_jax.config import (
 def experiment() -> Config:
     return Config(
         batch_size=64,
-        epochs=128,  # 1200 steps
+        epochs=640,  # 2400 steps
         data=DataConfig(name="fractals/tiny"),
         model=ViTConfig(
             patch=4,
@@ -28,10 +28,9 @@ def experiment() -> Config:
             mlp_dim=256,
             heads=2,
             positions="sincos2d",
-            drop_path=0.1,
         ),
         objective=SupervisedConfig(classification=ClassificationConfig(label_smoothing=0.1)),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=10),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25),
     )
 
 

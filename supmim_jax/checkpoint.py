@@ -124,11 +124,13 @@ def restore_encoder(directory: epath.Path, like: dict) -> dict:
 
 def stored_tree(directory: epath.Path) -> dict:
     """Shapes and dtypes of the saved state, without reading it."""
-    try:
-        metadata = ocp.PyTreeCheckpointer().metadata(directory / "state").item_metadata
-    except (FileNotFoundError, ValueError, json.JSONDecodeError) as error:
-        raise SetupError(f"{directory} is not a readable checkpoint: {error}") from None
-    return dict(metadata.tree if hasattr(metadata, "tree") else metadata)
+    metadata = ocp.PyTreeCheckpointer().metadata(directory / "state").item_metadata
+    if metadata is None:
+        raise SetupError(
+            f"{directory} is not a readable checkpoint: its `state` is missing or incomplete. "
+            f"Choose another step with @step, or another --checkpoint."
+        )
+    return dict(metadata.tree)
 
 
 def check_same(stored: Any, wanted: Any, directory: epath.Path) -> None:

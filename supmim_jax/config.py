@@ -30,7 +30,7 @@ class DataConfig:
     data_dir: str = ""  # "" is tfds's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets)
     train_split: str = "train"
     eval_split: str = "validation"
-    train_examples: int = within(600, 1, INF)  # checked against the data set when it is opened
+    train_examples: int = within(240, 1, INF)  # checked against the data set when it is opened
     num_classes: int = within(30, 2, INF)
     image_size: int = within(20, 1, INF)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
@@ -125,7 +125,7 @@ class PatchCodesConfig:
     name: Literal["patch_codes"] = "patch_codes"
     codes: int = within(64, 2, 65535)  # k of k-means; ids fit uint16
     normalize: Literal["raw", "luminance"] = "raw"
-    fit_images: int = within(600, 1, INF)  # first images of the training split
+    fit_images: int = within(240, 1, INF)  # first images of the training split
     path: str = ""  # a saved codebook (.npz); "" fits one on the training split
 
 

@@ -41,7 +41,7 @@ def test_an_image_does_not_depend_on_its_batch(name):
 
 
 def test_any_number_of_processes_gives_the_same_files():
-    alone = [fractals._encode(TINY, "train", start) for start in range(0, 600, fractals.CHUNK)]
+    alone = [fractals._encode(TINY, "train", start) for start in range(0, 240, fractals.CHUNK)]
     assert alone == list(fractals._encode_in_processes(TINY, "train", 2))
     assert alone == list(fractals._encode_in_processes(TINY, "train", 3))
 
@@ -53,21 +53,21 @@ def test_a_dead_process_is_an_error():
 
 
 def test_classes_are_interleaved_and_no_image_occurs_twice():
-    parts = [fractals.render(TINY, split, range(600)) for split in fractals.SPLITS]
+    parts = [fractals.render(TINY, split, range(240)) for split in fractals.SPLITS]
     for part in parts:
-        np.testing.assert_array_equal(part["label"], np.arange(600) % 30)
+        np.testing.assert_array_equal(part["label"], np.arange(240) % 30)
     masks = np.concatenate([part["segmentation"] > 0 for part in parts])
     assert len(np.unique(masks.reshape(len(masks), -1), axis=0)) == len(masks)
 
 
 def test_fresh_seed_gives_other_classes():
     fresh = fractals.render(fractals.SPECS["tiny_fresh"], "validation", range(300))
-    train = fractals.render(TINY, "train", range(600))
+    train = fractals.render(TINY, "train", range(240))
     assert nearest_neighbour(lambda part: part["segmentation"] > 0.0, train, fresh) < 0.12
 
 
 def test_segmentation_is_the_figure_and_names_its_class():
-    part = fractals.render(TINY, "train", range(600))
+    part = fractals.render(TINY, "train", range(240))
     inside, image = part["segmentation"] > 0, part["image"][..., 0].astype(float)
     np.testing.assert_array_equal(part["segmentation"].max((1, 2)), part["label"] + 1)
     assert all(len(np.unique(mask)) == 2 for mask in part["segmentation"])
@@ -93,7 +93,7 @@ def test_tiny_is_neither_trivial_nor_hopeless_on_raw_pixels():
     def pixels(part):
         return part["image"] - part["image"].mean((1, 2, 3), keepdims=True)
 
-    train, test = (fractals.render(TINY, split, range(600)) for split in ("train", "test"))
+    train, test = (fractals.render(TINY, split, range(240)) for split in ("train", "test"))
     assert 0.15 < nearest_neighbour(pixels, train, test) < 0.6
 
 
@@ -139,7 +139,7 @@ def test_two_processes_may_prepare_the_same_data(tmp_path, monkeypatch):
         return encode(spec, split, start)
 
     monkeypatch.setattr(fractals, "_encode", overtaken)
-    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("train")) == 600
+    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("train")) == 240
 
 
 def test_jpeg_and_wide_labels_survive_the_record(tmp_path):
@@ -160,7 +160,7 @@ def test_errors_name_what_exists(tmp_path):
     with pytest.raises(ValueError, match="'huge'; known are tiny, tiny_fresh, small, base"):
         fractals.prepare("huge", str(tmp_path))
     with pytest.raises(IndexError, match="between 0 and 599"):
-        fractals.render(TINY, "train", [600])
+        fractals.render(TINY, "train", [240])
 
 
 def test_import_brings_in_neither_tensorflow_nor_jax():

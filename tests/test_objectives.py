@@ -1,4 +1,4 @@
-"""The losses: by hand, on one batch, and one step against golden numbers."""
+"""The losses: by hand, on one batch, and the first steps against golden numbers."""
 
 import dataclasses
 
@@ -166,19 +166,22 @@ def test_the_masked_branch_is_of_the_image_before_mixing(cfg):
     assert mim(0.0) == pytest.approx(mim(1.0), rel=1e-6)
 
 
-GOLDEN = {}
+GOLDEN = {
+    "supervised": {"loss": 3.39982, "grad_norm": 0.728477, "params": 2551.82},
+    "supmim": {"loss": 7.05479, "grad_norm": 16.9563, "params": 4046.35},
+}
 INTENDED = (
-    "The numbers of one training step changed. If that was intended (another loss, initialisation, "
-    "mask, optimizer), say so in the commit and put the new numbers into GOLDEN: {}"
+    "The numbers of the first training steps changed. If that was intended (another loss, "
+    "initialisation, mask, optimizer), say so in the commit and put these into GOLDEN: {}"
 )
 
 
 @pytest.mark.parametrize("name", ["supervised", "supmim"])
-def test_one_step_gives_the_golden_numbers(cfg, supervised, one_device, name):
+def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
     cfg = cfg if name == "supmim" else supervised
     built = program.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_codes(cfg)
-    for _ in range(2):
+    for _ in range(3):
         state, metrics = built.step(state, batch, codes)
     found = {k: float(metrics[k]) for k in ("loss", "grad_norm")}
     found["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
