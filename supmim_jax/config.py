@@ -172,7 +172,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = within(50, 1, INF)  # steps between lines of metrics.jsonl
-    tensorboard: bool = False  # also write TensorBoard events through clu (needs TensorFlow)
+    tensorboard: bool = False  # also events and profiles for TensorBoard, by clu and TensorFlow
 
 
 @dataclass(frozen=True)

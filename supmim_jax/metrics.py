@@ -39,9 +39,15 @@ class MetricsWriter:
             part.replace(self.path)
         if tensorboard:
             # clu's writers import TensorFlow, which a machine that trains need not have.
-            from clu import metric_writers
+            from clu import metric_writers, periodic_actions
 
             self.tensorboard = metric_writers.SummaryWriter(str(workdir))
+            self.profile = periodic_actions.Profile(logdir=workdir, first_profile=step + 10)
+
+    def after_step(self, step: int) -> None:
+        """With TensorBoard on, profiles some steps soon after the start and then every hour."""
+        if self.tensorboard:
+            self.profile(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds one line; it is on disk when this returns."""

@@ -63,6 +63,7 @@ def train(
         state, metrics = prog.step(state, batch, frozen)
         finite(step, metrics, batch)
         clock.tick()
+        writer.after_step(step)
         if step % cfg.log.every == 0 or step == last:
             finite.flush()
             values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)

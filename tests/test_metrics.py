@@ -1,6 +1,7 @@
 """The finite check, the progress line and the clock."""
 
 import io
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -69,10 +70,14 @@ def test_the_clock_counts_training_and_waiting_only(monkeypatch):
     assert clock.window(16) == {"images_per_second": 8.0, "data_wait": 0.0}
 
 
-def test_tensorboard_events_are_written_when_asked_for(tmp_path):
+def test_tensorboard_events_and_a_profile_are_written_when_asked_for(tmp_path):
     pytest.importorskip("tensorflow", reason="TensorBoard events need TensorFlow")
     writer = metrics.MetricsWriter(epath.Path(tmp_path), 0, tensorboard=True)
     writer.write(3, {"loss": 1.25})
+    for step in range(1, 30):
+        writer.after_step(step)
+        time.sleep(0.2)  # a profile lasts three seconds at least
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
     (events,) = tmp_path.glob("events.out.tfevents*")
     assert b"loss" in events.read_bytes()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 1.25}\n'
