@@ -8,6 +8,7 @@ Hardware: 2 CPU cores.
 from configs import base, debug_supervised
 from supmim_jax.config import Config, DecoderConfig, PatchCodesConfig, SupMIMConfig
 
+# All of these are our choices, made on the validation split of fractals/tiny (docs/results.md).
 MASKED_BRANCH = SupMIMConfig(
     mask_ratio=0.5,
     encoder_input="masked",

@@ -1,7 +1,7 @@
 """Shows what the masked branch does: python -m supmim_jax.picture --checkpoint runs/supmim.
 
-A PNG with a row per image: the image, its masked twin, its tokens decoded, and the same with the
-masked places filled by the decoder's predictions.
+A PNG with a column per image: the image, its masked twin, its tokens decoded, and the same with
+the masked places filled by the decoder's predictions.
 """
 
 from pathlib import Path
@@ -18,19 +18,19 @@ from supmim_jax.data import pipeline
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.objectives.supmim import SupMIM
 
-COLUMNS = ("image", "masked", "tokens", "predicted tokens")
+ROWS = ("image", "masked", "tokens", "predicted")
 
 
 def panels(objective: SupMIM, images_uint8, key: jax.Array) -> list[np.ndarray]:
-    """The four columns, each float32 BxHxWxC in [-1, 1], for masks drawn from `key`."""
+    """The four rows, each float32 BxHxWxC in [-1, 1], for masks drawn from `key`."""
     images, patch, side = pixels(images_uint8), objective.encoder.cfg.patch, objective.encoder.side
     mask = objective.mask(key, jnp.arange(len(images)))
     ids = objective.tokenizer.encode(images)
     predicted = objective.predict_tokens(images, mask).argmax(-1)
     grey = jnp.where(mask.masked[..., None], 0.0, patchify(images, patch))
     filled = objective.tokenizer.decode(jnp.where(mask.masked, predicted, ids))
-    columns = images, unpatchify(grey, patch, side), objective.tokenizer.decode(ids), filled
-    return [np.clip(np.asarray(column), -1, 1) for column in columns]
+    rows = images, unpatchify(grey, patch, side), objective.tokenizer.decode(ids), filled
+    return [np.clip(np.asarray(row), -1, 1) for row in rows]
 
 
 def restore(location: str) -> tuple[Config, SupMIM]:
@@ -49,29 +49,30 @@ def restore(location: str) -> tuple[Config, SupMIM]:
     return cfg, nnx.merge(prog.graph, params, frozen)
 
 
-def draw(columns: list[np.ndarray], path: Path) -> None:
-    """Writes the panels as a PNG."""
+def draw(rows: list[np.ndarray], path: Path) -> None:
+    """Writes the panels as a PNG, an image a column."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(columns[0])
-    figure, axes = plt.subplots(rows, len(columns), figsize=(1.3 * len(columns), 1.25 * rows))
-    for j, (title, images) in enumerate(zip(COLUMNS, columns)):
-        axes[0, j].set_title(title, fontsize=9)
-        for i, image in enumerate(images):
+    count = len(rows[0])
+    figure, axes = plt.subplots(len(rows), count, figsize=(1.1 * count, 1.15 * len(rows)))
+    for i, (title, images) in enumerate(zip(ROWS, rows)):
+        for j, image in enumerate(images):
             axes[i, j].imshow((image.squeeze() + 1) / 2, cmap="gray", vmin=0, vmax=1)
-            axes[i, j].axis("off")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=120)
+            axes[i, j].set_xticks([])
+            axes[i, j].set_yticks([])
+        axes[i, 0].set_ylabel(title, fontsize=9)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def main() -> None:
     cfg, objective = restore(CHECKPOINT.value)
     batch = next(pipeline.eval_dataset(cfg, cfg.data.eval_split, sharding.make_mesh(cfg.mesh)))
-    images = np.asarray(batch.views[0])[: ROWS.value]
+    images = np.asarray(batch.views[0])[: COUNT.value]
     path = Path(OUT.value or Path(CHECKPOINT.value.partition("@")[0]) / "tokens.png")
     draw(panels(objective, images, jax.random.key(cfg.seed)), path)
     print(path)
@@ -80,5 +81,5 @@ def main() -> None:
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
     OUT = flags.DEFINE_string("out", "", "PNG to write; default: <workdir>/tokens.png")
-    ROWS = flags.DEFINE_integer("rows", 8, "Images to show.", lower_bound=2)
+    COUNT = flags.DEFINE_integer("images", 8, "How many to show.", lower_bound=2)
     commands.start(main)

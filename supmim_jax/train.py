@@ -41,6 +41,8 @@ def train(
     inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
     pipeline.check(cfg)
     workdir = prepare_workdir(epath.Path(workdir), cfg)
+    if (workdir / "results.json").exists():  # written last, so the run is complete
+        return json.loads((workdir / "results.json").read_text())
     frozen = sharding.put(tokenizers.arrays(cfg, workdir), prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
