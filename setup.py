@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-TENSORFLOW_CPU = "sys_platform != 'darwin' and platform_machine == 'x86_64'"
+HAS_TENSORFLOW_CPU = "sys_platform != 'darwin' and platform_machine == 'x86_64'"
+HAS_NOT = "sys_platform == 'darwin' or platform_machine != 'x86_64'"
 
 setup(
     name="supmim_jax",
@@ -30,8 +31,8 @@ setup(
         "tensorboard",  # clu's writers import it
         "tensorflow-datasets>=4.9.9",
         # Only for TensorBoard events; the CPU build can never take an accelerator from JAX.
-        f"tensorflow-cpu; {TENSORFLOW_CPU}",
-        f"tensorflow; not ({TENSORFLOW_CPU})",
+        f"tensorflow-cpu; {HAS_TENSORFLOW_CPU}",
+        f"tensorflow; {HAS_NOT}",
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts that run here: a virtual environment with this package in it.
 # usage: source launch/environment.sh [extras], from the repository's root.
 # Creates .venv where no environment is active; installs when setup.py, constraints.txt or the
