@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 out="${1:-runs/local}"
+mkdir -p "$out"
 python -m supmim_jax.train --config configs/debug_supervised.py --workdir "$out/supervised"
 python -m supmim_jax.train --config configs/debug.py --workdir "$out/supmim"
 echo
