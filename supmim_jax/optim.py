@@ -4,11 +4,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from supmim_jax.config import Config
 
 DECAYED = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
+STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layers
 
 
 def path_name(path: tuple) -> str:
@@ -32,16 +34,37 @@ def schedule(cfg: Config) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [cfg.warmup_steps]) if cfg.warmup_steps else decay
 
 
-def make(cfg: Config) -> optax.GradientTransformation:
-    """The gradient transformation that the step applies."""
-    optim = cfg.optim
-    method = {"adamw": optax.adamw, "lamb": optax.lamb}[optim.name](
-        schedule(cfg),
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=1e-8 if optim.name == "adamw" else 1e-6,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
+def layer_trust_ratio() -> optax.GradientTransformation:
+    """LAMB's |parameter| / |update| (arXiv 1904.00962, algorithm 2) for each layer's matrices.
+
+    Layers are stacked in one array, so its first axis is kept apart. Parameters without weight
+    decay are left as Adam would move them, as in the LAMB that DeiT-III was trained with (apex).
+    """
+
+    def ratio(path: tuple, update: jax.Array, parameter: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if not DECAYED.search(name):
+            return update
+        axes = tuple(range(int(bool(STACKED.search(name))), update.ndim))
+        norms = [jnp.sqrt((x**2).sum(axes, keepdims=True)) for x in (parameter, update)]
+        either_zero = (norms[0] == 0) | (norms[1] == 0)
+        return update * jnp.where(
+            either_zero, 1.0, norms[0] / jnp.where(either_zero, 1.0, norms[1])
+        )
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(ratio, updates, params)
     )
-    clip = optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
-    return optax.chain(clip, method)
+
+
+def make(cfg: Config) -> optax.GradientTransformation:
+    """The gradient transformation that the step applies: clip, Adam, decay, learning rate."""
+    optim = cfg.optim
+    lamb = optim.name == "lamb"
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        optax.scale_by_adam(optim.b1, optim.b2, eps=1e-6 if lamb else 1e-8),
+        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        layer_trust_ratio() if lamb else optax.identity(),
+        optax.scale_by_learning_rate(schedule(cfg)),
+    )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch, make_codes
+from conftest import make_codes
 
 from supmim_jax import checkpoint, program, sharding
 from supmim_jax.config import ConfigError, MeshConfig, OptimConfig
@@ -93,33 +93,6 @@ def test_what_does_not_fit_the_mesh_is_named(cfg):
         sharding.spec("x/patches/kernel", (16, 30), mesh)
     with pytest.raises(ConfigError, match=r"No rule of sharding\.RULES names the parameter x/new"):
         sharding.spec("x/new", (3,), sharding.make_mesh(MeshConfig()))
-
-
-def test_weight_decay_is_on_matrices_only(cfg, one_device):
-    from supmim_jax import optim
-
-    params = program.build(cfg, one_device).state.params
-    flat = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
-    decayed = {optim.path_name(path) for path, on in flat if on}
-    assert "encoder/transformer/blocks/qkv/kernel" in decayed and "head/kernel" in decayed
-    assert all(path.endswith("/kernel") for path in decayed)
-    assert len(decayed) == 2 * 4 + 1 + 1 + 2
-
-
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
-    from supmim_jax import optim
-
-    changed = OptimConfig(name=name, lr=0.1, final_lr=0.01, warmup_epochs=1)
-    cfg = dataclasses.replace(cfg, epochs=10, optim=changed)  # 4 steps of 40
-    rate = optim.schedule(cfg)
-    np.testing.assert_allclose([rate(s) for s in (0, 2, 4, 40)], [0, 0.05, 0.1, 0.01], rtol=1e-5)
-    np.testing.assert_allclose(rate(22), (0.1 + 0.01) / 2, rtol=1e-5)
-    built = program.build(cfg, one_device)
-    state = built.init(jax.random.key(0))
-    for step in range(2):
-        state, metrics = built.step(state, make_batch(cfg), make_codes(cfg))
-        np.testing.assert_allclose(metrics["learning_rate"], rate(step), rtol=1e-6)
 
 
 def canonical(text: str) -> str:

@@ -29,6 +29,7 @@ class Decoder(nnx.Module):
     ):
         dtype = jnp.dtype(encoder.dtype)
         self.side = side
+        self.inserts_masked = inserts_masked
         self.embed = linear(encoder.width, cfg.width, dtype, rngs)
         if inserts_masked:
             draw = nnx.initializers.truncated_normal(0.02)
@@ -52,9 +53,9 @@ class Decoder(nnx.Module):
         """Predictions for every patch, kept ones too, float32 BxLx(outputs)."""
         x = self.embed(tokens_BxNxD)
         patches = mask.masked.shape[1]
-        kept = mask.keep.shape[1] if hasattr(self, "mask_token") else patches
+        kept = mask.keep.shape[1] if self.inserts_masked else patches
         cls, x = jnp.split(x, [x.shape[1] - kept], axis=1)
-        if hasattr(self, "mask_token"):
+        if self.inserts_masked:
             hole = self.mask_token[...].astype(x.dtype)
             holes = jnp.broadcast_to(hole, (x.shape[0], patches - kept, x.shape[2]))
             x = jnp.concatenate([x, holes], axis=1)
