@@ -95,6 +95,8 @@ def debug(config: Config) -> Config:
         eval_split="validation[:100]",
         train_examples=640,
         num_classes=50,
+        workers=0,
+        threads=2,
     )
     objective = config.objective
     if objective.name == "supmim":

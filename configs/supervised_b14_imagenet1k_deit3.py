@@ -13,7 +13,7 @@ from supmim_jax.config import ClassificationConfig, Config, OptimConfig, Supervi
 
 
 def experiment() -> Config:
-    classification = ClassificationConfig(loss="sigmoid", mixup=0.8, cutmix=1.0)
+    classification = ClassificationConfig(loss="bce", mixup=0.8, cutmix=1.0)
     return Config(
         batch_size=2048,
         epochs=400,

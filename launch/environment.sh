@@ -5,14 +5,18 @@
 # extras have changed since the last time, and otherwise does nothing.
 
 extras="${1:-}"
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
-  python="${PYTHON:-python3}"
-  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: $("$python" --version 2>&1) is too old; supmim_jax needs Python 3.11 or newer." \
-      "Name another with PYTHON=/path/to/python3.12 bash $0" >&2
-    exit 2
-  fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+if [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ]; then
+  CONDA_PREFIX="" # conda activates base by itself; nothing is to be installed there
+fi
+python="${PYTHON:-python3}"
+[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] || python=python
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: $("$python" --version 2>&1) is too old; supmim_jax needs Python 3.11 or newer." \
+    "Name another with PYTHON=/path/to/python3.12 bash $0" >&2
+  exit 2
+fi
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+  [ -e .venv/bin/activate ] || "$python" -m venv --clear .venv
   # shellcheck disable=SC1091
   source .venv/bin/activate
 fi

@@ -3,10 +3,11 @@
 # them on the test split. Run again, it continues where it stopped.
 # usage: bash launch/local.sh [directory for the results, default runs/local]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source launch/environment.sh
+root="$(cd "$(dirname "$0")/.." && pwd)"
+out="$(realpath -m "${1:-$root/runs/local}")" # relative to where it was called
+cd "$root"
+source launch/environment.sh ""
 
-out="${1:-runs/local}"
 mkdir -p "$out"
 python -m supmim_jax.train --config configs/debug_supervised.py --workdir "$out/supervised"
 python -m supmim_jax.train --config configs/debug.py --workdir "$out/supmim"

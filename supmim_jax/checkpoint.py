@@ -6,6 +6,7 @@ anything is read (orbax alone accepts a misspelt subtree or another depth).
 
 import json
 import os
+import re
 from typing import Any
 
 import jax
@@ -75,17 +76,23 @@ def locate(checkpoint: str) -> epath.Path:
     Raises:
       SetupError: there is no such workdir, checkpoint or step.
     """
-    workdir, at, step = checkpoint.rpartition("@") if "@" in checkpoint else (checkpoint, "", "")
+    workdir, step = split_step(checkpoint)
     root = epath.Path(workdir).absolute() / "checkpoints"
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
+    steps = sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
     if not steps:
         raise SetupError(
             f"There is no checkpoint in {root}. --checkpoint takes the --workdir of a training "
             f"run, optionally with @step."
         )
-    if at and (not step.isdigit() or int(step) not in steps):
-        raise SetupError(f"{root} has no step {step!r}; it has {', '.join(map(str, steps))}.")
-    return root / (step or str(steps[-1]))
+    if step is not None and step not in steps:
+        raise SetupError(f"{root} has no step {step}; it has {', '.join(map(str, steps))}.")
+    return root / str(steps[-1] if step is None else step)
+
+
+def split_step(checkpoint: str) -> tuple[str, int | None]:
+    """`workdir@step` as (workdir, step); other uses of @ belong to the path."""
+    match = re.fullmatch(r"(.*)@(\d+)", checkpoint)
+    return (match[1], int(match[2])) if match else (checkpoint, None)
 
 
 def read_config(directory: epath.Path) -> Config:
@@ -98,7 +105,7 @@ def read_run(directory: epath.Path) -> dict:
     return _read_json(directory / "run" / "metadata")
 
 
-def restore_encoder(directory: epath.Path, like: dict) -> dict:
+def restore_params(directory: epath.Path, like: dict) -> dict:
     """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
 
     Raises:

@@ -33,7 +33,15 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        flags.Error,
+        SetupError,
+        OSError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:
         return fail(f"{error} (in the command line)", EXIT_SETUP)
 
 

@@ -39,18 +39,22 @@ class DataConfig:
     flip: bool = True
     augment: Literal["none", "rand_augment", "three_augment"] = "none"
     augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image
-    augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: of 30
+    augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most
     color_jitter: float = within(0.3, 0.0, 1.0)  # three_augment: brightness, contrast, saturation
     eval_resize: int = within(24, 1, INF)  # pixels of the shorter side before the centre crop
-    workers: int = within(0, 0, 256)  # decoding processes per host; 0 decodes in threads
+    workers: int = within(0, 0, 256)  # decoding processes per host, a batch each; 0: threads
     threads: int = within(2, 1, 256)  # reading (and, with 0 workers, decoding) threads
-    prefetch: int = within(4, 1, 1024)  # batches kept ready
+    prefetch: int = within(4, 1, 1024)  # batches kept ready; at least one per thread
 
     def __post_init__(self):
         if self.eval_resize < self.image_size:
             raise ConfigError(
                 f"eval_resize is {self.eval_resize}, but the centre crop needs at least "
                 f"image_size = {self.image_size}."
+            )
+        if self.augment != "none" and self.channels != 3:
+            raise ConfigError(
+                f"augment is {self.augment!r}, which needs channels = 3, not {self.channels}."
             )
 
 
@@ -76,7 +80,7 @@ class ViTConfig:
     layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
     drop_path: float = within(0.0, 0.0, 0.99)  # of the last block, rising linearly from 0
     gelu: Literal["exact", "tanh"] = "exact"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matmuls; parameters are float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: Literal["none", "names", "full"] = "none"
 
     def __post_init__(self):
@@ -94,10 +98,17 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ClassificationConfig:
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: DeiT-III's binary cross-entropy
+    # sigmoid: binary cross-entropy of soft targets; bce: DeiT-III's, every mixed-in label is 1
+    loss: Literal["softmax", "sigmoid", "bce"] = "softmax"
     label_smoothing: float = within(0.0, 0.0, 0.99)
     mixup: float = within(0.0, 0.0, INF)  # Beta parameter; 0 switches it off
     cutmix: float = within(0.0, 0.0, INF)  # Beta parameter; with mixup on, a coin per batch
+
+    def __post_init__(self):
+        if self.loss == "bce" and self.label_smoothing:
+            raise ConfigError(
+                "label_smoothing must be 0 with loss = 'bce', whose targets are 0 or 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,8 @@ class Config:
                 f"data.image_size is {size}, not a multiple of model.patch = {patch}; "
                 f"{below or patch} or {below + patch} would do."
             )
+        if self.objective.name == "supmim" and size == patch:
+            raise ConfigError(f"model.patch is {patch}, the whole image: nothing is left to mask.")
 
     @property
     def total_steps(self) -> int:

@@ -38,12 +38,13 @@ def layer_trust_ratio() -> optax.GradientTransformation:
     """LAMB's |parameter| / |update| (arXiv 1904.00962, algorithm 2) for each layer's matrices.
 
     Layers are stacked in one array, so its first axis is kept apart. Parameters without weight
-    decay are left as Adam would move them, as in the LAMB that DeiT-III was trained with (apex).
+    decay are left as Adam would move them, as in the LAMB that DeiT-III was trained with (apex);
+    so is the head, which starts from zero and could only creep away from it.
     """
 
     def ratio(path: tuple, update: jax.Array, parameter: jax.Array) -> jax.Array:
         name = path_name(path)
-        if not DECAYED.search(name):
+        if not DECAYED.search(name) or name == "head/kernel":
             return update
         axes = tuple(range(int(bool(STACKED.search(name))), update.ndim))
         norms = [jnp.sqrt((x**2).sum(axes, keepdims=True)) for x in (parameter, update)]

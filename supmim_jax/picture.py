@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 
 from supmim_jax import checkpoint, commands, program, sharding, tokenizers
-from supmim_jax.config import Config, SetupError
+from supmim_jax.config import Config, MeshConfig, SetupError
 from supmim_jax.data import pipeline
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.objectives.supmim import SupMIM
@@ -43,10 +44,15 @@ def restore(location: str) -> tuple[Config, SupMIM]:
     cfg = checkpoint.read_config(directory)
     if cfg.objective.name != "supmim":
         raise SetupError(f"{location} is a {cfg.objective.name!r} run; there are no masked tokens.")
-    prog = program.build(cfg, sharding.make_mesh(cfg.mesh))
-    params = checkpoint.restore_encoder(directory, prog.state.params)
+    prog = program.build(cfg, one_device())
+    params = checkpoint.restore_params(directory, prog.state.params)
     frozen = sharding.put(tokenizers.arrays(cfg, directory.parent.parent), prog.frozen)
     return cfg, nnx.merge(prog.graph, params, frozen)
+
+
+def one_device() -> Mesh:
+    """A picture needs no more, whatever mesh the run had."""
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def draw(rows: list[np.ndarray], path: Path) -> None:
@@ -71,9 +77,9 @@ def draw(rows: list[np.ndarray], path: Path) -> None:
 
 def main() -> None:
     cfg, objective = restore(CHECKPOINT.value)
-    batch = next(pipeline.eval_dataset(cfg, cfg.data.eval_split, sharding.make_mesh(cfg.mesh)))
+    batch = next(pipeline.eval_dataset(cfg, cfg.data.eval_split, one_device()))
     images = np.asarray(batch.views[0])[: COUNT.value]
-    path = Path(OUT.value or Path(CHECKPOINT.value.partition("@")[0]) / "tokens.png")
+    path = Path(OUT.value or Path(checkpoint.split_step(CHECKPOINT.value)[0], "tokens.png"))
     draw(panels(objective, images, jax.random.key(cfg.seed)), path)
     print(path)
 

@@ -4,15 +4,22 @@ Each encoder is rebuilt from the config saved beside its weights. Several checkp
 with a row each.
 """
 
+import dataclasses
+import math
+
 from absl import flags
 
 from supmim_jax import checkpoint, commands, evals, program, sharding
+from supmim_jax.config import MeshConfig
 
 COLUMNS = ("encoder", "top-1 %", "kNN %", "epochs", "seconds")
 
 
-def probe(location: str, split: str) -> tuple:
+def probe(location: str, split: str, data_dir: str = "") -> tuple:
     """One row of the table: COLUMNS for the checkpoint at `workdir` or `workdir@step`.
+
+    It is measured on the devices that there are, whatever mesh it was trained on, and on the data
+    in `data_dir` if that is given.
 
     Raises:
       SetupError: the checkpoint is missing, or not that of its config.
@@ -20,10 +27,16 @@ def probe(location: str, split: str) -> tuple:
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
     run = checkpoint.read_run(directory)
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.make_mesh(MeshConfig())
+    batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
+    cfg = dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir),
+        eval=dataclasses.replace(cfg.eval, batch_size=batch_size),
+    )
     inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
     encoder = program.BoundEncoder(
-        inference, checkpoint.restore_encoder(directory, inference.params)
+        inference, checkpoint.restore_params(directory, inference.params)
     )
     found = evals.run_all(encoder, cfg, split or cfg.data.eval_split, mesh)
     epochs = run["position"] / cfg.data.train_examples
@@ -50,7 +63,7 @@ def table(rows: list[tuple]) -> str:
 
 
 def main() -> None:
-    print(table([probe(location, SPLIT.value) for location in CHECKPOINT.value]))
+    print(table([probe(location, SPLIT.value, DATA_DIR.value) for location in CHECKPOINT.value]))
 
 
 if __name__ == "__main__":
@@ -58,4 +71,5 @@ if __name__ == "__main__":
         "checkpoint", None, "workdir or workdir@step; may be given several times", required=True
     )
     SPLIT = flags.DEFINE_string("split", "", "Split to measure on; default: that of the run.")
+    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as in the run.")
     commands.start(main)

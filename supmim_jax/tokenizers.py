@@ -8,11 +8,13 @@ from supmim_jax.config import Config
 from supmim_jax.data import pipeline
 from supmim_jax.models import patch_codes
 
+FILE = "tokenizer.npz"
+
 
 def arrays(cfg: Config, workdir: epath.Path) -> dict:
     """The `frozen` argument of the train step as host arrays; {} where nothing is frozen.
 
-    A codebook is fitted once per run, on the training split alone, and kept in
+    A codebook is fitted once per run, on the training split alone; `save` keeps it in
     workdir/tokenizer.npz, where a resumed run and `picture` find it.
 
     Raises:
@@ -21,13 +23,17 @@ def arrays(cfg: Config, workdir: epath.Path) -> dict:
     if cfg.objective.name != "supmim":
         return {}
     tokenizer, patch = cfg.objective.tokenizer, cfg.model.patch
-    path = epath.Path(tokenizer.path or workdir / "tokenizer.npz")
+    path = epath.Path(tokenizer.path or workdir / FILE)
     if tokenizer.path or path.exists():
         return {"tokenizer": patch_codes.load(path, tokenizer, patch, cfg.data.channels)}
     images = pipeline.first_images(cfg, tokenizer.fit_images)
     codes = patch_codes.fit(tokenizer, patch, images, cfg.seed)
     if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
         codes = multihost_utils.broadcast_one_to_all(codes)
-    if jax.process_index() == 0:
-        patch_codes.save(path, codes)
     return {"tokenizer": codes}
+
+
+def save(arrays: dict, workdir: epath.Path) -> None:
+    """Keeps the tokenizer with the run."""
+    if arrays:
+        patch_codes.save(workdir / FILE, arrays["tokenizer"])

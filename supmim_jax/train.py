@@ -9,13 +9,24 @@ import json
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import checkpoint, commands, evals, program, sharding, tokenizers
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.data import pipeline
 from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine
+
+# Where a run goes on, how it reads, logs and saves may change between its parts.
+MAY_CHANGE = (
+    "config.mesh.",
+    "config.log.",
+    "config.checkpoint.",
+    "config.data.data_dir:",
+    "config.data.workers:",
+    "config.data.threads:",
+    "config.data.prefetch:",
+)
 
 
 def train(
@@ -40,10 +51,13 @@ def train(
     prog = program.build(cfg, mesh)
     inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
     pipeline.check(cfg)
-    workdir = prepare_workdir(epath.Path(workdir), cfg)
+    workdir = epath.Path(workdir)
+    check_workdir(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         return json.loads((workdir / "results.json").read_text())
-    frozen = sharding.put(tokenizers.arrays(cfg, workdir), prog.frozen)
+    host_arrays = tokenizers.arrays(cfg, workdir)
+    make_workdir(workdir, cfg, host_arrays)
+    frozen = sharding.put(host_arrays, prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     first = checkpoints.latest() or 0
@@ -71,13 +85,13 @@ def train(
             values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)
             writer.write(step, values)
             line.show(step, values)
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
+            with clock.stopped():
+                evaluate(inference, state, cfg, mesh, step, writer, line)
         if step % cfg.checkpoint.every == 0 or step == last:
             finite.flush()
             run = {"position": step * cfg.batch_size, "seconds": clock.seconds}
             checkpoints.save(state, cfg, run)
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < last:
-            with clock.stopped():
-                evaluate(inference, state, cfg, mesh, step, writer, line)
     checkpoints.close()
     if last < cfg.total_steps:
         return {}
@@ -89,7 +103,8 @@ def train(
         "split": cfg.data.eval_split,
         **results,
     }
-    write_json(workdir / "results.json", results)
+    if jax.process_index() == 0:
+        write_json(workdir / "results.json", results)
     return results
 
 
@@ -103,30 +118,43 @@ def evaluate(inference, state, cfg: Config, mesh, step: int, writer, line) -> di
     return results
 
 
-def prepare_workdir(workdir: epath.Path, cfg: Config) -> epath.Path:
-    """Makes the workdir and keeps the config in it.
+def check_workdir(workdir: epath.Path, cfg: Config) -> None:
+    """Raises SetupError if the workdir holds a run that this config would not continue."""
+    path = workdir / "config.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except (OSError, json.JSONDecodeError) as error:
+        raise SetupError(f"{path} cannot be read: {error}. Choose another --workdir.") from None
+    if found is None:
+        return
+    found = to_configdict(from_configdict(found)).to_dict()
+    changed = [
+        difference
+        for difference in differences(found, to_configdict(cfg).to_dict())
+        if not difference.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise SetupError(
+            f"--workdir {workdir} holds a run of another config: {'; '.join(changed)} "
+            f"(there; here). Choose another --workdir, or the config that began it."
+        )
+
+
+def make_workdir(workdir: epath.Path, cfg: Config, frozen: dict) -> None:
+    """Makes the workdir with what the run begins from: the config and the tokenizer.
 
     Raises:
-      SetupError: it cannot be written, or holds a run of another config.
+      SetupError: it cannot be written.
     """
-    wanted = to_configdict(cfg).to_dict()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "config.json"
-        if path.exists():
-            found = to_configdict(from_configdict(json.loads(path.read_text()))).to_dict()
-            if changed := differences(found, wanted):
-                raise SetupError(
-                    f"--workdir {workdir} holds a run of another config: {'; '.join(changed)} "
-                    f"(there; here). Choose another --workdir, or the config that began it."
-                )
-        elif jax.process_index() == 0:
-            write_json(path, wanted)
+        if jax.process_index() == 0 and not (workdir / "config.json").exists():
+            tokenizers.save(frozen, workdir)
+            write_json(workdir / "config.json", to_configdict(cfg).to_dict())
     except OSError as error:
         raise SetupError(
             f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
         ) from None
-    return workdir
 
 
 def write_json(path: epath.Path, values: dict) -> None:
@@ -137,8 +165,15 @@ def write_json(path: epath.Path, values: dict) -> None:
 
 
 def main() -> None:
+    if not isinstance(CONFIG.value, ConfigDict):
+        raise SetupError("--config names no readable file; give the path of one in configs/.")
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise SetupError(
+                f"--distributed found no TPU VM or Slurm job to join: {error}"
+            ) from None
     cfg = from_configdict(CONFIG.value)
     results = train(cfg, WORKDIR.value)
     if jax.process_index() == 0:

@@ -16,8 +16,8 @@ Metrics = dict[str, jax.Array]
 class Batch:
     """Examples of one step, the same global values on every topology.
 
-    `weight` is 0 for the padding of evaluation batches. `id` is the record's index: all of an
-    example's randomness comes from it.
+    `weight` is 0 for the padding of evaluation batches. `id` is the record's index: an
+    example's crop, colours and mask come from it; mixing and DropPath from its row in the batch.
     """
 
     views: tuple[jax.Array, ...]  # uint8 BxHxWxC each

@@ -7,4 +7,4 @@ source launch/environment.sh "${EXTRAS:-test}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest -rs "$@"

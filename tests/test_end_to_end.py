@@ -34,6 +34,7 @@ def metric_lines(workdir) -> list[dict]:
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, one_device, tmp_path):
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=3))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     results = train(cfg, whole, devices=ONE)
     for stop_at in (3, 7, None):
@@ -63,6 +64,23 @@ def test_a_workdir_of_another_config_is_left_alone(cfg, tmp_path):
     with pytest.raises(SetupError, match=r"another config: config\.seed: 0; 1 .*Choose another"):
         train(dataclasses.replace(cfg, seed=1), tmp_path, devices=ONE)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, one_device, tmp_path):
+    train(cfg, tmp_path, stop_at=4, devices=ONE)
+    mesh, log = dataclasses.replace(cfg.mesh, fsdp=2), dataclasses.replace(cfg.log, every=1)
+    train(dataclasses.replace(cfg, mesh=mesh, log=log), tmp_path, 6, jax.devices()[:2])
+    assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 5, 6]
+    assert final_state(cfg, tmp_path, one_device)[1]["position"] == 96
+    assert probe.probe(str(tmp_path), "validation")[0] == "supmim"  # on all eight devices
+
+
+def test_a_tokenizer_that_cannot_be_fitted_leaves_nothing_behind(cfg, tmp_path):
+    tokenizer = dataclasses.replace(cfg.objective.tokenizer, codes=60000)
+    objective = dataclasses.replace(cfg.objective, tokenizer=tokenizer)
+    with pytest.raises(SetupError, match="distinct patches"):
+        train(dataclasses.replace(cfg, objective=objective), tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_where(cfg, tmp_path):
@@ -108,7 +126,14 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.objective.mask_ratio=much"], "mask_ratio"),
         (["--config.batch_size=63"], "the 2 batch shards of the mesh"),
         (["--config.model.patch=3"], "not a multiple of model.patch = 3; 18 or 21 would do"),
-        (["--config.data.name=imagenet2012"], "tfds build imagenet2012 --file_format=array_record"),
+        (
+            ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere"],
+            "tfds build imagenet2012 --file_format=array_record",
+        ),
+        (["--config=configs/debug.py:dbug"], "argument 'dbug' is unknown"),
+        (["--config=configs/none.py"], "--config names no readable file"),
+        (["--config.data.data_dir=/proc/here"], "Set config.data.data_dir"),
+        (["--distributed"], "--distributed found no TPU VM"),
         (["--confg=x"], "confg"),
         (["surplus"], "Unknown argument 'surplus'"),
     ],

@@ -51,6 +51,8 @@ def test_evaluation_does_not_depend_on_mesh_or_batch(cfg, one_device):
         mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
         run = dataclasses.replace(cfg, eval=EvalConfig(batch_size=batch))
         params = program.build(run, mesh).init(jax.random.key(0)).params
+        kernel = params["head"]["kernel"]  # zero to begin with: every image of class 0
+        params["head"]["kernel"] = kernel + jax.random.normal(jax.random.key(1), kernel.shape)
         encoder = program.bind(program.build_inference(run, batch, mesh), params)
         results.append(evals.run_all(encoder, run, "validation[:200]", mesh))
     assert results[0] == results[1] == results[2]

@@ -27,14 +27,14 @@ def clone(tmp_path):
     return root, environment
 
 
-def calls(clone, script: str, **env) -> list[str]:
+def calls(clone, script: str, *arguments: str, **env) -> list[str]:
     """What a script runs, from another working directory."""
     root, environment = clone
     log = root.parent / "calls"
     log.unlink(missing_ok=True)
     path = f"{environment / 'bin'}:{os.environ['PATH']}"
     subprocess.run(
-        ["bash", str(root / script)],
+        ["bash", str(root / script), *arguments],
         check=True,
         cwd=root.parent,
         env=os.environ | {"PATH": path, "VIRTUAL_ENV": str(environment)} | env,
@@ -45,10 +45,13 @@ def calls(clone, script: str, **env) -> list[str]:
 def test_local_installs_once_trains_both_and_compares_them(clone):
     first, again = calls(clone, "launch/local.sh"), calls(clone, "launch/local.sh")
     assert "-m pip install" in first[0] and "--constraint constraints.txt" in first[0]
-    assert "--config configs/debug_supervised.py --workdir runs/local/supervised" in first[1]
-    assert "--config configs/debug.py --workdir runs/local/supmim" in first[2]
+    out = f"{clone[0]}/runs/local"
+    assert f"--config configs/debug_supervised.py --workdir {out}/supervised" in first[1]
+    assert f"--config configs/debug.py --workdir {out}/supmim" in first[2]
     assert first[3].startswith("python -m supmim_jax.probe --split test")
     assert again == first[1:]
+    elsewhere = calls(clone, "launch/local.sh", "results here")
+    assert f"--workdir {clone[0].parent}/results here/supervised" in elsewhere[0]
     with (clone[0] / "constraints.txt").open("a") as file:
         file.write("another==1.0\n")
     assert calls(clone, "launch/local.sh") == first

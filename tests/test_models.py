@@ -11,7 +11,7 @@ from flax import nnx
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError, ViTConfig
 from supmim_jax.models import masking, patch_codes, vit
-from supmim_jax.models.transformer import sincos2d
+from supmim_jax.models.transformer import _keep, sincos2d
 
 DATA = DataConfig(image_size=16, eval_resize=16, channels=3)
 SMALL = ViTConfig(patch=4, width=32, depth=2, mlp_dim=64, heads=2)
@@ -60,9 +60,8 @@ def test_masked_pixels_are_hidden_in_both_forms():
 def test_drop_path_needs_a_key_and_keeps_the_mean():
     model = encoder(drop_path=0.5, depth=3)
     tokens = (model.embed(IMAGES),)
-    assert (model.encode(tokens)[0] == model.encode(tokens, None)[0]).all()
-    from supmim_jax.models.transformer import _keep
-
+    dropped = model.encode(tokens, jax.random.key(0))[0]
+    assert (dropped != model.encode(tokens)[0]).any() and jnp.isfinite(dropped).all()
     keep = _keep(jax.random.key(0), 0.25, 4000, (3, 2))
     assert keep.shape == (2, 4000, 5, 1) and abs(float(keep.mean()) - 1.0) < 0.02
     assert (keep[:, :, 0] == keep[:, :, 2]).all() and (keep[:, :, 0] != keep[:, :, 3]).any()
@@ -87,6 +86,9 @@ def test_layer_scale_starts_near_the_identity():
     model = encoder(layer_scale=1e-6)
     tokens = model.embed(IMAGES)
     np.testing.assert_allclose(model.transformer(tokens, (16,)), tokens, atol=1e-4)
+    model = encoder(layer_scale=1e-4, dtype="bfloat16")
+    tokens = model.embed(IMAGES)
+    assert (model.transformer(tokens, (16,)) != tokens).mean() > 0.9  # not rounded away
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():

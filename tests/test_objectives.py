@@ -76,7 +76,7 @@ def test_the_loss_of_a_model_of_four_patches_by_hand(encoder_input):
 
     x = np.asarray(batch.views[0], np.float64).reshape(3, 4, 1) / 127.5 - 1
     w = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
-    mask = jax.tree.map(np.asarray, model.mask(jax.random.split(key, 3)[0], batch.id))
+    mask = jax.tree.map(np.asarray, model.mask(jax.random.split(key, 3)[2], batch.id))
 
     def norm(t, p):
         t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
@@ -167,8 +167,8 @@ def test_the_masked_branch_is_of_the_image_before_mixing(cfg):
 
 
 GOLDEN = {
-    "supervised": {"loss": 3.39982, "grad_norm": 0.728477, "params": 2551.82},
-    "supmim": {"loss": 7.05479, "grad_norm": 16.9563, "params": 4046.35},
+    "supervised": {"loss": 3.3998, "grad_norm": 0.738245, "params": 2530.35},
+    "supmim": {"loss": 6.92066, "grad_norm": 8.82145, "params": 4025.39},
 }
 INTENDED = (
     "The numbers of the first training steps changed. If that was intended (another loss, "

@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+import time
 
 import cv2
 import jax
@@ -63,6 +64,17 @@ def test_batches_are_the_same_on_any_mesh_and_after_a_restart(cfg, one_device):
     for other, first in ((stream(cfg, mesh), 0), (stream(cfg, one_device, 5), 5)):
         for a, b in zip(whole[first:], other, strict=True):
             assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+
+
+def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device, monkeypatch):
+    decoded = []
+    decode = transforms.decode
+    monkeypatch.setattr(transforms, "decode", lambda *a: (decoded.append(1), decode(*a))[1])
+    cfg = dataclasses.replace(cfg, epochs=20)
+    next(pipeline.train_dataset(cfg, one_device))
+    time.sleep(1.0)
+    threads = cfg.data.threads
+    assert cfg.batch_size <= len(decoded) <= (1 + cfg.data.prefetch + threads) * cfg.batch_size
 
 
 def test_workers_give_the_batches_that_threads_give(cfg, one_device):

@@ -112,7 +112,7 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
         checkpoints.close()
         found = checkpoint.locate(str(directory))
         inference = program.build_inference(checkpoint.read_config(found), 16, one_device)
-        params = checkpoint.restore_encoder(found, inference.params)
+        params = checkpoint.restore_params(found, inference.params)
         assert set(params) == {"encoder", "head"}
         lowered = inference.features.lower(params, inference.images)
         programs.append(canonical(lowered.compile().as_text()))

@@ -11,14 +11,15 @@ def rand_augment(
 ) -> np.ndarray:
     """RandAugment (arXiv 1909.13719): `layers` operations, each drawn uniformly, one magnitude.
 
-    Magnitude is of 30, as in timm. The geometric operations move pixels, so the masked-token
+    Magnitude 10 is the strongest of AutoAugment's ranges and 15 half as much again, as in AugReg's
+    code; Cutout, SolarizeAdd and the probability of skipping are left out. The geometric operations move pixels, so the masked-token
     target is of the image after them: what the encoder sees.
     """
     names = list(OPERATIONS)
     for _ in range(layers):
         operation = OPERATIONS[names[rng.integers(len(names))]]
         sign = 1.0 if rng.random() < 0.5 else -1.0
-        image = operation(image, magnitude / 30.0, sign)
+        image = operation(image, magnitude / 10.0, sign)
     return image
 
 
@@ -56,6 +57,11 @@ def contrasted(image: np.ndarray, factor: float) -> np.ndarray:
 
 def saturated(image: np.ndarray, factor: float) -> np.ndarray:
     return blend(luminance(image)[..., None], image, factor)
+
+
+def enhancement(strength: float, sign: float) -> float:
+    """Factor of brightness, contrast, saturation or sharpness; never below 0.1."""
+    return max(1.0 + sign * 0.9 * strength, 0.1)
 
 
 def luminance(image: np.ndarray) -> np.ndarray:
@@ -110,19 +116,19 @@ def warped(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=GREY)
 
 
-# Operation(image, strength in [0, 1], sign): the ranges of timm's `increasing` policy, in which
-# a larger strength always changes more.
+# Operation(image, strength, sign): 1 is the end of AutoAugment's range (arXiv 1805.09501, table 6),
+# and a larger strength changes more.
 OPERATIONS = {
     "autocontrast": lambda image, strength, sign: autocontrasted(image),
     "equalize": lambda image, strength, sign: equalized(image),
     "invert": lambda image, strength, sign: 255 - image,
     "rotate": lambda image, strength, sign: rotated(image, sign * 30.0 * strength),
-    "posterize": lambda image, strength, sign: posterized(image, 4 - int(4 * strength) or 1),
-    "solarize": lambda image, strength, sign: solarized(image, 256 - 256 * strength),
-    "color": lambda image, strength, sign: saturated(image, 1.0 + sign * 0.9 * strength),
-    "contrast": lambda image, strength, sign: contrasted(image, 1.0 + sign * 0.9 * strength),
-    "brightness": lambda image, strength, sign: brightened(image, 1.0 + sign * 0.9 * strength),
-    "sharpness": lambda image, strength, sign: sharpened(image, 1.0 + sign * 0.9 * strength),
+    "posterize": lambda image, strength, sign: posterized(image, max(4 - int(4 * strength), 1)),
+    "solarize": lambda image, strength, sign: solarized(image, max(256 - 256 * strength, 0)),
+    "color": lambda image, strength, sign: saturated(image, enhancement(strength, sign)),
+    "contrast": lambda image, strength, sign: contrasted(image, enhancement(strength, sign)),
+    "brightness": lambda image, strength, sign: brightened(image, enhancement(strength, sign)),
+    "sharpness": lambda image, strength, sign: sharpened(image, enhancement(strength, sign)),
     "shear_x": lambda image, strength, sign: sheared(image, sign * 0.3 * strength, 0.0),
     "shear_y": lambda image, strength, sign: sheared(image, 0.0, sign * 0.3 * strength),
     "translate_x": lambda image, strength, sign: translated(image, sign * 0.45 * strength, 0.0),

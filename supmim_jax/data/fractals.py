@@ -187,7 +187,7 @@ class FractalsConfig(tfds.core.BuilderConfig):
 class Fractals(tfds.core.GeneratorBasedBuilder):
     """Random iterated function systems, rendered in random poses and colours, with masks."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # goes up with every change to what is rendered
     BUILDER_CONFIGS = [FractalsConfig(spec) for spec in SPECS.values()]
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -31,7 +31,7 @@ def check(cfg: Config) -> None:
 
 
 def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batch]:
-    """Training batches from `first_step` on, without end.
+    """Training batches from `first_step` to the last step.
 
     Raises:
       SetupError: the data set is missing or is not what the config says.
@@ -76,8 +76,9 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _batches(examples, cfg: Config, batch_size: int, rows, mesh: Mesh) -> Iterator[Batch]:
-    """Examples decoded ahead in threads or processes, batched and put on the mesh."""
-    options = grain.ReadOptions(cfg.data.threads, cfg.data.prefetch * len(rows))
+    """Batches decoded ahead, each by one thread or process, and put on the mesh."""
+    threads, ahead = cfg.data.threads, max(cfg.data.prefetch, cfg.data.threads)
+    options = grain.ReadOptions(1, 1) if cfg.data.workers else grain.ReadOptions(threads, ahead)
     local = examples.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
     if cfg.data.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags

@@ -1,4 +1,4 @@
-"""The records of a tfds data set in training or evaluation order; no JAX, for worker processes.
+"""The records of a tfds data set in training or evaluation order, as worker processes read them.
 
 The training sequence is one infinite list, epoch after epoch, each a permutation of all ids. A
 position in it is one number, and nothing in it depends on hosts, devices or workers.
@@ -141,6 +141,12 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
         reason = str(error).strip().splitlines()[0]
         raise SetupError(
             f"config.data.name is {cfg.name!r}, which tfds does not know: {reason}"
+        ) from None
+    except OSError as error:
+        raise SetupError(
+            f"The data set {cfg.name!r} cannot be made or read in "
+            f"{cfg.data_dir or 'the default directory of tfds'}: {error}. Set config.data.data_dir "
+            f"to a directory that you own."
         ) from None
     if not epath.Path(builder.data_dir).exists():
         raise SetupError(

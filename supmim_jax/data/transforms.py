@@ -64,7 +64,7 @@ def inception_crop(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator)
     """Random area and aspect, resized to image_size (Szegedy et al., arXiv 1409.4842).
 
     Area uniform in [min_crop_area, 1] of the image, aspect log-uniform in [3/4, 4/3]; after ten
-    misses the largest centred square, as torchvision does.
+    misses the largest square, in the centre.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -72,10 +72,11 @@ def inception_crop(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             break
     else:
         w = h = min(height, width)
-    top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, left = (height - h) // 2, (width - w) // 2
     return resize(image[top : top + h, left : left + w], cfg.image_size, cfg.image_size)
 
 
@@ -92,12 +93,12 @@ def random_crop(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) ->
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased when it shrinks (pixel-area average), bicubic when it enlarges; uint8 HxWxC."""
-    if image.shape[:2] == (height, width):
-        return image
-    shrinks = height < image.shape[0] or width < image.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(image, (width, height), interpolation=method).reshape(height, width, -1)
+    """Pixel-area average along sides that shrink, then bicubic along those that grow; uint8 HxWxC."""
+    smaller = min(height, image.shape[0]), min(width, image.shape[1])
+    for size, method in ((smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_CUBIC)):
+        if image.shape[:2] != size:
+            image = cv2.resize(image, size[::-1], interpolation=method).reshape(*size, -1)
+    return image
 
 
 @dataclass(frozen=True)

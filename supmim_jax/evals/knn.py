@@ -25,13 +25,13 @@ def predict(
     is nearer; of equal votes the smaller class wins. Bank and queries go through the device in
     chunks; at most query_chunk x (bank_chunk + k) similarities exist at once.
     """
-    queries, bank = _normalized(queries_QxD), _normalized(bank_NxD)
     votes = []
-    for start in range(0, len(queries), query_chunk):
-        chunk = queries[start : start + query_chunk]
+    for start in range(0, len(queries_QxD), query_chunk):
+        chunk = _normalized(queries_QxD[start : start + query_chunk])
         best = (np.full((len(chunk), k), -np.inf, np.float32), np.zeros((len(chunk), k), np.int32))
-        for first in range(0, len(bank), bank_chunk):
-            rows, labels = bank[first : first + bank_chunk], labels_N[first : first + bank_chunk]
+        for first in range(0, len(bank_NxD), bank_chunk):
+            rows = _normalized(bank_NxD[first : first + bank_chunk])
+            labels = labels_N[first : first + bank_chunk]
             best = _merge(best, chunk, rows, labels.astype(np.int32), k)
         votes.append(np.asarray(_vote(*best, classes, temperature)))
     return np.concatenate(votes)

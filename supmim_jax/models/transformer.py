@@ -84,7 +84,7 @@ class Block(nnx.Module):
 
     def _residual(self, branch, which: int, keep_2xBxNx1):
         if self.scales:
-            branch = branch * (self.scale1, self.scale2)[which].astype(branch.dtype)
+            branch = branch * (self.scale1, self.scale2)[which][...]  # float32
         if keep_2xBxNx1 is not None:
             branch = branch * keep_2xBxNx1[which].astype(branch.dtype)
         return branch
@@ -107,6 +107,8 @@ class Transformer(nnx.Module):
         segment, with a rate that rises linearly over the blocks, as in DeiT.
         """
         graph, params = nnx.split(self.blocks)
+        if self.blocks.scales:  # LayerScale's first values are below the resolution of bfloat16
+            x_BxNxD = x_BxNxD.astype(jnp.float32)
         drop = key is not None and self.drop_path > 0
         rates = jnp.linspace(0.0, self.drop_path, self.depth)
         keys = jax.random.split(key, self.depth) if drop else jnp.zeros((self.depth, 0))

@@ -2,12 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from supmim_jax.config import ClassificationConfig
 from supmim_jax.objectives import losses
 from supmim_jax.types import Batch
 
-LOSSES = {"softmax": losses.softmax_cross_entropy, "sigmoid": losses.sigmoid_cross_entropy}
+LOSSES = {
+    "softmax": losses.softmax_cross_entropy,
+    "sigmoid": losses.sigmoid_cross_entropy,
+    # DeiT-III (arXiv 2204.07118): a mixed image is wholly of each of its classes.
+    "bce": lambda logits, targets: losses.sigmoid_cross_entropy(logits, 1.0 * (targets > 0)),
+}
+
+
+def start_head(cfg: ClassificationConfig, head: nnx.Linear) -> None:
+    """Starts sigmoid losses at the prior of one class in V, as AugReg's code does (bias -6.9)."""
+    if cfg.loss != "softmax":
+        head.bias[...] = jnp.full_like(head.bias[...], -jnp.log(head.out_features))
 
 
 def loss(cfg: ClassificationConfig, logits_BxV, targets_BxV, weight_B) -> jax.Array:

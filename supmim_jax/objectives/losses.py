@@ -15,10 +15,10 @@ def softmax_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
 
 
 def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
-    """Binary cross-entropy summed over classes, B; DeiT-III (arXiv 2204.07118, section 3).
+    """Binary cross-entropy summed over classes, B.
 
-    Timm's and DeiT-III's codes take the mean over classes, which only rescales the loss; under
-    Adam and LAMB the two are the same but for epsilon and clipping.
+    The sum is in nats per image, like softmax's, so that it balances with the masked-token term;
+    timm's and DeiT-III's codes take the mean over classes, a thousandth on ImageNet.
     """
     log_yes, log_no = jax.nn.log_sigmoid(logits_BxV), jax.nn.log_sigmoid(-logits_BxV)
     return -(targets_BxV * log_yes + (1.0 - targets_BxV) * log_no).sum(-1)

@@ -17,10 +17,11 @@ class Supervised(nnx.Module):
         self.classes = cfg.data.num_classes
         classifier = Classifier(cfg.model, cfg.data, rngs=rngs)
         self.encoder, self.head = classifier.encoder, classifier.head
+        classification.start_head(self.cfg.classification, self.head)
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The scalar loss of a batch and its terms; `key` is that of the step."""
-        mix_key, drop_key = jax.random.split(key)
+        mix_key, drop_key, _ = jax.random.split(key, 3)  # the same draws as SupMIM's
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
         images, targets = classification.mix(cfg, images, batch, self.classes, mix_key)

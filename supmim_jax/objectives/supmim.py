@@ -28,6 +28,7 @@ class SupMIM(nnx.Module):
         self.classes = cfg.data.num_classes
         classifier = Classifier(cfg.model, cfg.data, rngs=rngs)
         self.encoder, self.head = classifier.encoder, classifier.head
+        classification.start_head(self.cfg.classification, self.head)
         visible = self.cfg.encoder_input == "visible"
         self.tokenizer = PatchCodes(self.cfg.tokenizer, cfg.model.patch, cfg.data)
         self.decoder = Decoder(
@@ -44,7 +45,7 @@ class SupMIM(nnx.Module):
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The scalar loss of a batch and its terms; `key` is that of the step."""
-        mask_key, mix_key, drop_key = jax.random.split(key, 3)
+        mix_key, drop_key, mask_key = jax.random.split(key, 3)
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
         mixed, targets = classification.mix(cfg, images, batch, self.classes, mix_key)
