@@ -11,6 +11,9 @@ from supmim_jax.metrics import Diverged
 EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
 EXIT_DIVERGED = 3  # training met NaN or infinity
 
+# What absl, ml_collections and a config file raise for a wrong flag, key or value.
+MISTAKES = (flags.Error, SetupError, OSError, LookupError, AttributeError, TypeError, ValueError)
+
 
 def start(run: Callable[[], None]) -> None:
     """Parses the flags and runs; what the user can fix is a paragraph on stderr, no traceback."""
@@ -33,15 +36,7 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
     try:
         return flags.FLAGS(argv)
-    except (
-        flags.Error,
-        SetupError,
-        OSError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except MISTAKES as error:
         return fail(f"{error} (in the command line)", EXIT_SETUP)
 
 

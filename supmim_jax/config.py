@@ -107,7 +107,7 @@ class ClassificationConfig:
     def __post_init__(self):
         if self.loss == "bce" and self.label_smoothing:
             raise ConfigError(
-                "label_smoothing must be 0 with loss = 'bce', whose targets are 0 or 1."
+                "label_smoothing must be 0 with loss = 'bce': its targets are 0 or 1."
             )
 
 

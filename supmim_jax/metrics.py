@@ -99,8 +99,8 @@ class FiniteCheck:
         raise Diverged(
             f"Step {step} is not finite: {', '.join(f'{k}={v:g}' for k, v in values.items())}. "
             f"Ids of its batch: {', '.join(map(str, np.unique(local)))}. Nothing of this step was "
-            f"saved. Lower config.optim.lr or set config.optim.clip in another --workdir, or look at "
-            f"these examples."
+            f"saved. Lower config.optim.lr or set config.optim.clip (with another --workdir), or "
+            f"look at these examples."
         )
 
 

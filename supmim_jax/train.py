@@ -21,6 +21,7 @@ from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine
 MAY_CHANGE = (
     "config.mesh.",
     "config.log.",
+    "config.eval.",
     "config.checkpoint.",
     "config.data.data_dir:",
     "config.data.workers:",
@@ -171,9 +172,7 @@ def main() -> None:
         try:
             jax.distributed.initialize()
         except (ValueError, RuntimeError) as error:
-            raise SetupError(
-                f"--distributed found no TPU VM or Slurm job to join: {error}"
-            ) from None
+            raise SetupError(f"--distributed found no TPU VM or Slurm job: {error}") from None
     cfg = from_configdict(CONFIG.value)
     results = train(cfg, WORKDIR.value)
     if jax.process_index() == 0:

@@ -12,8 +12,9 @@ def rand_augment(
     """RandAugment (arXiv 1909.13719): `layers` operations, each drawn uniformly, one magnitude.
 
     Magnitude 10 is the strongest of AutoAugment's ranges and 15 half as much again, as in AugReg's
-    code; Cutout, SolarizeAdd and the probability of skipping are left out. The geometric operations move pixels, so the masked-token
-    target is of the image after them: what the encoder sees.
+    code; Cutout, SolarizeAdd and the probability of skipping are left out. The geometric
+    operations move pixels, so the masked-token target is of the image after them: what the
+    encoder sees.
     """
     names = list(OPERATIONS)
     for _ in range(layers):

@@ -93,7 +93,7 @@ def random_crop(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) ->
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixel-area average along sides that shrink, then bicubic along those that grow; uint8 HxWxC."""
+    """Pixel-area average of sides that shrink, then bicubic for those that grow; uint8 HxWxC."""
     smaller = min(height, image.shape[0]), min(width, image.shape[1])
     for size, method in ((smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_CUBIC)):
         if image.shape[:2] != size:
