@@ -66,7 +66,8 @@ def test_a_typo_is_answered_with_the_known_key():
 
 
 def test_derived_values_follow_an_override():
-    cfg = Config(batch_size=100, epochs=10, optim=config.OptimConfig(lr=1.0, lr_batch=400))
+    data, optim = config.DataConfig(train_examples=600), config.OptimConfig(lr=1.0, lr_batch=400)
+    cfg = Config(batch_size=100, epochs=10, data=data, optim=optim)
     assert (cfg.total_steps, cfg.warmup_steps, cfg.peak_lr) == (60, 30, 0.25)
     assert dataclasses.replace(cfg, epochs=1.0).warmup_steps == 5  # below the total of 6
 
