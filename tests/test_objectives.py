@@ -155,6 +155,21 @@ def test_mixing_keeps_the_share_of_pixels_and_labels(cfg):
     assert (same == images).all()
 
 
+def test_bce_counts_every_mixed_in_label_whole_and_starts_at_the_prior():
+    logits = jnp.array([[2.0, -1.0, 0.5]])
+    mixed, weight = jnp.array([[0.3, 0.7, 0.0]]), jnp.ones(1)
+    both = losses.sigmoid_cross_entropy(logits, jnp.array([[1.0, 1.0, 0.0]]))[0]
+    soft = losses.sigmoid_cross_entropy(logits, mixed)[0]
+    bce, sigmoid = (ClassificationConfig(loss=name) for name in ("bce", "sigmoid"))
+    assert classification.loss(bce, logits, mixed, weight) == both
+    assert classification.loss(sigmoid, logits, mixed, weight) == soft != both
+    head = nnx.Linear(4, 1000, rngs=nnx.Rngs(0))
+    classification.start_head(ClassificationConfig(), head)
+    assert (head.bias[...] == 0).all()
+    classification.start_head(bce, head)
+    np.testing.assert_allclose(head.bias[...], -6.9078, rtol=1e-4)
+
+
 def test_the_masked_branch_is_of_the_image_before_mixing(cfg):
     def mim(mixup: float) -> float:
         objective = dataclasses.replace(

@@ -21,7 +21,7 @@ class Supervised(nnx.Module):
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The scalar loss of a batch and its terms; `key` is that of the step."""
-        mix_key, drop_key, _ = jax.random.split(key, 3)  # the same draws as SupMIM's
+        mix_key, drop_key, _ = jax.random.split(key, 3)  # mixes as SupMIM does
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
         images, targets = classification.mix(cfg, images, batch, self.classes, mix_key)
