@@ -16,6 +16,7 @@ from supmim_jax.config import (
     EvalConfig,
     PatchCodesConfig,
     SupMIMConfig,
+    VQGANConfig,
 )
 from supmim_jax.configdict import to_configdict
 
@@ -60,7 +61,7 @@ SUPMIM = SupMIMConfig(
     encoder_input="masked",
     mim_weight=1.0,
     decoder=DecoderConfig(depth=2, width=512, mlp_dim=2048, heads=16),
-    tokenizer=PatchCodesConfig(codes=1024, normalize="luminance", fit_images=4096),
+    target=VQGANConfig(),  # MaskGIT's: 224 px in patches of 14 are 256 px in its tokens of 16
 )
 
 
@@ -85,7 +86,8 @@ def debug(config: Config) -> Config:
     """The same job in small, on built-in images: for one GPU, or minutes on a CPU.
 
     Keeps the recipe (objective, mask, losses, augmentation, optimizer, dtype); shrinks the model
-    to two layers of width 192 and the schedule to 20 steps of 32 images.
+    to two layers of width 192 and the schedule to 20 steps of 32 images. A VQGAN target,
+    which needs a file, becomes patch codes.
     """
     model = dataclasses.replace(config.model, width=192, depth=2, mlp_dim=768, heads=3)
     data = dataclasses.replace(
@@ -103,7 +105,11 @@ def debug(config: Config) -> Config:
         objective = dataclasses.replace(
             objective,
             decoder=DecoderConfig(depth=1, width=96, mlp_dim=384, heads=3),
-            tokenizer=dataclasses.replace(objective.tokenizer, codes=64, fit_images=64),
+            target=PatchCodesConfig(codes=64, normalize="luminance", fit_images=64),
+        )
+    elif objective.name == "vqgan":
+        objective = dataclasses.replace(
+            objective, tokenizer=dataclasses.replace(objective.tokenizer, filters=32)
         )
     optim = dataclasses.replace(config.optim, warmup_epochs=0.25)
     return dataclasses.replace(

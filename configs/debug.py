@@ -14,7 +14,7 @@ MASKED_BRANCH = SupMIMConfig(
     encoder_input="masked",
     mim_weight=1.0,
     decoder=DecoderConfig(depth=1, width=64, mlp_dim=256, heads=2),
-    tokenizer=PatchCodesConfig(codes=64, normalize="raw", fit_images=240),
+    target=PatchCodesConfig(codes=64, normalize="raw", fit_images=240),
 )
 
 

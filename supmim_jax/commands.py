@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
 from supmim_jax.config import SetupError
@@ -38,6 +39,18 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except MISTAKES as error:
         return fail(f"{error} (in the command line)", EXIT_SETUP)
+
+
+def join() -> None:
+    """Joins the other processes of this job; TPU VM or Slurm tell which they are.
+
+    Raises:
+      SetupError: neither does.
+    """
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise SetupError(f"--distributed found no TPU VM or Slurm job: {error}") from None
 
 
 def fail(message: str, code: int):

@@ -35,6 +35,11 @@ def from_configdict(config: ConfigDict) -> Config:
     return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 
+def section(values: Any) -> dict:
+    """A section of the schema as nested plain values."""
+    return dataclasses.asdict(values)
+
+
 def differences(a: dict, b: dict, path: str = "config") -> list[str]:
     """What differs between two configs as nested dicts: "config.seed: 0; 1" and so on."""
     found = []
@@ -74,6 +79,11 @@ def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
         if value not in options or isinstance(value, bool):
             raise ConfigError(f"{path} is {value!r}; known are {', '.join(map(repr, options))}.")
         return value
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)) or not value:
+            raise ConfigError(f"{path} is {value!r}; it must be a tuple of one or more numbers.")
+        entry = typing.get_args(hint)[0]
+        return tuple(_value(entry, spec, v, f"{path}[{i}]") for i, v in enumerate(value))
     if hint is float and type(value) is int:
         value = float(value)
     if type(value) is not hint:

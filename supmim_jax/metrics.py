@@ -60,6 +60,16 @@ class MetricsWriter:
             self.tensorboard.flush()
 
 
+def write_image(workdir: epath.Path, step: int, name: str, png: epath.Path) -> None:
+    """Shows an image file in TensorBoard, beside the run's curves."""
+    from clu import metric_writers
+    from matplotlib import image
+
+    writer = metric_writers.SummaryWriter(str(workdir))
+    writer.write_images(step, {name: image.imread(png)[None, ..., :3]})
+    writer.close()
+
+
 def _step_of(line: str) -> float:
     """Step of a line of metrics.jsonl; a line that was cut in the middle counts as the last."""
     try:
@@ -147,6 +157,9 @@ class Clock:
         self.steps, self.window_seconds, self.waited = 0, 0.0, 0.0
 
 
+SHOWN = ("loss", "ce", "mim", "accuracy", "psnr", "code_usage")  # of a step, where there
+
+
 class ProgressLine:
     """One line that rewrites itself on a terminal; elsewhere a plain line every tenth of a run."""
 
@@ -164,12 +177,12 @@ class ProgressLine:
         if not self.active or (not self.terminal and tenth == self.tenth):
             return
         self.tenth = tenth
-        terms = " ".join(f"{k} {values[k]:.3f}" for k in ("loss", "ce", "mim") if k in values)
+        terms = " ".join(f"{k} {values[k]:.3f}" for k in SHOWN if k in values)
         left = (self.total - step) * self.batch_size / values["images_per_second"]
         minutes, seconds = divmod(round(left), 60)
         line = (
             f"{self.name} {step}/{self.total} {100 * step // self.total:3d}% | {terms} | "
-            f"acc {values['accuracy']:.2f} | {values['images_per_second']:.0f} img/s | "
+            f"{values['images_per_second']:.0f} img/s | "
             f"data {100 * values['data_wait']:.0f}% | {minutes}:{seconds:02d} left"
         )
         print(f"\r\x1b[K{line}" if self.terminal else line, end="", file=self.stream, flush=True)

@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, program, sharding, tokenizers
+from supmim_jax import checkpoint, commands, evals, frozen, program, sharding
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.data import pipeline
@@ -50,15 +50,16 @@ def train(
     """
     mesh = sharding.make_mesh(cfg.mesh, devices)
     prog = program.build(cfg, mesh)
-    inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
+    subject = program.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     pipeline.check(cfg)
     workdir = epath.Path(workdir)
     check_workdir(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         return json.loads((workdir / "results.json").read_text())
-    host_arrays = tokenizers.arrays(cfg, workdir)
+    frozen.check_cache(cfg, workdir, mesh)
+    host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     make_workdir(workdir, cfg, host_arrays)
-    frozen = sharding.put(host_arrays, prog.frozen)
+    fixed = sharding.put(host_arrays, prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     first = checkpoints.latest() or 0
@@ -77,7 +78,7 @@ def train(
     for step in range(first + 1, last + 1):
         with clock.waiting():
             batch = next(batches)
-        state, metrics = prog.step(state, batch, frozen)
+        state, metrics = prog.step(state, batch, fixed)
         finite(step, metrics, batch)
         clock.tick()
         writer.after_step(step)
@@ -88,7 +89,7 @@ def train(
             line.show(step, values)
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
             with clock.stopped():
-                evaluate(inference, state, cfg, mesh, step, writer, line)
+                evaluate(subject, state, cfg, mesh, step, writer, line)
         if step % cfg.checkpoint.every == 0 or step == last:
             finite.flush()
             run = {"position": step * cfg.batch_size, "seconds": clock.seconds}
@@ -96,7 +97,7 @@ def train(
     checkpoints.close()
     if last < cfg.total_steps:
         return {}
-    results = evaluate(inference, state, cfg, mesh, last, writer, line)
+    results = evaluate(subject, state, cfg, mesh, last, writer, line)
     results = {
         "objective": cfg.objective.name,
         "epochs": cfg.epochs,
@@ -109,12 +110,11 @@ def train(
     return results
 
 
-def evaluate(inference, state, cfg: Config, mesh, step: int, writer, line) -> dict[str, float]:
-    """All evaluations of the encoder as it is, written and shown."""
-    encoder = program.bind(inference, state.params)
-    results = evals.run_all(encoder, cfg, cfg.data.eval_split, mesh)
+def evaluate(subject, state, cfg: Config, mesh, step: int, writer, line) -> dict[str, float]:
+    """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
+    results = evals.run_all(subject.bind(state.params), cfg, cfg.data.eval_split, mesh)
     writer.write(step, {f"eval/{name}": value for name, value in results.items()})
-    shown = ", ".join(f"{name} {value:.2f} %" for name, value in results.items())
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
     line.say(f"step {step}, {cfg.data.eval_split}: {shown}")
     return results
 
@@ -141,7 +141,7 @@ def check_workdir(workdir: epath.Path, cfg: Config) -> None:
         )
 
 
-def make_workdir(workdir: epath.Path, cfg: Config, frozen: dict) -> None:
+def make_workdir(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
     """Makes the workdir with what the run begins from: the config and the tokenizer.
 
     Raises:
@@ -150,7 +150,7 @@ def make_workdir(workdir: epath.Path, cfg: Config, frozen: dict) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0 and not (workdir / "config.json").exists():
-            tokenizers.save(frozen, workdir)
+            frozen.save(fixed, cfg, workdir)
             write_json(workdir / "config.json", to_configdict(cfg).to_dict())
     except OSError as error:
         raise SetupError(
@@ -169,10 +169,7 @@ def main() -> None:
     if not isinstance(CONFIG.value, ConfigDict):
         raise SetupError("--config names no readable file; give the path of one in configs/.")
     if DISTRIBUTED.value:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise SetupError(f"--distributed found no TPU VM or Slurm job: {error}") from None
+        commands.join()
     cfg = from_configdict(CONFIG.value)
     results = train(cfg, WORKDIR.value)
     if jax.process_index() == 0:

@@ -24,6 +24,10 @@ class Batch:
     label: jax.Array  # int32 B
     weight: jax.Array  # float32 B
     id: jax.Array  # int32 B
+    # Where the step makes targets of its own and `views` have colour augmentation: the same
+    # crops without it, uint8 BxHxWxC.
+    target: jax.Array | None = None
+    tokens: jax.Array | None = None  # uint16 BxL, ids from a token cache
 
 
 @struct.dataclass
@@ -32,6 +36,7 @@ class TrainState:
 
     step: jax.Array  # int32 scalar: steps done
     params: Any
+    moving: Any  # what the loss itself overwrites (models/variables.py); {} for most objectives
     opt_state: Any
 
 
@@ -46,3 +51,13 @@ class Features(NamedTuple):
 class Encoder(Protocol):
     def features(self, images: jax.Array) -> Features:
         """Features of uint8 BxHxWxC images."""
+
+
+class Tokenizer(Protocol):
+    num_codes: int
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """int32 ids BxL of uint8 BxHxWxC images."""
+
+    def decode(self, ids: jax.Array) -> jax.Array:
+        """Float images BxHxWxC in [-1, 1] of ids BxL."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from supmim_jax import sharding
+from supmim_jax import program, sharding
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -51,7 +51,7 @@ def cfg(data_dir) -> Config:
         model=ViTConfig(width=32, depth=2, mlp_dim=64, heads=2, drop_path=0.1),
         objective=SupMIMConfig(
             decoder=DecoderConfig(width=32, mlp_dim=64, heads=2),
-            tokenizer=PatchCodesConfig(codes=16, fit_images=64),
+            target=PatchCodesConfig(codes=16, fit_images=64),
         ),
         eval=EvalConfig(batch_size=64),
         log=LogConfig(every=2),
@@ -75,13 +75,15 @@ def make_batch(cfg: Config, seed: int = 0) -> Batch:
     size = cfg.data.image_size
     images = random.integers(0, 256, (cfg.batch_size, size, size, cfg.data.channels), np.uint8)
     ids = np.arange(cfg.batch_size, dtype=np.int32)
-    return Batch((images,), ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
+    batch = Batch((images,), ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
+    return dataclasses.replace(batch, target=images) if cfg.needs_target else batch
 
 
-def make_codes(cfg: Config, seed: int = 0) -> dict:
-    """Random codes for the tokenizer of `cfg`; {} for a supervised run."""
-    if cfg.objective.name == "supervised":
-        return {}
-    shape = (cfg.objective.tokenizer.codes, cfg.model.patch**2 * cfg.data.channels)
-    codes = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
-    return {"tokenizer": {"codes": codes}}
+def make_frozen(cfg: Config, seed: int = 0) -> dict:
+    """Random frozen arrays for the step of `cfg`; {} where it has none."""
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: random.uniform(-1, 1, x.shape).astype(np.float32),
+        program.build(cfg, one).frozen,
+    )

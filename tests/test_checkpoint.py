@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch, make_codes
+from conftest import make_batch, make_frozen
 
 from supmim_jax import checkpoint, program, sharding
 from supmim_jax.config import MeshConfig, SetupError
@@ -52,7 +52,7 @@ def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_devic
     checkpoints = checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
     checkpoints.save(state, cfg, {})
     for _ in range(5):
-        state, _ = built.step(state, make_batch(cfg), make_codes(cfg))
+        state, _ = built.step(state, make_batch(cfg), make_frozen(cfg))
     checkpoints.close()
     restored, _ = checkpoint.Checkpoints(tmp_path, cfg.checkpoint).restore(0, built.state)
     assert same(jax.tree.map(np.array, checkpoint.plain(restored)), before)

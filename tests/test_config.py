@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import REPOSITORY, make_batch, make_codes
+from conftest import REPOSITORY, make_batch, make_frozen
 
 from supmim_jax import config, configdict, program
 from supmim_jax.config import Config, ConfigError, SupervisedConfig, SupMIMConfig
@@ -104,7 +104,7 @@ def test_debug_shrinks_an_experiment_to_a_step_that_runs_here(name, one_device):
     cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
     built = program.build(cfg, one_device)
     state = built.init(jax.random.key(0))
-    state, metrics = built.step(state, make_batch(cfg), make_codes(cfg))
+    state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
     assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())
 
 

@@ -77,8 +77,8 @@ def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, one_device, tmp_
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_nothing_behind(cfg, tmp_path):
-    tokenizer = dataclasses.replace(cfg.objective.tokenizer, codes=60000)
-    objective = dataclasses.replace(cfg.objective, tokenizer=tokenizer)
+    tokenizer = dataclasses.replace(cfg.objective.target, codes=60000)
+    objective = dataclasses.replace(cfg.objective, target=tokenizer)
     with pytest.raises(SetupError, match="distinct patches"):
         train(dataclasses.replace(cfg, objective=objective), tmp_path / "run", devices=ONE)
     assert not (tmp_path / "run").exists()
@@ -98,12 +98,12 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     assert row["encoder"] == "supmim" and row["epochs"] == "3"
     assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
     assert probe.probe(f"{tmp_path}@8", "validation")[3] == "2"
-    run, objective = picture.restore(str(tmp_path))
+    restored = picture.restore(str(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
-    columns = picture.panels(objective, images, jax.random.key(0))
-    picture.draw(columns, tmp_path / "tokens.png")
-    assert run == cfg and (tmp_path / "tokens.png").stat().st_size > 5000
-    image, masked, tokens, predicted = columns
+    rows = picture.panels(restored, images, jax.random.key(0))
+    picture.draw(rows, tmp_path / "tokens.png")
+    assert restored.cfg == cfg and (tmp_path / "tokens.png").stat().st_size > 5000
+    image, tokens, masked, predicted = rows.values()
     hidden = (masked == 0).all(-1)
     assert 0.4 < hidden.mean() < 0.6 and (masked[~hidden] == image[~hidden]).all()
     assert (tokens[~hidden] == predicted[~hidden]).all()

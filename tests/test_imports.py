@@ -7,11 +7,12 @@ from conftest import REPOSITORY
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
 LAYERS = [
-    {"config", "configdict", "types"},
+    {"config", "configdict", "types", "hlo"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics"},
-    {"program", "checkpoint", "evals", "tokenizers", "commands"},
-    {"train", "probe", "picture"},
+    {"program", "checkpoint", "evals", "commands"},
+    {"frozen"},
+    {"train", "probe", "picture", "tokenize", "bench"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
 APART = {("evals", "objectives"), ("evals", "program")}

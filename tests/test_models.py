@@ -113,11 +113,29 @@ def test_patch_codes_are_the_nearest_centres(normalize):
     tokenizer = patch_codes.PatchCodes(cfg, 4, DATA)
     tokenizer.codes[...] = fitted["codes"]
     images = vit.pixels(jnp.asarray(uint8))
-    patches = patch_codes.normalized(vit.patchify(images, 4), normalize)
+    patches = patch_codes.described(images, 4, normalize)
     distance = ((np.asarray(patches)[:, :, None] - fitted["codes"]) ** 2).sum(-1)
     ids = tokenizer.encode(images)
     assert (np.asarray(ids) == distance.argmin(-1)).all() and len(np.unique(ids)) == 12
-    assert (vit.patchify(tokenizer.decode(ids), 4)[0, 3] == fitted["codes"][ids[0, 3]]).all()
+    channels = fitted["codes"].shape[1] // 16
+    assert channels == (3 if normalize == "raw" else 1)
+    shown = vit.patchify(tokenizer.decode(ids)[..., :channels], 4)
+    assert (shown[0, 3] == fitted["codes"][ids[0, 3]]).all()
+
+
+def test_luminance_tokens_see_neither_colour_nor_brightness():
+    cfg = PatchCodesConfig(codes=12, normalize="luminance")
+    grey = np.random.default_rng(1).uniform(-0.2, 0.2, (20, 16, 16, 1)).astype(np.float32)
+    tint = np.array([0.3, -0.5, 0.4], np.float32)
+    tint -= tint @ [0.299, 0.587, 0.114]  # a hue without luma
+    tokenizer = patch_codes.PatchCodes(cfg, 4, DATA)
+    tokenizer.codes[...] = np.random.default_rng(2).standard_normal((12, 16)).astype(np.float32)
+    ids = tokenizer.encode(grey.repeat(3, -1))
+    assert (tokenizer.encode(grey + tint) == ids).mean() > 0.99
+    assert (tokenizer.encode(2.0 * grey.repeat(3, -1) + 0.3) == ids).mean() > 0.9
+    raw = patch_codes.PatchCodes(PatchCodesConfig(codes=12), 4, DATA)
+    raw.codes[...] = np.random.default_rng(2).uniform(-1, 1, (12, 48)).astype(np.float32)
+    assert (raw.encode(grey + tint) == raw.encode(grey.repeat(3, -1))).mean() < 0.9
 
 
 def test_a_bad_codebook_is_refused(tmp_path):

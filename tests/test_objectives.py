@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch, make_codes
+from conftest import make_batch, make_frozen
 from flax import nnx
 
 from supmim_jax import program
@@ -59,7 +59,7 @@ def test_the_loss_of_a_model_of_four_patches_by_hand(encoder_input):
             mim_weight=0.25,
             encoder_input=encoder_input,
             decoder=DecoderConfig(depth=1, width=4, mlp_dim=4, heads=1),
-            tokenizer=PatchCodesConfig(codes=2),
+            target=PatchCodesConfig(codes=2),
         ),
     )
     model = SupMIM(cfg, rngs=nnx.Rngs(0))
@@ -67,7 +67,7 @@ def test_the_loss_of_a_model_of_four_patches_by_hand(encoder_input):
         for layer in (stack.out, stack.fc2):
             layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
     model.head.kernel[...] = jax.random.normal(jax.random.key(1), (4, 2))  # zero to begin with
-    model.tokenizer.codes[...] = jnp.array([[-1.0], [1.0]])
+    model.target.tokenizer.codes[...] = jnp.array([[-1.0], [1.0]])
     batch = dataclasses.replace(
         make_batch(dataclasses.replace(cfg, batch_size=3)), label=jnp.array([0, 1, 1])
     )
@@ -128,7 +128,7 @@ def test_every_term_falls_to_near_zero_on_one_batch(cfg, supervised, one_device,
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98),
     )
     built = program.build(cfg, one_device)
-    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_codes(cfg)
+    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, codes)
     terms = [name for name in ("loss", "ce", "mim") if name in metrics]
@@ -195,7 +195,7 @@ INTENDED = (
 def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
     cfg = cfg if name == "supmim" else supervised
     built = program.build(cfg, one_device)
-    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_codes(cfg)
+    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(3):
         state, metrics = built.step(state, batch, codes)
     found = {k: float(metrics[k]) for k in ("loss", "grad_norm")}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_batch, make_codes
+from conftest import make_batch, make_frozen
 
 from supmim_jax import optim, program
 from supmim_jax.config import OptimConfig
@@ -32,7 +32,7 @@ def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
     built = program.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     for step in range(2):
-        state, metrics = built.step(state, make_batch(cfg), make_codes(cfg))
+        state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
         np.testing.assert_allclose(metrics["learning_rate"], rate(step), rtol=1e-6)
 
 

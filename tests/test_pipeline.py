@@ -111,12 +111,38 @@ def test_an_examples_image_depends_on_seed_epoch_and_id_alone():
         channels=3, image_size=32, eval_resize=32, crop="inception", augment="rand_augment"
     )
 
-    def make(seed, epoch, example):
-        return transforms.train_image(PHOTO, cfg, transforms.generator(seed, epoch, example))
+    record = {"image": cv2.imencode(".png", PHOTO)[1].tobytes(), "label": 5}
 
-    assert (make(1, 2, 3) == make(1, 2, 3)).all() and make(1, 2, 3).shape == (32, 32, 3)
-    others = [make(1, 2, 4), make(1, 3, 3), make(2, 2, 3)]
-    assert all((make(1, 2, 3) != other).any() for other in others)
+    def make(seed, epoch, example, views=100):
+        return transforms.TrainExample(cfg, seed, views, True)((epoch, example, record))
+
+    found = make(1, 2, 3)
+    assert found["image"].shape == (32, 32, 3) and found["label"] == 5 and found["id"] == 3
+    assert all((make(1, 2, 3)[k] == found[k]).all() for k in ("image", "target"))
+    for other in (make(1, 2, 4), make(1, 3, 3), make(2, 2, 3)):
+        assert (found["image"] != other["image"]).any()
+        assert (found["target"] != other["target"]).any()
+    cycled = [make(1, 2 + 5 * i, 3, views=5) for i in range(8)]  # the view that epoch 2 has
+    assert all((found["target"] == other["target"]).all() for other in cycled)
+    assert len({other["image"].tobytes() for other in cycled}) > 1
+
+
+def test_a_target_is_the_geometry_without_the_colours():
+    """RandAugment's moving operations reach the target, its colour operations don't."""
+    cfg = DataConfig(
+        channels=3, image_size=60, eval_resize=60, crop="random", flip=False, augment="rand_augment"
+    )
+    image = PHOTO[:, :60]
+    record = {"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}
+    example = transforms.TrainExample(cfg, 0, 100, True)
+    moved = same = 0
+    for i in range(60):
+        found = example((0, i, record))
+        target = found["target"].astype(int)
+        geometric = (target != image).any()
+        moved += geometric and (target == 128).all(-1).any()  # grey from beyond the border
+        same += not geometric
+    assert moved > 10 and same > 10  # two layers of 5 in 14: 41 % of the images stay in place
 
 
 def test_colour_augmentation_does_not_move_the_geometry():
@@ -125,8 +151,11 @@ def test_colour_augmentation_does_not_move_the_geometry():
     marked[20:40, 30:60] = 100  # below solarisation's threshold
     jittered = dataclasses.replace(cfg, augment="three_augment", color_jitter=0.0)
     for seed in range(30):
-        plain = transforms.train_image(marked, cfg, transforms.generator(seed, 0, 0))
-        coloured = transforms.train_image(marked, jittered, transforms.generator(seed, 0, 0))
+        record = {"image": cv2.imencode(".png", marked)[1].tobytes(), "label": 0}
+        plain = transforms.TrainExample(cfg, seed, 1)((0, 0, record))["image"]
+        found = transforms.TrainExample(jittered, seed, 1, True)((0, 0, record))
+        coloured = found["image"]
+        assert (found["target"] == plain).all()
         if (coloured == plain).all() or plain.std() == 0:
             continue
         difference = np.corrcoef(plain.ravel(), coloured.ravel())[0, 1]
@@ -138,7 +167,8 @@ def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
     height, width = np.mgrid[0:60, 0:80]
     places = np.stack([height * 4, width * 3, height * 0], -1).astype(np.uint8)
     crops = [
-        transforms.inception_crop(places, cfg, transforms.generator(0, 0, i)) for i in range(300)
+        transforms.inception_crop(places, cfg, transforms.generator(0, 0, i, transforms.GEOMETRY))
+        for i in range(300)
     ]
     rows = np.array([(c[-1, 0, 0].astype(int) - c[0, 0, 0]) / 4 * 8 / 7 for c in crops])
     columns = np.array([(c[0, -1, 1].astype(int) - c[0, 0, 1]) / 3 * 8 / 7 for c in crops])
@@ -159,9 +189,9 @@ def test_undecodable_bytes_are_named():
             transforms.decode(encoded, 3, "set record 7")
 
 
-@pytest.mark.parametrize("name", list(augment.OPERATIONS))
+@pytest.mark.parametrize("name", [*augment.GEOMETRY, *augment.COLOUR])
 def test_each_operation_changes_the_image_and_more_with_strength(name):
-    operation = augment.OPERATIONS[name]
+    operation = (augment.GEOMETRY | augment.COLOUR)[name]
     low, high = (operation(PHOTO, s, 1.0) for s in (0.1, 1.0))
     assert high.shape == PHOTO.shape and high.dtype == np.uint8 and (high != PHOTO).any()
     if name not in ("autocontrast", "equalize", "invert"):

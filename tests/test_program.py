@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_codes
+from conftest import make_frozen
 
 from supmim_jax import checkpoint, program, sharding
 from supmim_jax.config import ConfigError, MeshConfig, OptimConfig
@@ -21,7 +21,7 @@ def run(cfg, mesh, steps: int):
     """Losses, ids of every step, and the first step's masks on this mesh."""
     built = program.build(cfg, mesh)
     state = built.init(jax.random.key(cfg.seed))
-    frozen = sharding.put(make_codes(cfg), built.frozen)
+    frozen = sharding.put(make_frozen(cfg), built.frozen)
     losses, ids = [], []
     for batch, _ in zip(pipeline.train_dataset(cfg, mesh), range(steps)):
         state, metrics = built.step(state, batch, frozen)

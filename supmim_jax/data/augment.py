@@ -1,4 +1,4 @@
-"""Colour and shape augmentations on uint8 HxWx3 images: RandAugment and 3-Augment."""
+"""Augmentations of uint8 HxWx3 images beside crop and flip: RandAugment and 3-Augment."""
 
 import cv2
 import numpy as np
@@ -6,19 +6,33 @@ import numpy as np
 GREY = (128, 128, 128)  # what geometric operations bring in at the border
 
 
-def rand_augment(
+def rand_geometry(
+    image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """The operations of RandAugment that move pixels: the image, and how many others remain.
+
+    RandAugment (arXiv 1909.13719) applies `layers` operations, each drawn uniformly, with one
+    magnitude: 10 is the strongest of AutoAugment's ranges and 15 half as much again, as in AugReg's
+    code; Cutout, SolarizeAdd and the probability of skipping are left out. Here those that move
+    pixels come first, so that an image has one geometry, whatever its colours.
+    """
+    others = 0
+    for _ in range(layers):
+        place = rng.integers(len(GEOMETRY) + len(COLOUR))
+        sign = 1.0 if rng.random() < 0.5 else -1.0
+        if place < len(GEOMETRY):
+            image = list(GEOMETRY.values())[place](image, magnitude / 10.0, sign)
+        else:
+            others += 1
+    return image, others
+
+
+def rand_colour(
     image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """RandAugment (arXiv 1909.13719): `layers` operations, each drawn uniformly, one magnitude.
-
-    Magnitude 10 is the strongest of AutoAugment's ranges and 15 half as much again, as in AugReg's
-    code; Cutout, SolarizeAdd and the probability of skipping are left out. The geometric
-    operations move pixels, so the masked-token target is of the image after them: what the
-    encoder sees.
-    """
-    names = list(OPERATIONS)
+    """`layers` operations of RandAugment that leave every pixel in its place."""
     for _ in range(layers):
-        operation = OPERATIONS[names[rng.integers(len(names))]]
+        operation = list(COLOUR.values())[rng.integers(len(COLOUR))]
         sign = 1.0 if rng.random() < 0.5 else -1.0
         image = operation(image, magnitude / 10.0, sign)
     return image
@@ -119,19 +133,21 @@ def warped(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 # Operation(image, strength, sign): 1 is the end of AutoAugment's range (arXiv 1805.09501, table 6),
 # and a larger strength changes more.
-OPERATIONS = {
+GEOMETRY = {
+    "rotate": lambda image, strength, sign: rotated(image, sign * 30.0 * strength),
+    "shear_x": lambda image, strength, sign: sheared(image, sign * 0.3 * strength, 0.0),
+    "shear_y": lambda image, strength, sign: sheared(image, 0.0, sign * 0.3 * strength),
+    "translate_x": lambda image, strength, sign: translated(image, sign * 0.45 * strength, 0.0),
+    "translate_y": lambda image, strength, sign: translated(image, 0.0, sign * 0.45 * strength),
+}
+COLOUR = {
     "autocontrast": lambda image, strength, sign: autocontrasted(image),
     "equalize": lambda image, strength, sign: equalized(image),
     "invert": lambda image, strength, sign: 255 - image,
-    "rotate": lambda image, strength, sign: rotated(image, sign * 30.0 * strength),
     "posterize": lambda image, strength, sign: posterized(image, max(4 - int(4 * strength), 1)),
     "solarize": lambda image, strength, sign: solarized(image, max(256 - 256 * strength, 0)),
     "color": lambda image, strength, sign: saturated(image, enhancement(strength, sign)),
     "contrast": lambda image, strength, sign: contrasted(image, enhancement(strength, sign)),
     "brightness": lambda image, strength, sign: brightened(image, enhancement(strength, sign)),
     "sharpness": lambda image, strength, sign: sharpened(image, enhancement(strength, sign)),
-    "shear_x": lambda image, strength, sign: sheared(image, sign * 0.3 * strength, 0.0),
-    "shear_y": lambda image, strength, sign: sheared(image, 0.0, sign * 0.3 * strength),
-    "translate_x": lambda image, strength, sign: translated(image, sign * 0.45 * strength, 0.0),
-    "translate_y": lambda image, strength, sign: translated(image, 0.0, sign * 0.45 * strength),
 }

@@ -54,6 +54,7 @@ class Spec:
 SPECS = {
     "tiny": Spec("tiny", "Few labels, small machine", 30, 24, 1, (8, 40, 40), seed=0),
     "tiny_fresh": Spec("tiny_fresh", "To confirm choices made on tiny", 30, 24, 1, (8, 40, 40), 1),
+    "tiny_colour": Spec("tiny_colour", "Colour says nothing", 30, 24, 3, (20, 40, 40), seed=0),
     "small": Spec("small", "Colour, some minutes of training", 50, 64, 3, (200, 20, 20), seed=2),
     "base": Spec("base", "The shape of ImageNet", 1000, 224, 3, (100, 10, 10), 3, encoding="jpeg"),
 }

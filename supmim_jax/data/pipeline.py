@@ -4,6 +4,7 @@ The global batch of step s is entries [s * B, (s + 1) * B) of the training seque
 topology; each process decodes only the rows that its own devices hold.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -13,8 +14,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supmim_jax.config import Config
-from supmim_jax.data import records, transforms
+from supmim_jax.config import Config, TokensConfig
+from supmim_jax.data import records, token_cache, transforms
 from supmim_jax.types import Batch
 
 ROWS = PartitionSpec(("data", "fsdp"))  # the mesh axes that share a batch
@@ -24,10 +25,12 @@ def check(cfg: Config) -> None:
     """Opens both splits, making `fractals` if need be, before anything else is written.
 
     Raises:
-      SetupError: a split is missing or is not what the config says.
+      SetupError: a split or the token cache is missing or is not what the config says.
     """
     records.open_training_source(cfg.data)
     records.open_source(cfg.data, cfg.data.eval_split)
+    if cfg.tokens.cache:
+        token_cache.open_cache(cfg)
 
 
 def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batch]:
@@ -42,9 +45,32 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batc
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
         .map(records.LocalPosition(rows, cfg.batch_size, first_step))
         .map(records.TrainingRecord(source, cfg.seed))
-        .map(transforms.TrainExample(cfg.data, cfg.seed))
+        .map(train_example(cfg))
     )
     return _batches(examples, cfg, cfg.batch_size, rows, mesh)
+
+
+def train_example(cfg: Config) -> transforms.TrainExample:
+    """What makes an example of a training record, tokens of the cache included."""
+    cache = token_cache.open_cache(cfg) if cfg.tokens.cache else None
+    return transforms.TrainExample(cfg.data, cfg.seed, cfg.num_views, cfg.needs_target, cache)
+
+
+def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The images of records [first, stop) of a token cache, uint8 BxHxWxC in batches.
+
+    Record v * examples + i is view v of example i; the last batch may be smaller.
+    """
+    source = records.open_training_source(cfg.data)
+    examples = (
+        grain.MapDataset.range(first, stop)
+        .map(records.ViewRecord(source))
+        .map(
+            transforms.TargetExample(train_example(dataclasses.replace(cfg, tokens=TokensConfig())))
+        )
+    )
+    for arrays in _decoded(examples.batch(batch_size), cfg):
+        yield arrays["image"]
 
 
 def eval_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
@@ -76,16 +102,21 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _batches(examples, cfg: Config, batch_size: int, rows, mesh: Mesh) -> Iterator[Batch]:
-    """Batches decoded ahead, each by one thread or process, and put on the mesh."""
+    """Global batches, put on the mesh."""
+    for arrays in _decoded(examples.batch(len(rows), drop_remainder=True), cfg):
+        yield _global_batch(arrays, batch_size, rows, mesh)
+
+
+def _decoded(batches, cfg: Config) -> Iterator[dict]:
+    """Batches decoded ahead, each by one thread or process."""
     threads, ahead = cfg.data.threads, max(cfg.data.prefetch, cfg.data.threads)
     options = grain.ReadOptions(1, 1) if cfg.data.workers else grain.ReadOptions(threads, ahead)
-    local = examples.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
+    local = batches.to_iter_dataset(options)
     if cfg.data.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
             flags.FLAGS.mark_as_parsed()
         local = local.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.data.workers))
-    for arrays in local:
-        yield _global_batch(arrays, batch_size, rows, mesh)
+    return iter(local)
 
 
 def _global_batch(arrays: dict, batch_size: int, rows: tuple[int, ...], mesh: Mesh) -> Batch:
@@ -100,6 +131,5 @@ def _global_batch(arrays: dict, batch_size: int, rows: tuple[int, ...], mesh: Me
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
-    return Batch(
-        (put(arrays["image"]),), put(arrays["label"]), put(arrays["weight"]), put(arrays["id"])
-    )
+    found = {name: put(x) for name, x in arrays.items()}
+    return Batch((found.pop("image"),), **found)

@@ -46,6 +46,17 @@ class TrainingRecord:
 
 
 @dataclass(frozen=True)
+class ViewRecord:
+    """Maps the index of a token cache's record to (view, id, record)."""
+
+    source: Any
+
+    def __call__(self, index: int) -> tuple[int, int, dict]:
+        view, example = divmod(index, len(self.source))
+        return view, example, self.source[example]
+
+
+@dataclass(frozen=True)
 class EvaluationRecord:
     """Maps a position of an evaluation pass to (id, record); past the end the id is -1."""
 

@@ -1,9 +1,11 @@
 """From a record to the uint8 image that the encoder sees: numpy and OpenCV only.
 
-Every function takes its random generator, so an example's image is a function of (seed, epoch,
-id). Geometry is drawn before colour from the same generator; colour never moves the geometry.
+An example's image is a function of (seed, view, epoch, id): its geometry of (seed, view, id), its
+colours of (seed, epoch, id). A masked-token target is of the geometry alone, so that the tokens of
+a view can be computed once, before training.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -14,10 +16,14 @@ from supmim_jax.data import augment
 
 cv2.setNumThreads(0)  # parallelism is over images
 
+GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
 
-def generator(seed: int, epoch: int, example: int) -> np.random.Generator:
-    """The random generator of one example in one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, example], counter=[0, 0, 0, epoch]))
+
+def generator(seed: int, number: int, example: int, stream: int) -> np.random.Generator:
+    """The generator of one example's geometry in a view, or of its colours in an epoch."""
+    return np.random.Generator(
+        np.random.Philox(key=[seed, example], counter=[0, 0, stream, number])
+    )
 
 
 def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
@@ -33,18 +39,29 @@ def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
     return image.reshape(*image.shape[:2], channels)
 
 
-def train_image(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Crop, flip and colour augmentation: uint8 image_size x image_size x C."""
+def crop_and_move(
+    image: np.ndarray, cfg: DataConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """A view: uint8 image_size x image_size x C, and how many colour operations are left to do."""
     crop = {"inception": inception_crop, "random": random_crop}[cfg.crop]
     image = crop(image, cfg, rng)
     if cfg.flip and rng.random() < 0.5:
         image = image[:, ::-1]
     image = np.ascontiguousarray(image)
     if cfg.augment == "rand_augment":
-        image = augment.rand_augment(image, cfg.augment_layers, cfg.augment_magnitude, rng)
-    elif cfg.augment == "three_augment":
-        image = augment.three_augment(image, cfg.color_jitter, rng)
-    return image
+        return augment.rand_geometry(image, cfg.augment_layers, cfg.augment_magnitude, rng)
+    return image, 0
+
+
+def coloured(
+    view: np.ndarray, layers: int, cfg: DataConfig, rng: np.random.Generator
+) -> np.ndarray:
+    """The view with colour augmentation, which moves no pixel."""
+    if cfg.augment == "rand_augment":
+        return augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
+    if cfg.augment == "three_augment":
+        return augment.three_augment(view, cfg.color_jitter, rng)
+    return view
 
 
 def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
@@ -107,12 +124,37 @@ class TrainExample:
 
     cfg: DataConfig
     seed: int
+    views: int  # that an image's geometry cycles through
+    with_target: bool = False  # also the view before colour augmentation
+    tokens: Sequence | None = None  # (view, id) -> uint16 ids L
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
         epoch, example, record = drawn
+        view = epoch % self.views
+        target, layers = self.target(view, example, record)
+        colours = generator(self.seed, epoch, example, COLOURS)
+        image = coloured(target, layers, self.cfg, colours)
+        found = packed(image, record["label"], example, 1.0)
+        if self.with_target:
+            found["target"] = target
+        if self.tokens is not None:
+            found["tokens"] = self.tokens[view, example]
+        return found
+
+    def target(self, view: int, example: int, record: dict) -> tuple[np.ndarray, int]:
+        """What tokens are computed of, and the number of colour operations that would follow."""
         image = decode(record["image"], self.cfg.channels, f"{self.cfg.name} record {example}")
-        image = train_image(image, self.cfg, generator(self.seed, epoch, example))
-        return packed(image, record["label"], example, 1.0)
+        return crop_and_move(image, self.cfg, generator(self.seed, view, example, GEOMETRY))
+
+
+@dataclass(frozen=True)
+class TargetExample:
+    """Grain transform: (view, id, record) to the image whose tokens a cache holds."""
+
+    example: TrainExample
+
+    def __call__(self, drawn: tuple[int, int, dict]) -> dict:
+        return {"image": self.example.target(*drawn)[0]}
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ def extract(encoder: Encoder, batches: Iterable[Batch]) -> Extracted:
     for batch in batches:
         found = encoder.features(batch.views[0])
         prediction = found.logits.argmax(-1).astype(np.int32)
-        arrays = _on_host((found.pooled, prediction, batch.label, batch.weight))
+        arrays = on_host((found.pooled, prediction, batch.label, batch.weight))
         rows.append([x[arrays[-1] > 0] for x in arrays[:-1]])
     return Extracted(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
-def _on_host(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
+def on_host(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:
     """Whole global arrays as numpy, on every process."""
     if jax.process_count() > 1:
         return multihost_utils.process_allgather(arrays, tiled=True)

@@ -14,13 +14,11 @@ from etils import epath
 from flax import nnx
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError
+from supmim_jax.models.variables import Frozen
 from supmim_jax.models.vit import patchify, pixels, unpatchify
+from supmim_jax.models.vqgan import nearest
 
 EPSILON = 1e-2  # added to a patch's standard deviation before dividing; pixels are in [-1, 1]
-
-
-class Frozen(nnx.Variable):
-    """A value that training uses but does not change."""
 
 
 class PatchCodes(nnx.Module):
@@ -31,28 +29,37 @@ class PatchCodes(nnx.Module):
         self.patch = patch
         self.side = data.image_size // patch
         self.num_codes = cfg.codes
-        self.codes = Frozen(jnp.zeros((cfg.codes, patch * patch * data.channels)))
+        self.channels = data.channels
+        self.codes = Frozen(jnp.zeros(shape(cfg, patch, data.channels)))
 
     def encode(self, images) -> jax.Array:
         """int32 ids BxL of float BxHxWxC images in [-1, 1]."""
-        x = normalized(patchify(images, self.patch), self.normalize)
-        codes = self.codes[...]
-        # |x - c|^2 without |x|^2, which is the same for every code.
-        precision = jax.lax.Precision.HIGHEST
-        dots = jnp.einsum("blp,kp->blk", x, codes, precision=precision)
-        return jnp.argmin((codes**2).sum(-1) - 2.0 * dots, axis=-1).astype(jnp.int32)
+        return nearest(described(images, self.patch, self.normalize), self.codes[...])
 
     def decode(self, ids_BxL) -> jax.Array:
-        """Images BxHxWxC that show each id's code; with `luminance`, at zero mean and its scale."""
-        return unpatchify(self.codes[...][ids_BxL], self.patch, self.side)
+        """Images BxHxWxC that show each id's code; with `luminance` grey, at zero mean."""
+        images = unpatchify(self.codes[...][ids_BxL], self.patch, self.side)
+        return jnp.broadcast_to(images, (*images.shape[:3], self.channels))
 
 
-def normalized(patches_BxLxP, normalize: str) -> jax.Array:
-    """Patches as k-means sees them: raw, or with each patch's own mean and contrast removed."""
+def shape(cfg: PatchCodesConfig, patch: int, channels: int) -> tuple[int, int]:
+    """Of the codes: their number, and the values that describe a patch."""
+    return cfg.codes, patch * patch * (channels if cfg.normalize == "raw" else 1)
+
+
+def described(images, patch: int, normalize: str) -> jax.Array:
+    """What k-means sees of each patch, BxLxP.
+
+    `raw`: its pixels. `luminance`: its luma (ITU-R 601) less the mean, by the standard deviation:
+    neither colour nor brightness is left, which matters where they say nothing about the class.
+    """
     if normalize == "raw":
-        return patches_BxLxP
-    mean = patches_BxLxP.mean(-1, keepdims=True)
-    return (patches_BxLxP - mean) / (patches_BxLxP.std(-1, keepdims=True) + EPSILON)
+        return patchify(images, patch)
+    if images.shape[-1] == 3:
+        images = images @ jnp.array([[0.299], [0.587], [0.114]])
+    patches = patchify(images, patch)
+    mean = patches.mean(-1, keepdims=True)
+    return (patches - mean) / (patches.std(-1, keepdims=True) + EPSILON)
 
 
 def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) -> dict:
@@ -63,15 +70,14 @@ def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) 
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    patches = np.asarray(
-        normalized(patchify(pixels(jnp.asarray(images_uint8)), patch), cfg.normalize)
-    )
+    images = pixels(jnp.asarray(images_uint8))
+    patches = np.asarray(described(images, patch, cfg.normalize))
     patches = patches.reshape(-1, patches.shape[-1])
     distinct = len(np.unique(patches, axis=0))
     if distinct < cfg.codes:
         raise SetupError(
             f"The tokenizer cannot be fitted: {len(images_uint8)} images have {distinct} distinct "
-            f"patches, and objective.tokenizer.codes is {cfg.codes}. Lower it or give more images."
+            f"patches, and objective.target.codes is {cfg.codes}. Lower it or give more images."
         )
     kmeans = MiniBatchKMeans(cfg.codes, random_state=seed, batch_size=4096, n_init=3)
     codes = kmeans.fit(patches).cluster_centers_
@@ -92,18 +98,18 @@ def load(path: epath.Path, cfg: PatchCodesConfig, patch: int, channels: int) -> 
     Raises:
       SetupError: the file is missing, unreadable, or of another shape.
     """
-    shape = (cfg.codes, patch * patch * channels)
+    expected = shape(cfg, patch, channels)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             codes = arrays["codes"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SetupError(
             f"The codebook {path} cannot be read ({error}). It must be an .npz with one array "
-            f"`codes`; leave objective.tokenizer.path empty to fit a new one."
+            f"`codes`; leave objective.target.path empty to fit a new one."
         ) from None
-    if codes.shape != shape or codes.dtype != np.float32:
+    if codes.shape != expected or codes.dtype != np.float32:
         raise SetupError(
             f"The codebook {path} is {codes.dtype} of shape {codes.shape}; the config needs "
-            f"float32 of shape {shape} (codes, patch * patch * channels)."
+            f"float32 of shape {expected} (codes, values per patch)."
         )
     return {"codes": codes}

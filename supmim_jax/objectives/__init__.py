@@ -2,5 +2,6 @@
 
 from supmim_jax.objectives.supervised import Supervised
 from supmim_jax.objectives.supmim import SupMIM
+from supmim_jax.objectives.vqgan import VQGANTraining
 
-OBJECTIVES = {"supervised": Supervised, "supmim": SupMIM}
+OBJECTIVES = {"supervised": Supervised, "supmim": SupMIM, "vqgan": VQGANTraining}

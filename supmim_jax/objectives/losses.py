@@ -34,3 +34,29 @@ def masked_token_cross_entropy(logits_BxLxV, ids_BxL, masked_BxL) -> jax.Array:
 def mean(values_B, weight_B) -> jax.Array:
     """Mean over the examples that count (weight 1, not padding)."""
     return (values_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1.0)
+
+
+def assignment_entropy(distances_BxLxV, temperature: float, weight_B) -> jax.Array:
+    """Entropy of each soft assignment to codes, less that of the average assignment; a scalar.
+
+    Low when every latent is sure of its code and all codes are used alike: the entropy loss of
+    MaskGIT's quantiser, with softmax(-distance / temperature) as the assignment.
+    """
+    log_p = jax.nn.log_softmax(-distances_BxLxV / temperature)
+    p = jnp.exp(log_p)
+    each = mean(-(p * log_p).sum(-1).mean(-1), weight_B)
+    average_V = jax.vmap(lambda column: mean(column, weight_B), 1)(p.mean(1))
+    return each + (average_V * jnp.log(average_V + 1e-9)).sum()
+
+
+def code_shares(ids_BxL, codes: int, weight_B) -> jax.Array:
+    """Share of each code among the ids of the examples that count, float32 V."""
+    weights = jnp.broadcast_to(weight_B[:, None], ids_BxL.shape)
+    counts = jnp.zeros(codes).at[ids_BxL.reshape(-1)].add(weights.reshape(-1))
+    return counts / jnp.maximum(counts.sum(), 1.0)
+
+
+def perplexity(share_V) -> jax.Array:
+    """exp(entropy) of shares: the number of codes, if all were used alike."""
+    share = share_V / share_V.sum()
+    return jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-30))).sum())

@@ -1,15 +1,13 @@
 """SupMIM: supervised learning with masked image modelling on the side (arXiv 2312.00950)."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from supmim_jax.config import Config
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
-from supmim_jax.models.patch_codes import PatchCodes
 from supmim_jax.models.vit import Classifier, pixels
-from supmim_jax.objectives import classification, losses
+from supmim_jax.objectives import classification, losses, targets
 from supmim_jax.types import Batch, Metrics
 
 
@@ -19,8 +17,9 @@ class SupMIM(nnx.Module):
     The same encoder sees the image and its masked twin; a shallow decoder predicts the discrete
     image tokens of the masked patches. Where the paper's text available to us is silent (what the
     encoder sees at masked places, mask ratio and form, decoder size, w), the config chooses.
-    Mixup and CutMix touch the classified image only: the masked twin and its tokens are of the
-    image before mixing.
+    Mixup and CutMix touch the classified image only: the masked twin is the image before mixing.
+    Its target is of the same crop before colour augmentation (see `targets`), so that tokens can be
+    computed once and cached.
     """
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
@@ -30,12 +29,12 @@ class SupMIM(nnx.Module):
         self.encoder, self.head = classifier.encoder, classifier.head
         classification.start_head(self.cfg.classification, self.head)
         visible = self.cfg.encoder_input == "visible"
-        self.tokenizer = PatchCodes(self.cfg.tokenizer, cfg.model.patch, cfg.data)
+        self.target = targets.make(cfg)
         self.decoder = Decoder(
             self.cfg.decoder,
             cfg.model,
             self.encoder.side,
-            self.tokenizer.num_codes,
+            self.target.outputs,
             inserts_masked=visible,
             rngs=rngs,
         )
@@ -57,19 +56,17 @@ class SupMIM(nnx.Module):
         logits = self.head(encoder.pool(tokens))
         ce = classification.loss(cfg, logits, targets, batch.weight)
 
-        ids = self.tokenizer.encode(images)
+        target = self.target(batch)
         predicted = self.decoder(masked_tokens, mask)
-        mim = losses.masked_token_cross_entropy(predicted, ids, mask.masked)
-        mim = losses.mean(mim, batch.weight)
+        mim = losses.mean(self.target.loss(predicted, target, mask.masked), batch.weight)
 
         loss = ce + self.cfg.mim_weight * mim
-        hits = ((predicted.argmax(-1) == ids) & mask.masked).sum(-1) / mask.masked.sum(-1)
         return loss, {
             "loss": loss,
             "ce": ce,
             "mim": mim,
             "accuracy": classification.accuracy(logits, batch),
-            "mim_accuracy": losses.mean(hits.astype(jnp.float32), batch.weight),
+            **self.target.metrics(predicted, target, mask.masked, batch.weight),
         }
 
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
@@ -85,6 +82,6 @@ class SupMIM(nnx.Module):
         return self.encoder.embed(images, masked=(mask, self.mask_embedding[...]))
 
     def predict_tokens(self, images, mask: masking.Mask) -> jax.Array:
-        """Logits of every patch's token, float32 BxLxV, from masked float images; no DropPath."""
+        """Predictions for every patch, float32 BxLx(outputs), from masked float images."""
         (tokens,) = self.encoder.encode((self.embed_masked(images, mask),))
         return self.decoder(tokens, mask)

@@ -1,0 +1,20 @@
+"""Measures: python -m supmim_jax.bench flops --config configs/supmim_b14_imagenet1k.py."""
+
+import sys
+
+from supmim_jax import commands
+from supmim_jax.bench import flops
+
+BENCHES = {"flops": flops.command}
+
+
+def main() -> None:
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if name not in BENCHES:
+        known = ", ".join(BENCHES)
+        commands.fail(f"There is no bench {name!r}; known are {known}.", commands.EXIT_SETUP)
+    BENCHES[name]()
+
+
+if __name__ == "__main__":
+    main()

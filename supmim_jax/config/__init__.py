@@ -1,0 +1,164 @@
+"""The schema of an experiment: frozen dataclasses with their ranges.
+
+Derived values are properties, so that an override on the command line changes everything that
+follows from it. `configdict.py` is the door between these and ml_collections.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from supmim_jax.config.data import DataConfig
+from supmim_jax.config.fields import INF, ConfigError, SetupError, within
+from supmim_jax.config.model import VARIANTS, DecoderConfig, ViTConfig
+from supmim_jax.config.objective import (
+    AdversarialConfig,
+    ClassificationConfig,
+    PerceptualConfig,
+    SupervisedConfig,
+    SupMIMConfig,
+    VQGANObjectiveConfig,
+)
+from supmim_jax.config.tokenizer import (
+    PatchCodesConfig,
+    PixelsConfig,
+    TokensConfig,
+    VQGANConfig,
+)
+
+__all__ = [
+    "INF",
+    "VARIANTS",
+    "AdversarialConfig",
+    "CheckpointConfig",
+    "ClassificationConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DecoderConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MeshConfig",
+    "OptimConfig",
+    "PatchCodesConfig",
+    "PerceptualConfig",
+    "PixelsConfig",
+    "SetupError",
+    "SupMIMConfig",
+    "SupervisedConfig",
+    "TokensConfig",
+    "VQGANConfig",
+    "VQGANObjectiveConfig",
+    "ViTConfig",
+    "within",
+]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: float = within(1e-3, 0.0, INF)  # at lr_batch; see Config.peak_lr
+    lr_batch: int = within(0, 0, INF)  # 0: lr is the peak itself; else scaled by batch / lr_batch
+    final_lr: float = within(0.0, 0.0, INF)  # at the end of the cosine
+    warmup_epochs: float = within(5.0, 0.0, INF)
+    weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate; matrices
+    b1: float = within(0.9, 0.0, 1.0)
+    b2: float = within(0.999, 0.0, 1.0)
+    clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = within(0, 0, INF)  # 0: all devices that the other axes leave
+    fsdp: int = within(1, 1, INF)
+    tensor: int = within(1, 1, INF)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = within(0, 0, INF)  # steps; 0 evaluates at the end only
+    batch_size: int = within(256, 1, INF)
+    knn_k: int = within(20, 1, INF)
+    knn_temperature: float = within(0.07, 1e-6, INF)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = within(50, 1, INF)  # steps between lines of metrics.jsonl
+    tensorboard: bool = False  # also events and profiles for TensorBoard, by clu and TensorFlow
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = within(500, 1, INF)  # steps
+    keep: int = within(2, 1, INF)  # newest ones kept
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = within(0, 0, 2**31 - 1)
+    batch_size: int = within(64, 1, INF)  # global
+    epochs: float = within(1.0, 0.0, INF)
+    data: DataConfig = DataConfig()
+    model: ViTConfig = ViTConfig()
+    objective: SupervisedConfig | SupMIMConfig | VQGANObjectiveConfig = SupMIMConfig()
+    tokens: TokensConfig = TokensConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        size, patch = self.data.image_size, self.model.patch
+        if size % patch:
+            below = size - size % patch
+            raise ConfigError(
+                f"data.image_size is {size}, not a multiple of model.patch = {patch}; "
+                f"{below or patch} or {below + patch} would do."
+            )
+        if self.objective.name == "supmim" and size == patch:
+            raise ConfigError(f"model.patch is {patch}, the whole image: nothing is left to mask.")
+        if self.objective.name == "vqgan" and size % self.objective.tokenizer.downsampling:
+            raise ConfigError(
+                f"data.image_size is {size}, but {len(self.objective.tokenizer.multipliers)} "
+                f"objective.tokenizer.multipliers make tokens of "
+                f"{self.objective.tokenizer.downsampling} pixels; it must be a multiple of that."
+            )
+        if self.tokens.cache and not self.has_tokens:
+            raise ConfigError(
+                f"tokens.cache is {self.tokens.cache!r}, but the objective predicts no tokens. "
+                f"Leave it empty, or choose objective.target 'patch_codes' or 'vqgan'."
+            )
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether image tokens are the target."""
+        return self.objective.name == "supmim" and self.objective.target.name != "pixels"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the step needs each image as it was before colour augmentation, too."""
+        plain = self.data.augment == "none"
+        return self.objective.name == "supmim" and not plain and not self.tokens.cache
+
+    @property
+    def num_views(self) -> int:
+        """Different crops of an image that the run sees."""
+        epochs = max(1, math.ceil(self.total_steps * self.batch_size / self.data.train_examples))
+        return min(self.tokens.views or epochs, epochs)
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, round(self.epochs * self.data.train_examples / self.batch_size))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up, at least one short of the whole run."""
+        steps = round(self.optim.warmup_epochs * self.data.train_examples / self.batch_size)
+        return min(steps, self.total_steps - 1)
+
+    @property
+    def peak_lr(self) -> float:
+        scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
+        return self.optim.lr * scale

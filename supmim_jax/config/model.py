@@ -1,0 +1,57 @@
+"""The networks: encoder and decoder."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from supmim_jax.config.fields import INF, ConfigError, within
+
+VARIANTS = {  # width, depth, mlp_dim, heads: ViT (2010.11929) and Scaling ViTs (2106.04560)
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    patch: int = within(4, 1, INF)  # pixels
+    width: int = within(64, 1, INF)
+    depth: int = within(4, 1, INF)
+    mlp_dim: int = within(256, 1, INF)
+    heads: int = within(2, 1, INF)
+    pooling: Literal["gap", "cls"] = "gap"
+    positions: Literal["learned", "sincos2d"] = "learned"
+    layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
+    drop_path: float = within(0.0, 0.0, 0.99)  # of the last block, rising linearly from 0
+    gelu: Literal["exact", "tanh"] = "exact"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    remat: Literal["none", "names", "full"] = "none"
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ConfigError(f"width is {self.width}, not a multiple of heads = {self.heads}.")
+        if self.positions == "sincos2d" and self.width % 4:
+            raise ConfigError(f"width is {self.width}; sincos2d positions need a multiple of 4.")
+
+    @classmethod
+    def variant(cls, name: str, **fields) -> "ViTConfig":
+        """ViTConfig of a published size (a key of VARIANTS); `fields` sets the rest."""
+        width, depth, mlp_dim, heads = VARIANTS[name]
+        return cls(width=width, depth=depth, mlp_dim=mlp_dim, heads=heads, **fields)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    depth: int = within(1, 1, INF)
+    width: int = within(64, 1, INF)
+    mlp_dim: int = within(256, 1, INF)
+    heads: int = within(2, 1, INF)
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4:
+            raise ConfigError(
+                f"width is {self.width}; it must be a multiple of heads = {self.heads} and of 4."
+            )

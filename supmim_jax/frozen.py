@@ -1,0 +1,123 @@
+"""Where a run's frozen arrays come from: a file, a checkpoint, or a fit on the training split."""
+
+import hashlib
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from supmim_jax import checkpoint, program
+from supmim_jax.config import Config, SetupError
+from supmim_jax.configdict import differences, section
+from supmim_jax.data import pipeline, token_cache
+from supmim_jax.models import maskgit, patch_codes
+
+FILE = "tokenizer.npz"  # the fitted codebook, kept in the workdir and in token caches
+IN_FILE_ONLY = ("config.objective.target.path", "config.objective.target.precision")
+
+
+def arrays(cfg: Config, workdir: epath.Path, like: dict) -> dict:
+    """The `frozen` argument of the train step as host arrays; {} where nothing is frozen.
+
+    Args:
+      cfg: the run.
+      workdir: where a codebook that was fitted is kept, see `save`.
+      like: the abstract `frozen` of the program.
+
+    Raises:
+      SetupError: a file named in the config is missing or doesn't fit.
+    """
+    found = {}
+    if "target" in like:
+        found["target"] = {"tokenizer": tokenizer(cfg, workdir, like["target"]["tokenizer"])}
+    if "perceptual" in like:
+        directory = checkpoint.locate(cfg.objective.perceptual.checkpoint)
+        tree = {"encoder": like["perceptual"]}
+        found["perceptual"] = _host(checkpoint.restore_params(directory, tree)["encoder"])
+    return found
+
+
+def tokenizer(cfg: Config, workdir: epath.Path, like: dict) -> dict:
+    """The arrays of the target's tokenizer, whether or not a cache spares the step from it.
+
+    A codebook without a file is fitted once, on the training split alone; it is looked for in the
+    token cache and in the workdir first.
+
+    Raises:
+      SetupError: the file is missing or is not that of config.objective.target.
+    """
+    target = cfg.objective.target
+    if target.name == "vqgan":
+        return _vqgan(cfg, like)
+    kept = [epath.Path(d) / FILE for d in (cfg.tokens.cache, workdir) if d]
+    path = epath.Path(target.path) if target.path else next(filter(_exists, kept), None)
+    if path:
+        return patch_codes.load(path, target, cfg.model.patch, cfg.data.channels)
+    images = pipeline.first_images(cfg, target.fit_images)
+    codes = patch_codes.fit(target, cfg.model.patch, images, cfg.seed)
+    if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
+        codes = multihost_utils.broadcast_one_to_all(codes)
+    return codes
+
+
+def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
+    """Keeps a fitted codebook with the run; everything else is where the config says."""
+    if "target" in arrays and cfg.objective.target.name == "patch_codes":
+        patch_codes.save(workdir / FILE, arrays["target"]["tokenizer"])
+
+
+def digest(arrays: dict) -> str:
+    """SHA-256 of names, shapes and values, the same however the arrays were stored."""
+    found = hashlib.sha256()
+    for name, x in sorted(traverse_util.flatten_dict(arrays, sep="/").items()):
+        x = np.ascontiguousarray(x, np.float32)
+        found.update(f"{name}{x.shape}".encode() + x.tobytes())
+    return found.hexdigest()
+
+
+def check_cache(cfg: Config, workdir: epath.Path, mesh: Mesh) -> None:
+    """Raises SetupError unless the token cache was made with the tokenizer that the config names.
+
+    Where the config names no file (a codebook that is fitted), there is nothing to compare.
+    """
+    if cfg.tokens.cache and cfg.objective.target.path:
+        like = program.build_tokenizer(cfg, mesh.size, mesh).arrays
+        token_cache.open_cache(cfg, digest(tokenizer(cfg, workdir, like)))
+
+
+def _vqgan(cfg: Config, like: dict) -> dict:
+    path = cfg.objective.target.path
+    if not path:
+        raise SetupError(
+            "config.objective.target.path is empty: give MaskGIT's tokenizer_imagenet256_checkpoint"
+            ", or the --workdir of a run of a tokenizer (configs/vqgan_*.py)."
+        )
+    if not epath.Path(checkpoint.split_step(path)[0]).is_dir():
+        return maskgit.load(epath.Path(path), cfg.objective.target, like)
+    directory = checkpoint.locate(path)
+    run = checkpoint.read_config(directory)
+    if run.objective.name != "vqgan":
+        raise SetupError(f"{path} is a {run.objective.name!r} run, and no tokenizer of images.")
+    trained = section(run.objective.tokenizer)
+    changed = [
+        difference
+        for difference in differences(
+            trained, section(cfg.objective.target), "config.objective.target"
+        )
+        if not difference.startswith(IN_FILE_ONLY)
+    ]
+    if changed:
+        raise SetupError(f"{path} is another tokenizer: {'; '.join(changed)} (there; here).")
+    return _host(checkpoint.restore_params(directory, {"tokenizer": like})["tokenizer"])
+
+
+def _host(tree: Any) -> dict:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _exists(path: epath.Path) -> bool:
+    return path.exists()

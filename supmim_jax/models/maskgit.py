@@ -1,0 +1,84 @@
+"""Reads the tokenizer that MaskGIT published: a Flax linen parameter tree in msgpack.
+
+Its file is `tokenizer_imagenet256_checkpoint`, linked from github.com/google-research/maskgit.
+"""
+
+import re
+
+import msgpack
+import numpy as np
+from etils import epath
+from flax import serialization, traverse_util
+
+from supmim_jax.config import SetupError, VQGANConfig
+
+# Our path in models/vqgan.py, and MaskGIT's. Linen numbers the modules of a class in the order in
+# which they are called: in a block norm, conv, norm, conv, shortcut.
+NAMES = (
+    (r"^codebook$", "quantizer/codebook"),
+    (r"^(encoder|decoder)/blocks/(\d+)/norm1/", r"\1/ResBlock_\2/GroupNorm_0/"),
+    (r"^(encoder|decoder)/blocks/(\d+)/conv1/", r"\1/ResBlock_\2/Conv_0/"),
+    (r"^(encoder|decoder)/blocks/(\d+)/norm2/", r"\1/ResBlock_\2/GroupNorm_1/"),
+    (r"^(encoder|decoder)/blocks/(\d+)/conv2/", r"\1/ResBlock_\2/Conv_1/"),
+    (r"^(encoder|decoder)/blocks/(\d+)/shortcut/", r"\1/ResBlock_\2/Conv_2/"),
+    (r"^(encoder|decoder)/conv_in/", r"\1/Conv_0/"),
+    (r"^(encoder|decoder)/norm/", r"\1/GroupNorm_0/"),
+    (r"^encoder/conv_out/", "encoder/Conv_1/"),
+)
+
+
+def their_name(path: str, cfg: VQGANConfig) -> str:
+    """MaskGIT's name of our parameter, without the leading `params/`."""
+    if match := re.fullmatch(r"decoder/upsample/(\d+)/(\w+)", path):
+        return f"decoder/Conv_{int(match[1]) + 1}/{match[2]}"
+    if match := re.fullmatch(r"decoder/conv_out/(\w+)", path):
+        return f"decoder/Conv_{len(cfg.multipliers)}/{match[1]}"
+    return next(re.sub(ours, theirs, path) for ours, theirs in NAMES if re.search(ours, path))
+
+
+def load(path: epath.Path, cfg: VQGANConfig, like: dict) -> dict:
+    """The parameters of the VQGAN `like` (nested dict of shapes) from the file, on the host.
+
+    Raises:
+      SetupError: the file is missing or cut, or a parameter is missing, left over or misshapen.
+    """
+    stored = traverse_util.flatten_dict(_read(path), sep="/")
+    wanted = {
+        their_name(ours, cfg): (ours, x.shape)
+        for ours, x in traverse_util.flatten_dict(like, sep="/").items()
+    }
+    problems = [f"{name} {s} is missing" for name, (_, s) in wanted.items() if name not in stored]
+    problems += [f"{name} is not of this model" for name in stored if name not in wanted]
+    problems += [
+        f"{name} is {_kind(stored[name])}, expected float32{list(shape)}"
+        for name, (_, shape) in wanted.items()
+        if name in stored and _kind(stored[name]) != f"float32{list(shape)}"
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise SetupError(
+            f"{path} is not the tokenizer that the config describes: {'; '.join(problems[:5])}"
+            f"{more}. The defaults of VQGANConfig are MaskGIT's ImageNet tokenizer at 256 px."
+        )
+    flat = {ours: stored[name] for name, (ours, _) in wanted.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _kind(x) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+
+
+def _read(path: epath.Path) -> dict:
+    try:
+        data = path.read_bytes()
+        tree = serialization.msgpack_restore(data)
+    except OSError as error:
+        raise SetupError(f"The tokenizer {path} cannot be read: {error}") from None
+    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
+        raise SetupError(
+            f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file: {error}. "
+            f"Fetch it again; MaskGIT's is a Flax checkpoint in msgpack."
+        ) from None
+    if not isinstance(tree, dict):
+        raise SetupError(f"The tokenizer {path} holds no parameter tree, but {type(tree)}.")
+    return tree["params"] if set(tree) == {"params"} else tree

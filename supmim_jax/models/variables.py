@@ -1,0 +1,23 @@
+"""Kinds of variables beside nnx.Param, which the optimizer trains."""
+
+from flax import nnx
+
+
+class Frozen(nnx.Variable):
+    """A value that training uses but does not change: an argument of the step, not of its state."""
+
+
+class Moving(nnx.Variable):
+    """A value that the loss itself overwrites, by a rule and not by gradients.
+
+    It is part of the train state and of checkpoints: running averages, momentum encoders.
+    """
+
+
+def freeze(module: nnx.Module) -> None:
+    """Turns every parameter of the module into a Frozen variable, in place."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, nnx.Param):
+                    setattr(node, name, Frozen(value[...]))

@@ -1,0 +1,169 @@
+"""A convolutional image tokenizer (VQGAN, arXiv 2012.09841) in the form that MaskGIT published.
+
+As in MaskGIT (arXiv 2202.04200) there is no attention, resolution is halved by averaging and
+doubled by repetition, and pixels are in [0, 1] inside. `maskgit.load` reads its checkpoint.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supmim_jax.config import VQGANConfig
+
+
+class ResBlock(nnx.Module):
+    """Norm, swish, 3x3 convolution, twice, and a shortcut.
+
+    Where the width changes, MaskGIT's shortcut is a 1x1 convolution of the block's *output*, not of
+    its input; the published weights want it so.
+    """
+
+    def __init__(self, inputs: int, filters: int, cfg: VQGANConfig, rngs: nnx.Rngs):
+        self.norm1 = group_norm(inputs, cfg, rngs)
+        self.conv1 = conv(inputs, filters, 3, cfg, rngs, bias=False)
+        self.norm2 = group_norm(filters, cfg, rngs)
+        self.conv2 = conv(filters, filters, 3, cfg, rngs, bias=False)
+        self.shortcut = (
+            conv(filters, filters, 1, cfg, rngs, bias=False) if inputs != filters else None
+        )
+
+    def __call__(self, x_BxHxWxC) -> jax.Array:
+        y = self.conv1(nnx.swish(self.norm1(x_BxHxWxC)))
+        y = self.conv2(nnx.swish(self.norm2(y)))
+        return y + (x_BxHxWxC if self.shortcut is None else self.shortcut(y))
+
+
+class Encoder(nnx.Module):
+    """Images BxHxWxC to latents Bx(H/d)x(W/d)x(code_dim), d the downsampling."""
+
+    def __init__(self, cfg: VQGANConfig, channels: int, rngs: nnx.Rngs):
+        self.res_blocks = cfg.res_blocks
+        self.conv_in = conv(channels, cfg.filters, 3, cfg, rngs, bias=False)
+        widths = level_widths(cfg)
+        before = [cfg.filters, *widths[:-1]]
+        blocks = []
+        for inputs, filters in zip(before, widths, strict=True):
+            blocks += [
+                ResBlock(filters if i else inputs, filters, cfg, rngs)
+                for i in range(cfg.res_blocks)
+            ]
+        blocks += [ResBlock(widths[-1], widths[-1], cfg, rngs) for _ in range(cfg.res_blocks)]
+        self.blocks = numbered(blocks)
+        self.norm = group_norm(widths[-1], cfg, rngs)
+        self.conv_out = conv(widths[-1], cfg.code_dim, 1, cfg, rngs)
+
+    def __call__(self, x) -> jax.Array:
+        x = self.conv_in(x)
+        levels = len(self.blocks) // self.res_blocks - 1
+        for i in range(len(self.blocks)):
+            x = self.blocks[str(i)](x)
+            level, place = divmod(i + 1, self.res_blocks)
+            if place == 0 and level < levels:
+                x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        return self.conv_out(nnx.swish(self.norm(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents Bxhxwx(code_dim) to images Bx(hd)x(wd)xC."""
+
+    def __init__(self, cfg: VQGANConfig, channels: int, rngs: nnx.Rngs):
+        self.res_blocks = cfg.res_blocks
+        widths = level_widths(cfg)[::-1]
+        self.conv_in = conv(cfg.code_dim, widths[0], 3, cfg, rngs)
+        blocks = [ResBlock(widths[0], widths[0], cfg, rngs) for _ in range(cfg.res_blocks)]
+        for inputs, filters in zip([widths[0], *widths[:-1]], widths, strict=True):
+            blocks += [
+                ResBlock(filters if i else inputs, filters, cfg, rngs)
+                for i in range(cfg.res_blocks)
+            ]
+        self.blocks = numbered(blocks)
+        self.upsample = numbered([conv(w, w, 3, cfg, rngs) for w in widths[:-1]])
+        self.norm = group_norm(widths[-1], cfg, rngs)
+        self.conv_out = conv(widths[-1], channels, 3, cfg, rngs)
+
+    def __call__(self, x) -> jax.Array:
+        x = self.conv_in(x)
+        for i in range(len(self.blocks)):
+            x = self.blocks[str(i)](x)
+            level, place = divmod(i + 1, self.res_blocks)
+            if place == 0 and 2 <= level <= len(self.upsample) + 1:
+                x = self.upsample[str(level - 2)](x.repeat(2, axis=1).repeat(2, axis=2))
+        return self.conv_out(nnx.swish(self.norm(x)))
+
+
+class VQGAN(nnx.Module):
+    """Images to ids of the nearest codes, and back.
+
+    Images are float BxHxWxC in [-1, 1], of `side` patches each way. Where a patch is not as large
+    as a token (ViT-B/14 at 224 px, tokens of 16 px at 256 px), `encode` enlarges the image so that
+    one patch is one token, and `decode` brings it back to `size`.
+    """
+
+    def __init__(self, cfg: VQGANConfig, *, channels: int, side: int, size: int, rngs: nnx.Rngs):
+        self.side, self.size, self.inner = side, size, side * cfg.downsampling
+        self.num_codes = cfg.codes
+        self.encoder = Encoder(cfg, channels, rngs)
+        self.decoder = Decoder(cfg, channels, rngs)
+        draw = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        self.codebook = nnx.Param(draw(rngs.params(), (cfg.codes, cfg.code_dim)))
+
+    def encode(self, images) -> jax.Array:
+        """int32 ids BxL of the nearest codes; of equally near ones the first."""
+        latents = self.latents(images)
+        return nearest(latents.reshape(latents.shape[0], -1, latents.shape[-1]), self.codebook[...])
+
+    def decode(self, ids_BxL) -> jax.Array:
+        """Images of the codes; ids must be below num_codes."""
+        codes = self.codebook[...][ids_BxL]
+        return self.render(codes.reshape(codes.shape[0], self.side, self.side, -1))
+
+    def latents(self, images) -> jax.Array:
+        """What is quantised: float32 Bx(side)x(side)x(code_dim)."""
+        return self.encoder(_resize(images, self.inner) * 0.5 + 0.5)
+
+    def render(self, latents) -> jax.Array:
+        """Images of (quantised) latents."""
+        return _resize(self.decoder(latents) * 2.0 - 1.0, self.size)
+
+
+def nearest(x_BxLxD, codes_VxD) -> jax.Array:
+    """int32 BxL: for each vector the code at the least Euclidean distance."""
+    return jnp.argmin(_relative_distances(x_BxLxD, codes_VxD), axis=-1).astype(jnp.int32)
+
+
+def squared_distances(x_BxLxD, codes_VxD) -> jax.Array:
+    """Squared Euclidean distances to every code, BxLxV."""
+    return (x_BxLxD**2).sum(-1, keepdims=True) + _relative_distances(x_BxLxD, codes_VxD)
+
+
+def _relative_distances(x_BxLxD, codes_VxD) -> jax.Array:
+    """|x - c|^2 - |x|^2: what is left out is the same for every code."""
+    dots = jnp.einsum("bld,vd->blv", x_BxLxD, codes_VxD, precision=jax.lax.Precision.HIGHEST)
+    return (codes_VxD**2).sum(-1) - 2.0 * dots
+
+
+def level_widths(cfg: VQGANConfig) -> list[int]:
+    """Channels at each resolution, the finest first."""
+    return [cfg.filters * multiplier for multiplier in cfg.multipliers]
+
+
+def numbered(modules: list[nnx.Module]) -> nnx.Dict:
+    """Modules under the names "0", "1" ...: nnx.List would have integers in memory only."""
+    return nnx.Dict({str(i): module for i, module in enumerate(modules)})
+
+
+def conv(inputs: int, outputs: int, size: int, cfg: VQGANConfig, rngs, bias: bool = True):
+    """A convolution that keeps the resolution."""
+    precision = {"highest": jax.lax.Precision.HIGHEST, "default": None}[cfg.precision]
+    return nnx.Conv(inputs, outputs, (size, size), use_bias=bias, precision=precision, rngs=rngs)
+
+
+def group_norm(channels: int, cfg: VQGANConfig, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return nnx.GroupNorm(channels, num_groups=cfg.groups, epsilon=1e-6, rngs=rngs)
+
+
+def _resize(images, size: int) -> jax.Array:
+    b, height, width, c = images.shape
+    if (height, width) == (size, size):
+        return images
+    return jax.image.resize(images, (b, size, size, c), "cubic")

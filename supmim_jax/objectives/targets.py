@@ -1,0 +1,73 @@
+"""What masked patches are predicted as: image tokens (SupMIM) or normalised pixels (MAE)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from supmim_jax.config import Config
+from supmim_jax.models import tokenizer
+from supmim_jax.models.variables import freeze
+from supmim_jax.models.vit import patchify, pixels
+from supmim_jax.objectives import losses
+from supmim_jax.types import Batch, Metrics
+
+PIXEL_EPSILON = 1e-6  # added to each patch's variance, as in MAE's reference code
+
+
+class Tokens(nnx.Module):
+    """Ids from the batch, if a cache brought them; else of a frozen tokenizer, in the step."""
+
+    def __init__(self, cfg: Config):
+        self.outputs = cfg.objective.target.codes
+        if not cfg.tokens.cache:
+            # Keys of its own: the run starts from the same weights with a cache and without.
+            target, rngs = cfg.objective.target, nnx.Rngs(0)
+            self.tokenizer = tokenizer.make(target, cfg.model.patch, cfg.data, rngs)
+            freeze(self.tokenizer)
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """int32 ids BxL."""
+        if batch.tokens is not None:
+            return batch.tokens.astype(jnp.int32)
+        return self.tokenizer.encode(target_image(batch))
+
+    def loss(self, predicted_BxLxV, ids_BxL, masked_BxL) -> jax.Array:
+        """Cross-entropy, mean over each image's masked patches, B."""
+        return losses.masked_token_cross_entropy(predicted_BxLxV, ids_BxL, masked_BxL)
+
+    def metrics(self, predicted_BxLxV, ids_BxL, masked_BxL, weight_B) -> Metrics:
+        hits = (predicted_BxLxV.argmax(-1) == ids_BxL) & masked_BxL
+        share = hits.sum(-1) / masked_BxL.sum(-1)
+        return {"mim_accuracy": losses.mean(share.astype(jnp.float32), weight_B)}
+
+
+class Pixels(nnx.Module):
+    """Each patch's pixels, with its own mean and variance removed (arXiv 2111.06377, section 4)."""
+
+    def __init__(self, cfg: Config):
+        self.patch = cfg.model.patch
+        self.outputs = cfg.model.patch**2 * cfg.data.channels
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """float32 patches BxLxP."""
+        patches = patchify(target_image(batch), self.patch)
+        mean = patches.mean(-1, keepdims=True)
+        variance = patches.var(-1, keepdims=True, ddof=1)
+        return (patches - mean) / jnp.sqrt(variance + PIXEL_EPSILON)
+
+    def loss(self, predicted_BxLxP, patches_BxLxP, masked_BxL) -> jax.Array:
+        """Mean squared error over each image's masked patches, B."""
+        error = ((predicted_BxLxP - patches_BxLxP) ** 2).mean(-1)
+        return (error * masked_BxL).sum(-1) / masked_BxL.sum(-1)
+
+    def metrics(self, predicted, patches, masked, weight_B) -> Metrics:
+        return {}
+
+
+def make(cfg: Config) -> Tokens | Pixels:
+    return Tokens(cfg) if cfg.has_tokens else Pixels(cfg)
+
+
+def target_image(batch: Batch) -> jax.Array:
+    """Float images BxHxWxC before colour augmentation: it never touches the target."""
+    return pixels(batch.views[0] if batch.target is None else batch.target)

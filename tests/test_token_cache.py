@@ -1,0 +1,280 @@
+"""The token cache: equal to tokens made in the step, refused where it isn't, safe to restart."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_frozen
+from etils import epath
+
+from supmim_jax import frozen, program, sharding, tokenize
+from supmim_jax.config import ConfigError, SetupError, TokensConfig, VQGANConfig
+from supmim_jax.data import pipeline, token_cache
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+
+
+def with_cache(cfg, directory, views=0):
+    return dataclasses.replace(cfg, tokens=TokensConfig(cache=str(directory), views=views))
+
+
+def replaced(cfg, section, **changes):
+    return dataclasses.replace(
+        cfg, **{section: dataclasses.replace(getattr(cfg, section), **changes)}
+    )
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    return epath.Path(tmp_path_factory.mktemp("caches"))
+
+
+@pytest.fixture
+def cache(cfg, caches):
+    """Three views of 64 images in shards of 50."""
+    directory = caches / "three"
+    tokenize.tokenize(cfg, directory, views=3, records_per_shard=50)
+    return directory
+
+
+def steps(cfg, device, codes) -> tuple[list, list]:
+    """Losses and tokens of every step of the run."""
+    built = program.build(cfg, device)
+    state, losses, tokens = built.init(jax.random.key(0)), [], []
+    tokenizer = program.build_tokenizer(cfg, cfg.batch_size, device)
+    for batch in pipeline.train_dataset(cfg, device):
+        if batch.tokens is None:
+            image = batch.views[0] if batch.target is None else batch.target
+            tokens.append(np.asarray(tokenizer.encode(codes["target"]["tokenizer"], image)))
+        else:
+            tokens.append(np.asarray(batch.tokens))
+        state, metrics = built.step(state, batch, codes if built.frozen else {})
+        losses.append([float(metrics[k]) for k in ("loss", "ce", "mim", "grad_norm")])
+    return losses, tokens
+
+
+def colourful(cfg):
+    """Three channels, RandAugment, and a VQGAN as the tokenizer."""
+    data = dataclasses.replace(
+        cfg.data,
+        name="fractals/tiny_colour",
+        channels=3,
+        num_classes=30,
+        image_size=20,
+        eval_resize=24,
+        crop="inception",
+        augment="rand_augment",
+        train_split="train[:48]",
+        train_examples=48,
+        eval_split="validation[:16]",
+    )
+    target = VQGANConfig(
+        filters=8, multipliers=(1, 2, 2), res_blocks=1, groups=4, codes=16, code_dim=4
+    )
+    model = dataclasses.replace(cfg.model, patch=4)
+    objective = dataclasses.replace(cfg.objective, target=target)
+    return dataclasses.replace(cfg, data=data, model=model, objective=objective, epochs=4)
+
+
+@pytest.mark.parametrize("kind", ["patch_codes", "vqgan"])
+def test_cached_tokens_and_losses_are_those_of_a_run_without(
+    cfg, caches, one_device, kind, monkeypatch
+):
+    """Every example of every step, also where two views cycle over four epochs."""
+    cfg = colourful(cfg) if kind == "vqgan" else dataclasses.replace(cfg, epochs=4)
+    cfg = dataclasses.replace(cfg, tokens=TokensConfig(views=2))
+    codes = make_frozen(cfg)
+    monkeypatch.setattr(frozen, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    directory = caches / kind
+    tokenize.tokenize(cfg, directory, views=2)
+    online, tokens = steps(cfg, one_device, codes)
+    cached, same_tokens = steps(with_cache(cfg, directory, 2), one_device, codes)
+    assert len(tokens) == cfg.total_steps >= 12
+    assert all((a == b).all() for a, b in zip(tokens, same_tokens, strict=True))
+    assert len(np.unique(tokens)) > 4
+    np.testing.assert_allclose(cached, online, rtol=1e-6)
+
+
+def test_a_cached_step_carries_no_tokenizer_and_views_cycle(cfg, cache, one_device):
+    cached = with_cache(dataclasses.replace(cfg, epochs=5), cache, views=3)
+    built = program.build(cached, one_device)
+    assert built.frozen == {} and built.batch.tokens.shape == (16, 25)
+    rows = {}
+    for step, batch in enumerate(pipeline.train_dataset(cached, one_device)):
+        for example, ids in zip(np.asarray(batch.id), np.asarray(batch.tokens)):
+            rows.setdefault((step // 4) % 3, {}).setdefault(int(example), set()).add(ids.tobytes())
+    assert all(len(seen) == 1 for view in rows.values() for seen in view.values())
+    assert rows[0] != rows[1] != rows[2]
+
+
+def test_a_run_from_a_cache_trains_and_its_picture_finds_the_codebook(cfg, cache, tmp_path):
+    from supmim_jax import picture
+
+    results = train(with_cache(cfg, cache), tmp_path, devices=ONE)
+    again = train(cfg, tmp_path / "online", devices=ONE)
+    assert results["top1"] == again["top1"] and results["knn"] == again["knn"]
+    restored = picture.restore(str(tmp_path))
+    assert (restored.tokenizer.arrays["codes"] == np.load(cache / frozen.FILE)["codes"]).all()
+
+
+def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, monkeypatch):
+    directory = caches / "restarted"
+    written = []
+    write = token_cache.write_shard
+
+    def failing(path, rows):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, rows)
+
+    monkeypatch.setattr(token_cache, "write_shard", failing)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize.tokenize(cfg, directory, views=2, records_per_shard=40)
+    before = {p.name: p.stat().mtime for p in directory.glob("tokens-*")}
+    assert len(before) == 2
+    monkeypatch.setattr(token_cache, "write_shard", write)
+    plan = tokenize.tokenize(cfg, directory, views=2, records_per_shard=40)
+    after = {p.name: p.stat().mtime for p in directory.glob("tokens-*")}
+    assert len(after) == plan.shards == 4 and before.items() <= after.items()
+    assert sum(p.stat().length for p in directory.glob("tokens-*")) <= tokenize.estimated_bytes(
+        plan
+    )
+    whole = token_cache.open_cache(with_cache(cfg, directory, 2))
+    other = (
+        token_cache.open_cache(with_cache(cfg, caches / "three", 2))
+        if (caches / "three").exists()
+        else whole
+    )
+    assert len(whole) == 128
+    assert all((whole[v, i] == other[v, i]).all() for v in range(2) for i in range(64))
+
+
+def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
+    directory = caches / "shared"
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(frozen, "tokenizer", lambda *_: dict(np.load(cache / frozen.FILE)))
+        tokenize.tokenize(cfg, directory, views=3, records_per_shard=50)
+        done = sorted(p.name[7:12] for p in directory.glob("tokens-*"))
+        assert done == (["00001", "00003"] if process else ["00000", "00001", "00002", "00003"])
+    monkeypatch.undo()
+    a, b = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, directory))
+    assert all((a[v, i] == b[v, i]).all() for v in range(3) for i in range(64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: dataclasses.replace(c, seed=5), r"tokens\.seed: 0; 5"),
+        (lambda c: replaced(c, "data", flip=False), r"tokens\.augmentation\.flip: True; False"),
+        (
+            lambda c: replaced(c, "data", train_split="train[64:128]"),
+            r"train_split: 'train\[:64\]'",
+        ),
+        (lambda c: replaced(c, "model", patch=5), r"tokens\.model\.patch: 4; 5"),
+        (
+            lambda c: replaced(
+                c, "objective", target=dataclasses.replace(c.objective.target, codes=17)
+            ),
+            r"tokens\.tokenizer\.codes: 16; 17",
+        ),
+    ],
+)
+def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, message):
+    with pytest.raises(SetupError, match=message + ".*there; here"):
+        pipeline.check(change(with_cache(cfg, cache)))
+
+
+def test_what_does_not_touch_the_tokens_may_differ(cfg, cache):
+    other = replaced(with_cache(cfg, cache), "objective", mask_ratio=0.7)
+    pipeline.check(replaced(other, "optim", lr=0.5))
+
+
+def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path):
+    path = tmp_path / "codes.npz"
+    np.savez(path, codes=np.zeros((16, 16), np.float32))
+    target = dataclasses.replace(cfg.objective.target, path=str(path))
+    other = replaced(with_cache(cfg, cache), "objective", target=target)
+    with pytest.raises(SetupError, match=r"tokens\.tokenizer_sha256"):
+        train(other, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
+    np.savez(path, codes=np.load(cache / frozen.FILE)["codes"])
+    frozen.check_cache(other, epath.Path(tmp_path), one_device)
+
+
+def test_too_few_views_are_refused(cfg, cache):
+    with pytest.raises(
+        SetupError, match=r"3 views .* wants 9\. Set config.tokens.views=3 to cycle"
+    ):
+        pipeline.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
+
+
+def test_damage_is_named(cfg, cache, tmp_path):
+    def copied(name):
+        directory = epath.Path(tmp_path) / name
+        directory.mkdir()
+        for path in cache.iterdir():
+            path.copy(directory / path.name)
+        return directory, directory / "tokens-00002-of-00004.arrayrecord"
+
+    directory, shard = copied("missing")
+    shard.unlink()
+    with pytest.raises(SetupError, match=r"lacks 1 of 4 shards: tokens-00002-of-00004"):
+        pipeline.check(with_cache(cfg, directory))
+    for cut in (1000, 70_000):
+        directory, shard = copied(f"cut{cut}")
+        shard.write_bytes(shard.read_bytes()[:cut])
+        with pytest.raises(SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord is cut"):
+            pipeline.check(with_cache(cfg, directory))
+    directory, shard = copied("fewer")
+    token_cache.write_shard(shard, iter(np.zeros((7, 25), np.uint16)))
+    with pytest.raises(SetupError, match=r"tokens-00002.* has 7 records, expected 50"):
+        pipeline.check(with_cache(cfg, directory))
+    directory, shard = copied("range")
+    token_cache.write_shard(shard, iter(np.full((50, 25), 16, np.uint16)))
+    opened = token_cache.open_cache(with_cache(cfg, directory))
+    with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has 25 ids up to 16; .*16"):
+        opened[1, 40]
+    directory, _ = copied("manifest")
+    (directory / token_cache.MANIFEST).write_text("{")
+    with pytest.raises(SetupError, match=r"manifest\.json cannot be read"):
+        pipeline.check(with_cache(cfg, directory))
+    with pytest.raises(SetupError, match=r"There is no token cache in .*nowhere"):
+        pipeline.check(with_cache(cfg, tmp_path / "nowhere"))
+
+
+def test_a_cache_in_use_is_not_written_over(cfg, cache):
+    before = json.loads((cache / token_cache.MANIFEST).read_text())
+    with pytest.raises(SetupError, match=r"has 3 views in shards of 50; asked for are 4"):
+        tokenize.tokenize(cfg, cache, views=4, records_per_shard=50)
+    with pytest.raises(SetupError, match=r"tokens\.seed: 0; 1"):
+        tokenize.tokenize(dataclasses.replace(cfg, seed=1), cache, views=3, records_per_shard=50)
+    assert json.loads((cache / token_cache.MANIFEST).read_text()) == before
+
+
+def test_a_run_without_tokens_has_no_cache(supervised, tmp_path):
+    with pytest.raises(ConfigError, match="no image tokens"):
+        tokenize.tokenize(supervised, epath.Path(tmp_path), views=1)
+    with pytest.raises(ConfigError, match="predicts no tokens"):
+        with_cache(supervised, tmp_path)
+
+
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
+    cfg, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tokenize.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000}))
+    with pytest.raises(SetupError, match=r"needs 0\.\d GB, and its disk has 0\.0 GB free"):
+        tokenize.tokenize(cfg, epath.Path(tmp_path) / "cache", views=3)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_mesh_reads_the_tokens_that_one_device_reads(cfg, cache, one_device):
+    cached = with_cache(cfg, cache)
+    mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, fsdp=2))
+    for a, b in zip(*(pipeline.train_dataset(cached, m) for m in (one_device, mesh)), strict=True):
+        assert (np.asarray(a.tokens) == np.asarray(b.tokens)).all()

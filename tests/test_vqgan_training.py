@@ -1,0 +1,313 @@
+"""Training a tokenizer: each term by hand, dead codes, both sides of the game, whole runs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch, make_frozen
+from flax import nnx
+
+from supmim_jax import checkpoint, frozen, picture, program, sharding
+from supmim_jax.config import (
+    AdversarialConfig,
+    ConfigError,
+    MeshConfig,
+    OptimConfig,
+    PerceptualConfig,
+    SetupError,
+    VQGANConfig,
+    VQGANObjectiveConfig,
+)
+from supmim_jax.data import pipeline
+from supmim_jax.evals import reconstruction
+from supmim_jax.objectives import losses
+from supmim_jax.objectives.vqgan import VQGANTraining
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+TINY = VQGANConfig(filters=8, multipliers=(1, 1, 2), res_blocks=1, groups=4, codes=16, code_dim=4)
+
+
+@pytest.fixture
+def vqgan(cfg):
+    """A run of 12 steps that trains a tokenizer of 4-pixel tokens."""
+    optim = OptimConfig(lr=3e-3, weight_decay=0.0, b2=0.99, warmup_epochs=0.5)
+    return dataclasses.replace(cfg, objective=VQGANObjectiveConfig(tokenizer=TINY), optim=optim)
+
+
+def with_terms(vqgan, **changes):
+    return dataclasses.replace(vqgan, objective=dataclasses.replace(vqgan.objective, **changes))
+
+
+def test_the_terms_by_hand(vqgan):
+    cfg = with_terms(vqgan, l1_weight=0.5, entropy_weight=0.2, entropy_temperature=0.3)
+    model = VQGANTraining(cfg, rngs=nnx.Rngs(0))
+    batch = make_batch(cfg)
+    batch = dataclasses.replace(batch, weight=batch.weight.copy())
+    batch.weight[-5:] = 0  # padding counts nowhere
+    x = np.asarray(batch.views[0][:-5], np.float64) / 127.5 - 1
+    z = np.asarray(model.tokenizer.latents(x.astype(np.float32)), np.float64).reshape(11, 25, 4)
+    codes = np.asarray(model.tokenizer.codebook[...], np.float64)
+    distance = ((z[:, :, None] - codes) ** 2).sum(-1)
+    ids = distance.argmin(-1)
+    again = np.asarray(model.tokenizer.decode(ids), np.float64)
+    p = np.exp(-distance / 0.3) / np.exp(-distance / 0.3).sum(-1, keepdims=True)
+    mean_p = p.mean((0, 1))
+    entropy = -(p * np.log(p)).sum(-1).mean() + (mean_p * np.log(mean_p)).sum()
+    expected = {
+        "l1": 0.5 * np.abs(again - x).mean(),
+        "l2": ((again - x) ** 2).mean(),
+        "codebook": ((codes[ids] - z) ** 2).mean(),
+        "commitment": 0.25 * ((codes[ids] - z) ** 2).mean(),
+        "entropy": 0.2 * entropy,
+    }
+    loss, found = model.loss(batch, jax.random.key(0))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-4)
+    np.testing.assert_allclose(found["code_usage"], len(np.unique(ids)) / 16)
+    np.testing.assert_allclose(
+        found["psnr"], 10 * np.log10(4 / ((again - x) ** 2).mean()), rtol=1e-4
+    )
+
+
+def gradient_of(name, model, cfg) -> dict:
+    """The gradient of one metric of the loss."""
+    graph, params, moving, _ = program.parts(model)
+
+    def term(params):
+        return nnx.merge(graph, params, moving, {}).loss(make_batch(cfg), jax.random.key(0))[1][
+            name
+        ]
+
+    return jax.grad(term)(params)
+
+
+def size(tree) -> float:
+    return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
+
+
+def test_gradients_pass_straight_through_the_codes_and_stop_where_they_should(vqgan):
+    def gradients(**weights):
+        off = {"l2_weight": 0.0, "codebook_weight": 0.0, "commitment_weight": 0.0}
+        cfg = with_terms(vqgan, entropy_weight=0.0, **(off | weights))
+        found = gradient_of("loss", VQGANTraining(cfg, rngs=nnx.Rngs(0)), cfg)["tokenizer"]
+        return {k: size(found[k]) > 0 for k in ("encoder", "decoder", "codebook")}
+
+    assert gradients(l2_weight=1.0) == {"encoder": True, "decoder": True, "codebook": False}
+    assert gradients(codebook_weight=1.0) == {"encoder": False, "decoder": False, "codebook": True}
+    assert gradients(commitment_weight=1.0) == {
+        "encoder": True,
+        "decoder": False,
+        "codebook": False,
+    }
+
+
+def test_dead_codes_are_moved_onto_latents_and_live_ones_stay(vqgan):
+    cfg = with_terms(vqgan, usage_decay=0.5, revive_below=0.5)
+    model = VQGANTraining(cfg, rngs=nnx.Rngs(0))
+    far = model.tokenizer.codebook[...].at[:6].add(100.0)  # never the nearest
+    model.tokenizer.codebook[...] = far
+    batch = make_batch(cfg)
+    latents = np.asarray(model.tokenizer.latents(batch.views[0] / 127.5 - 1.0)).reshape(-1, 4)
+    share = losses.code_shares(
+        model.tokenizer.encode(batch.views[0] / 127.5 - 1.0), 16, batch.weight
+    )
+    model.loss(batch, jax.random.key(0))
+    assert (model.tokenizer.codebook[...][:6] == far[:6]).all()  # 0.5 / 16 is not below the mark
+    model.usage[...] = model.usage[...].at[6:].set(1.0)
+    model.loss(batch, jax.random.key(0))
+    codes = np.asarray(model.tokenizer.codebook[...])
+    assert (codes[6:] == far[6:]).all() and (codes[:6] != far[:6]).all()
+    nearest = np.abs(codes[:6, None] - latents).sum(-1).min(1)
+    assert nearest.max() < 1e-5 and len(np.unique(codes[:6], axis=0)) > 3
+    np.testing.assert_allclose(model.usage[...][:6], 1 / 16)
+    np.testing.assert_allclose(model.usage[...][6:], 0.5 + 0.5 * share[6:], rtol=1e-5)
+
+
+def test_revived_codes_are_in_the_state_after_the_step(vqgan, one_device):
+    cfg = with_terms(vqgan, usage_decay=0.0, revive_below=1.0)
+    built = program.build(cfg, one_device)
+    state = built.init(jax.random.key(0))
+    before = np.asarray(state.params["tokenizer"]["codebook"])
+    after, _ = built.step(state, make_batch(cfg), {})
+    moved = np.abs(np.asarray(after.params["tokenizer"]["codebook"]) - before).max(1)
+    assert (moved > 0.01).sum() >= 4  # the optimizer alone moves an entry by 3e-3
+    assert after.moving["usage"].shape == (16,)
+
+
+def test_the_game_has_two_sides_that_do_not_meet(vqgan):
+    game = AdversarialConfig(weight=0.7, r1_weight=4.0, start=0.0, filters=4, layers=2)
+    cfg = with_terms(vqgan, adversarial=game, entropy_weight=0.0)
+    model = VQGANTraining(cfg, rngs=nnx.Rngs(0))
+    batch = make_batch(cfg)
+    x = jnp.asarray(batch.views[0]) / 127.5 - 1.0
+    fake = model.tokenizer.decode(model.tokenizer.encode(x))
+    judge = model.discriminator
+    softplus = jax.nn.softplus
+    slope = jax.vmap(jax.grad(lambda image: judge(image[None]).mean()))(x)
+    _, found = model.loss(batch, jax.random.key(0))
+    np.testing.assert_allclose(found["generator"], 0.7 * softplus(-judge(fake)).mean(), rtol=1e-4)
+    both = softplus(-judge(x)).mean() + softplus(judge(fake)).mean()
+    np.testing.assert_allclose(found["discriminator"], both, rtol=1e-4)
+    np.testing.assert_allclose(found["r1"], 2.0 * (slope**2).sum((1, 2, 3)).mean(), rtol=1e-4)
+
+    def gradient(name):
+        return gradient_of(name, model, cfg)
+
+    assert (
+        size(gradient("generator")["discriminator"]) == 0 < size(gradient("generator")["tokenizer"])
+    )
+    for name in ("discriminator", "r1"):
+        assert size(gradient(name)["tokenizer"]) == 0 < size(gradient(name)["discriminator"])
+
+
+def test_the_discriminator_acts_from_its_start_on(vqgan, one_device):
+    game = AdversarialConfig(weight=1.0, start=0.25, filters=4, layers=2)
+    built = program.build(with_terms(vqgan, adversarial=game), one_device)
+    state, terms = built.init(jax.random.key(0)), []
+    for _ in range(5):
+        state, metrics = built.step(state, make_batch(vqgan), {})
+        terms.append(float(metrics["generator"]))
+    assert (
+        terms[:3] == [0, 0, 0] and terms[3] > 0 and terms[4] > 0 and int(state.moving["steps"]) == 5
+    )
+
+
+def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device, tmp_path):
+    train(cfg, tmp_path / "encoder", stop_at=2, devices=ONE)
+    perceptual = PerceptualConfig(weight=3.0, checkpoint=str(tmp_path / "encoder"))
+    run = with_terms(vqgan, perceptual=perceptual)
+    built = program.build(run, one_device)
+    arrays = frozen.arrays(run, tmp_path, built.frozen)
+    state = built.init(jax.random.key(0))
+    model = nnx.merge(built.graph, state.params, state.moving, arrays)
+    inference = program.build_inference(cfg, 16, one_device)
+    directory = checkpoint.locate(str(tmp_path / "encoder"))
+    params = checkpoint.restore_params(directory, inference.params)
+    batch = make_batch(run)
+    images = jnp.asarray(batch.views[0]) / 127.5 - 1.0
+
+    def tokens(x):  # through uint8, as evaluators see images
+        grid = inference.features(params, x).tokens.reshape(16, 25, -1)
+        return grid / jnp.linalg.norm(grid, axis=-1, keepdims=True)
+
+    fake = model.tokenizer.decode(model.tokenizer.encode(images))
+    shown = ((fake.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)
+    expected = 3.0 * ((tokens(shown) - tokens(batch.views[0])) ** 2).mean()
+    found = model.loss(batch, jax.random.key(0))[1]["perceptual"]
+    np.testing.assert_allclose(found, expected, rtol=0.1)  # 8 bits, and values beyond white
+    results = train(run, tmp_path / "tokenizer", devices=ONE)
+    assert results["psnr"] > 5 and not (tmp_path / "tokenizer" / frozen.FILE).exists()
+    wider = dataclasses.replace(run, model=dataclasses.replace(run.model, mlp_dim=96))
+    with pytest.raises(SetupError, match=r"fc1/kernel is float32\[2, 32, 64\] in the checkpoint"):
+        train(wider, tmp_path / "other", devices=ONE)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str)
+def test_eight_devices_give_the_losses_of_one(vqgan, one_device, mesh):
+    game = AdversarialConfig(weight=0.1, start=0.0, filters=8, layers=2)
+    cfg = with_terms(vqgan, adversarial=game, revive_below=0.5, usage_decay=0.5)
+
+    def run(mesh):
+        built = program.build(cfg, mesh)
+        state, found = built.init(jax.random.key(0)), []
+        for batch, _ in zip(pipeline.train_dataset(cfg, mesh), range(6)):
+            state, metrics = built.step(state, batch, {})
+            found.append([float(metrics[k]) for k in ("loss", "perplexity", "r1")])
+        return found
+
+    np.testing.assert_allclose(run(sharding.make_mesh(mesh)), run(one_device), rtol=2e-4)
+
+
+def test_a_tokenizer_learns_one_batch(vqgan, one_device):
+    cfg = dataclasses.replace(vqgan, batch_size=4, epochs=20)
+    built = program.build(cfg, one_device)
+    state, batch = built.init(jax.random.key(0)), next(pipeline.train_dataset(cfg, one_device))
+    first = None
+    for _ in range(cfg.total_steps):
+        state, metrics = built.step(state, batch, {})
+        first = first or float(metrics["psnr"])
+    assert float(metrics["psnr"]) > first + 4 and float(metrics["perplexity"]) > 4
+
+
+def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_path):
+    whole = train(vqgan, tmp_path / "whole", devices=ONE)
+    train(vqgan, tmp_path / "parts", stop_at=5, devices=ONE)
+    assert {**train(vqgan, tmp_path / "parts", devices=ONE), "seconds": 0} == {
+        **whole,
+        "seconds": 0,
+    }
+    target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
+    run = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, target=target))
+    results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
+    assert results == {} and not (tmp_path / "supmim" / frozen.FILE).exists()
+    like = program.build(run, one_device).frozen
+    stored = checkpoint.restore_params(
+        checkpoint.locate(target.path), {"tokenizer": like["target"]["tokenizer"]}
+    )
+    used = frozen.arrays(run, tmp_path, like)["target"]["tokenizer"]
+    assert frozen.digest(used) == frozen.digest(stored["tokenizer"])
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), np.uint8)
+    for workdir, rows in (("whole", 2), ("supmim", 4)):
+        panels = picture.panels(picture.restore(str(tmp_path / workdir)), images, jax.random.key(0))
+        assert len(panels) == rows and all(x.shape == (2, 20, 20, 1) for x in panels.values())
+    for changes, message in (
+        ({"codes": 17}, r"objective\.target\.codes: 16; 17"),
+        ({"groups": 2}, r"objective\.target\.groups: 4; 2"),  # no shape tells
+        ({"path": ""}, "target.path is empty"),
+        ({"path": str(tmp_path / "nowhere")}, "cannot be read"),
+        ({"path": str(tmp_path / "supmim")}, "is a 'supmim' run, and no tokenizer"),
+    ):
+        other = dataclasses.replace(target, **changes)
+        with pytest.raises(SetupError, match=message):
+            frozen.tokenizer(
+                dataclasses.replace(
+                    run, objective=dataclasses.replace(run.objective, target=other)
+                ),
+                tmp_path,
+                like["target"]["tokenizer"],
+            )
+
+
+def test_evaluation_counts_by_hand(vqgan, one_device):
+    class Halves:
+        """Two codes: a dark and a bright image."""
+
+        num_codes = 4
+
+        def encode(self, images):
+            return (images.mean((1, 2, 3)) > 60).astype(np.int32)[:, None]
+
+        def decode(self, ids):
+            return jnp.broadcast_to((ids * 0.5 - 0.5)[:, :, None, None], (len(ids), 20, 20, 1))
+
+    cfg = dataclasses.replace(vqgan, eval=dataclasses.replace(vqgan.eval, batch_size=48))
+    found = reconstruction.measure(Halves(), cfg, "validation[:70]", one_device)
+    images = [b.views[0] for b in pipeline.eval_dataset(cfg, "validation[:70]", one_device)]
+    images = np.concatenate(images)[:70].astype(np.float64)
+    bright = images.mean((1, 2, 3)) > 60
+    error = (images - np.where(bright, 128, 64)[:, None, None, None]) ** 2
+    share = np.array([bright.mean(), 1 - bright.mean()])
+    assert 0.05 < bright.mean() < 0.95
+    assert found["psnr"] == pytest.approx(
+        (20 * np.log10(255 / np.sqrt(error.mean((1, 2, 3))))).mean(), abs=0.02
+    )
+    assert found["codes_used"] == 50.0
+    assert found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+def test_what_cannot_be_is_refused(vqgan):
+    with pytest.raises(
+        ConfigError, match=r"image_size is 20, but 4 objective.tokenizer.multipliers"
+    ):
+        with_terms(vqgan, tokenizer=dataclasses.replace(TINY, multipliers=(1, 1, 2, 2)))
+    with pytest.raises(ConfigError, match="names no encoder"):
+        with_terms(vqgan, perceptual=PerceptualConfig(weight=1.0))
+    with pytest.raises(ConfigError, match="not a multiple of groups = 3"):
+        dataclasses.replace(TINY, groups=3)
+    with pytest.raises(ConfigError, match="this run trains the tokenizer"):
+        with_terms(vqgan, tokenizer=dataclasses.replace(TINY, path="x"))
+    assert make_frozen(vqgan) == {}
