@@ -27,6 +27,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "matplotlib",
+        "safetensors>=0.5",
         "scikit-learn",
         "tensorboard",  # clu's writers import it
         "tensorflow-datasets>=4.9.9",
@@ -37,6 +38,8 @@ setup(
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],
         "parity": ["torch", "transformers>=5.9"],
+        "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
+        "bench": ["faiss-cpu"],
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

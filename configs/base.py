@@ -15,6 +15,7 @@ from supmim_jax.config import (
     DecoderConfig,
     EvalConfig,
     PatchCodesConfig,
+    PerceptualConfig,
     SupMIMConfig,
     VQGANConfig,
 )
@@ -86,8 +87,8 @@ def debug(config: Config) -> Config:
     """The same job in small, on built-in images: for one GPU, or minutes on a CPU.
 
     Keeps the recipe (objective, mask, losses, augmentation, optimizer, dtype); shrinks the model
-    to two layers of width 192 and the schedule to 20 steps of 32 images. A VQGAN target,
-    which needs a file, becomes patch codes.
+    to two layers of width 192 and the schedule to 20 steps of 32 images. What
+    needs a file is left out: a VQGAN target becomes patch codes, a perceptual term is dropped.
     """
     model = dataclasses.replace(config.model, width=192, depth=2, mlp_dim=768, heads=3)
     data = dataclasses.replace(
@@ -109,7 +110,9 @@ def debug(config: Config) -> Config:
         )
     elif objective.name == "vqgan":
         objective = dataclasses.replace(
-            objective, tokenizer=dataclasses.replace(objective.tokenizer, filters=32)
+            objective,
+            tokenizer=dataclasses.replace(objective.tokenizer, filters=32),
+            perceptual=PerceptualConfig(),
         )
     optim = dataclasses.replace(config.optim, warmup_epochs=0.25)
     return dataclasses.replace(

@@ -62,9 +62,10 @@ def train(
     fixed = sharding.put(host_arrays, prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    first = checkpoints.latest() or 0
-    if first:
-        state, run = checkpoints.restore(first, prog.state)
+    newest = checkpoints.latest()
+    first = newest or 0
+    if newest is not None:  # 0: imported weights
+        state, run = checkpoints.restore(newest, prog.state)
     else:
         state, run = prog.init(jax.random.key(cfg.seed)), {"seconds": 0.0}
     last = min(stop_at or cfg.total_steps, cfg.total_steps)

@@ -87,3 +87,44 @@ def make_frozen(cfg: Config, seed: int = 0) -> dict:
         lambda x: random.uniform(-1, 1, x.shape).astype(np.float32),
         program.build(cfg, one).frozen,
     )
+
+
+def make_clusters(count: int, classes: int = 5, dim: int = 16, spread: float = 0.2, seed: int = 0):
+    """Features around one centre per class, and their labels; the centres are always the same."""
+    centres = np.random.default_rng(0).normal(size=(classes, dim))
+    random = np.random.default_rng([seed, 1])
+    labels = random.integers(0, classes, count)
+    features = centres[labels] + spread * random.normal(size=(count, dim))
+    return features.astype(np.float32), labels
+
+
+def make_params(cfg: Config, seed: int = 0) -> dict:
+    """Random encoder and head on the host, biases and norms too; activations are of order 1.
+
+    Embeddings are small, as at the start of training, so that the LayerNorms' epsilon shows.
+    """
+    rng = np.random.default_rng(seed)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+    def draw(path, like):
+        x = rng.normal(size=like.shape)
+        name = path[-1].key
+        if name == "kernel":
+            x /= np.sqrt(like.shape[-2])
+        elif name.startswith("scale"):
+            x = 1 + 0.3 * x
+        else:
+            x *= 0.3
+        if any(key.key in ("patches", "positions", "cls") for key in path):
+            x *= 0.02
+        return x.astype(np.float32)
+
+    params = program.build_inference(cfg, 1, mesh).params
+    return jax.tree_util.tree_map_with_path(draw, params)
+
+
+def make_features(cfg: Config, params: dict, images: np.ndarray):
+    """What our inference program makes of uint8 images."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.default_matmul_precision("highest"):
+        return program.build_inference(cfg, len(images), mesh).features(params, images)

@@ -9,10 +9,10 @@ PACKAGE = Path(REPOSITORY, "supmim_jax")
 LAYERS = [
     {"config", "configdict", "types", "hlo"},
     {"models", "data"},
-    {"optim", "objectives", "sharding", "metrics"},
+    {"optim", "objectives", "sharding", "metrics", "formats"},
     {"program", "checkpoint", "evals", "commands"},
     {"frozen"},
-    {"train", "probe", "picture", "tokenize", "bench"},
+    {"train", "probe", "picture", "tokenize", "bench", "export", "import_weights"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
 APART = {("evals", "objectives"), ("evals", "program")}

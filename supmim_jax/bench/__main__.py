@@ -1,11 +1,11 @@
-"""Measures: python -m supmim_jax.bench flops --config configs/supmim_b14_imagenet1k.py."""
+"""Measures: python -m supmim_jax.bench flops|knn [flags]; --help lists a bench's flags."""
 
 import sys
 
 from supmim_jax import commands
-from supmim_jax.bench import flops
+from supmim_jax.bench import flops, knn
 
-BENCHES = {"flops": flops.command}
+BENCHES = {"flops": flops.command, "knn": knn.command}
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     if name not in BENCHES:
         known = ", ".join(BENCHES)
         commands.fail(f"There is no bench {name!r}; known are {known}.", commands.EXIT_SETUP)
-    BENCHES[name]()
+    commands.start(BENCHES[name]())
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ Nothing is allocated and no data are read, so a full-size step can be compiled o
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, hlo, program, sharding
+from supmim_jax import hlo, program, sharding
 from supmim_jax.bench import analytic
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import from_configdict
@@ -123,8 +124,8 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def command() -> None:
-    """The command line; the last line printed is the result as JSON."""
+def command() -> Callable[[], None]:
+    """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
     config = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
     scopes = flags.DEFINE_bool("scopes", False, "Also list every scope with matmuls, in GF.")
     flags.mark_flag_as_required("config")
@@ -141,4 +142,4 @@ def command() -> None:
                 print(f"{flops / cfg.batch_size / GIGA:10.3f}  {scope}")
         print(json.dumps(result))
 
-    commands.start(run)
+    return run

@@ -25,6 +25,7 @@ def representation(encoder: Encoder, cfg: Config, split: str, mesh: Mesh) -> dic
         classes=cfg.data.num_classes,
         k=min(cfg.eval.knn_k, len(bank.label)),
         temperature=cfg.eval.knn_temperature,
+        mesh=mesh,
     )
     return {
         "top1": 100.0 * float((queries.prediction == queries.label).mean()),

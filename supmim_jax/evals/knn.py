@@ -1,10 +1,115 @@
-"""Weighted k-nearest-neighbour classification, exact, with bounded memory."""
+"""Exact nearest neighbours by cosine, sharded over a mesh, and the votes of the nearest k.
+
+The bank is normalised once and stays on the devices, split by rows: 1.28 M x 768 float32 are
+3.9 GB in all, while sending them from the host for each chunk of queries would take longer than
+the products. One program searches a chunk of queries: a scan over chunks of the bank keeps the
+best k so far, and the best k of every device are merged.
+
+All similarities come from products of one shape, query chunk x bank chunk, whatever the number of
+devices, and a row of the bank always has the same place in its chunk. So the same rows meet the
+same kernel, and 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its kernels
+per program may still round differently).
+"""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from supmim_jax import sharding
+from supmim_jax.config import SetupError
+from supmim_jax.evals import rows
+
+QUERY_CHUNK = 1024  # times BANK_CHUNK: 32 MiB of similarities at once
+BANK_CHUNK = 8192
+LEAST_CHUNK = 128  # a whole number of any kernel's tiles, so that a row's place can't matter
+NOWHERE = np.iinfo(np.int32).max  # index of a neighbour not found yet
+
+
+class Neighbours(NamedTuple):
+    """The nearest first; of equal similarities the smaller index is nearer."""
+
+    similarity_QxK: np.ndarray  # float32 cosine
+    index_QxK: np.ndarray  # int32 row of the bank
+
+
+def neighbours(
+    queries_QxD: np.ndarray,
+    bank_NxD: np.ndarray,
+    k: int,
+    *,
+    mesh: Mesh | None = None,
+    leave_one_out: bool = False,
+    query_chunk: int = QUERY_CHUNK,
+    bank_chunk: int = BANK_CHUNK,
+) -> Neighbours:
+    """The k rows of the bank that are most similar to each query, exactly.
+
+    Args:
+      queries_QxD, bank_NxD: any float dtype, the same on every process; a zero row is similar
+        to nothing (cosine 0).
+      mesh: whose devices share the bank; default: all of this run's.
+      leave_one_out: queries are the bank, and row i is no neighbour of query i.
+      query_chunk, bank_chunk: most rows in one product, rounded up to a power of two from 128.
+        Memory depends on them; results only as far as the products round differently.
+
+    Raises:
+      SetupError: the arrays don't fit together, have NaN, or hold fewer than k neighbours.
+    """
+    _check(queries_QxD, bank_NxD, k, leave_one_out)
+    mesh = mesh or rows.everywhere()
+    query_chunk = _chunk(len(queries_QxD), query_chunk)
+    bank = _placed(bank_NxD, _chunk(len(bank_NxD), bank_chunk), mesh)
+    found = []
+    for first in range(0, len(queries_QxD), query_chunk):
+        chunk = _normalised(queries_QxD[first : first + query_chunk])
+        arguments = (rows.padded(chunk, query_chunk), np.int32(first))
+        queries, start = (rows.copied(np.asarray(x), mesh) for x in arguments)
+        best = _search(
+            queries, start, bank, k=k, size=len(bank_NxD), leave_one_out=leave_one_out, mesh=mesh
+        )
+        found.append([np.asarray(x)[: len(chunk)] for x in best])
+    return Neighbours(*(np.concatenate(parts) for parts in zip(*found)))
+
+
+def vote(
+    similarity_QxK: np.ndarray,
+    labels_QxK: np.ndarray,
+    ks: Sequence[int],
+    temperature: float,
+    classes: int,
+) -> dict[int, np.ndarray]:
+    """Class of each query, int32 Q, by its nearest k neighbours, for each k.
+
+    A neighbour votes for its label with exp(similarity / temperature), as in Wu et al. (arXiv
+    1805.01978, section 3.4). Of equal votes the smaller class wins.
+
+    Raises:
+      SetupError: a k that is not in [1, K].
+    """
+    depth = similarity_QxK.shape[1]
+    wrong = [k for k in ks if not 1 <= k <= depth]
+    if wrong:
+        raise SetupError(f"k = {wrong} of the vote must lie in [1, {depth}], the neighbours found.")
+    # Relative to the nearest: exp(s / 0.07) alone would be fine, a small temperature would not.
+    nearest = similarity_QxK[:, :1].astype(np.float64)
+    weight_QxK = np.exp((similarity_QxK - nearest) / temperature)
+    winners = {k: np.empty(len(labels_QxK), np.int32) for k in ks}
+    for first in range(0, len(labels_QxK), QUERY_CHUNK):
+        part = slice(first, first + QUERY_CHUNK)
+        labels, weight = labels_QxK[part], weight_QxK[part]
+        cell = np.arange(len(labels))[:, None] * classes + labels
+        votes, counted = np.zeros(len(labels) * classes), 0
+        for k in sorted(set(ks)):
+            new = slice(counted, k)
+            votes += np.bincount(cell[:, new].ravel(), weight[:, new].ravel(), len(votes))
+            winners[k][part] = votes.reshape(len(labels), classes).argmax(axis=1)
+            counted = k
+    return winners
 
 
 def predict(
@@ -15,46 +120,131 @@ def predict(
     classes: int,
     k: int,
     temperature: float,
-    query_chunk: int = 1024,
-    bank_chunk: int = 65536,
+    mesh: Mesh | None = None,
+    query_chunk: int = QUERY_CHUNK,
+    bank_chunk: int = BANK_CHUNK,
 ) -> np.ndarray:
-    """Class of each query, int32 Q, by its k most similar examples of the bank.
-
-    Similarity is the cosine s; a neighbour votes for its label with exp(s / temperature), as in
-    Wu et al. (arXiv 1805.01978, section 3.4). Of equal similarities the earlier row of the bank
-    is nearer; of equal votes the smaller class wins. Bank and queries go through the device in
-    chunks; at most query_chunk x (bank_chunk + k) similarities exist at once.
-    """
-    votes = []
-    for start in range(0, len(queries_QxD), query_chunk):
-        chunk = _normalized(queries_QxD[start : start + query_chunk])
-        best = (np.full((len(chunk), k), -np.inf, np.float32), np.zeros((len(chunk), k), np.int32))
-        for first in range(0, len(bank_NxD), bank_chunk):
-            rows = _normalized(bank_NxD[first : first + bank_chunk])
-            labels = labels_N[first : first + bank_chunk]
-            best = _merge(best, chunk, rows, labels.astype(np.int32), k)
-        votes.append(np.asarray(_vote(*best, classes, temperature)))
-    return np.concatenate(votes)
+    """Class of each query, int32 Q: `neighbours` and their `vote` for one k."""
+    rows.check_labels(labels_N, bank_NxD, classes, "labels of the kNN bank")
+    similarity, index = neighbours(
+        queries_QxD, bank_NxD, k, mesh=mesh, query_chunk=query_chunk, bank_chunk=bank_chunk
+    )
+    return vote(similarity, labels_N[index], (k,), temperature, classes)[k]
 
 
-def _normalized(x: np.ndarray) -> np.ndarray:
-    return (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+class SearchProgram(NamedTuple):
+    """What `neighbours` runs."""
+
+    lowered: jax.stages.Lowered  # one chunk of queries against the whole bank
+    calls: int  # chunks of queries
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _merge(best, queries, rows, labels, k: int):
-    """The k best (similarity, label) of those so far and of these rows, earlier rows first."""
-    similarity = jnp.matmul(queries, rows.T, precision=jax.lax.Precision.HIGHEST)
-    similarity = jnp.concatenate([best[0], similarity], axis=1)
-    labels = jnp.broadcast_to(labels, (len(queries), len(labels)))
-    labels = jnp.concatenate([best[1], labels], axis=1)
-    top, where = jax.lax.top_k(similarity, k)
-    return top, jnp.take_along_axis(labels, where, axis=1)
+def search_program(
+    queries_shape: tuple[int, int], bank_shape: tuple[int, int], k: int, mesh: Mesh
+) -> SearchProgram:
+    """The program for arrays of these shapes, lowered without them."""
+    queries, size = queries_shape[0], bank_shape[0]
+    query_chunk, chunk = _chunk(queries, QUERY_CHUNK), _chunk(size, BANK_CHUNK)
+    abstract = sharding.replicated(
+        (
+            jax.ShapeDtypeStruct((query_chunk, queries_shape[1]), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+        ),
+        mesh,
+    )
+    bank = jax.ShapeDtypeStruct(
+        (_chunks(size, chunk, mesh), chunk, bank_shape[1]),
+        jnp.float32,
+        sharding=rows.by_rows(mesh),
+    )
+    lowered = _search.lower(*abstract, bank, k=k, size=size, leave_one_out=False, mesh=mesh)
+    return SearchProgram(lowered, -(-queries // query_chunk))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _vote(similarity_QxK, labels_QxK, classes: int, temperature):
-    # Relative to the nearest: exp(s / 0.07) alone would be fine, a small temperature would not.
-    weight = jnp.exp((similarity_QxK - similarity_QxK[:, :1]) / temperature)
-    votes = jax.vmap(lambda label, w: jnp.zeros(classes).at[label].add(w))(labels_QxK, weight)
-    return votes.argmax(-1).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames=("k", "size", "leave_one_out", "mesh"))
+def _search(queries_QxD, first, bank_CxNxD, *, k: int, size: int, leave_one_out: bool, mesh: Mesh):
+    """The k best (similarity, index) of `size` rows for the queries first, first + 1, ..."""
+    axes = mesh.axis_names
+
+    def on_device(queries_QxD, first, bank_CxNxD):
+        query = first + jnp.arange(len(queries_QxD), dtype=jnp.int32)
+        start = jax.lax.axis_index(axes) * len(bank_CxNxD)
+
+        def nearer(best, numbered):
+            number, rows_NxD = numbered
+            offset = number * len(rows_NxD)
+            index = offset + jnp.arange(len(rows_NxD), dtype=jnp.int32)
+            similarity = jnp.matmul(queries_QxD, rows_NxD.T, precision=jax.lax.Precision.HIGHEST)
+            hidden = jnp.broadcast_to(index >= size, similarity.shape)
+            if leave_one_out:
+                hidden |= index == query[:, None]
+            similarity = jnp.where(hidden, -jnp.inf, similarity)
+            # top_k keeps the order of equals: those so far first, they have smaller indices.
+            top, where = jax.lax.top_k(jnp.concatenate([best[0], similarity], axis=1), k)
+            before = jnp.take_along_axis(best[1], jnp.minimum(where, k - 1), axis=1)
+            return (top, jnp.where(where < k, before, offset + where - k)), None
+
+        shape = (len(queries_QxD), k)
+        none = (jnp.full(shape, -jnp.inf), jnp.full(shape, NOWHERE, jnp.int32))
+        numbers = start + jnp.arange(len(bank_CxNxD), dtype=jnp.int32)
+        best, _ = jax.lax.scan(nearer, none, (numbers, bank_CxNxD))
+        # In the order of the devices, and so of the indices.
+        similarity, index = (jax.lax.all_gather(x, axes, axis=1, tiled=True) for x in best)
+        top, where = jax.lax.top_k(similarity, k)
+        return top, jnp.take_along_axis(index, where, axis=1)
+
+    whole = PartitionSpec()
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(whole, whole, PartitionSpec(axes)),
+        out_specs=(whole, whole),
+        check_vma=False,  # it cannot see that the merged best are the same on every device
+    )(queries_QxD, first, bank_CxNxD)
+
+
+def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array:
+    """The normalised bank on the mesh, CxNxD: C chunks of N rows, zeros at the end."""
+    dim = bank_NxD.shape[1]
+
+    def part(span) -> np.ndarray:
+        first, stop, _ = span[0].indices(chunks)
+        block = np.zeros((stop - first, chunk, dim), np.float32)
+        for i in range(first, stop):
+            real = _normalised(bank_NxD[i * chunk : (i + 1) * chunk])
+            block[i - first, : len(real)] = real
+        return block
+
+    chunks = _chunks(len(bank_NxD), chunk, mesh)
+    return jax.make_array_from_callback((chunks, chunk, dim), rows.by_rows(mesh), part)
+
+
+def _chunk(total: int, most: int) -> int:
+    """Rows in a chunk, a power of two; it must not depend on the number of devices."""
+    return max(LEAST_CHUNK, 1 << (min(total, most) - 1).bit_length())
+
+
+def _chunks(size: int, chunk: int, mesh: Mesh) -> int:
+    return rows.round_up(-(-size // chunk), mesh.size)
+
+
+def _normalised(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _check(queries_QxD: np.ndarray, bank_NxD: np.ndarray, k: int, leave_one_out: bool) -> None:
+    rows.check_features(queries_QxD, "queries of kNN")
+    rows.check_features(bank_NxD, "bank of kNN")
+    if queries_QxD.shape[1] != bank_NxD.shape[1]:
+        raise SetupError(
+            f"queries have {queries_QxD.shape[1]} dimensions, the bank {bank_NxD.shape[1]}."
+        )
+    if leave_one_out and len(queries_QxD) != len(bank_NxD):
+        raise SetupError(
+            f"leave_one_out needs the bank as queries, got {len(queries_QxD)} queries and a bank "
+            f"of {len(bank_NxD)}."
+        )
+    most = len(bank_NxD) - leave_one_out
+    if not 1 <= k <= most:
+        raise SetupError(f"k is {k}; it must lie in [1, {most}], the neighbours that there are.")

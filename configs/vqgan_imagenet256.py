@@ -1,0 +1,48 @@
+"""An image tokenizer of MaskGIT's shape on ImageNet-1k: 256 px to 16 x 16 of 1024 codes.
+
+  python -m supmim_jax.train --config configs/vqgan_imagenet256.py --workdir gs://.../vqgan \
+      --config.objective.perceptual.checkpoint=gs://.../b16_256
+
+Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
+Not trained by us. The perceptual checkpoint is a run with this config's `model` section at 256 px,
+supervised for instance; with perceptual.weight=0 none is needed, and images come back softer.
+"""
+
+import dataclasses
+
+from configs import base
+from supmim_jax.config import (
+    AdversarialConfig,
+    Config,
+    OptimConfig,
+    PerceptualConfig,
+    ViTConfig,
+    VQGANConfig,
+    VQGANObjectiveConfig,
+)
+
+# The network and the commitment and entropy terms (the defaults) are those of MaskGIT's published
+# config. Its training code was not published: all else here, and the schedule, are our choices.
+OBJECTIVE = VQGANObjectiveConfig(
+    tokenizer=VQGANConfig(),
+    perceptual=PerceptualConfig(weight=1.0, checkpoint="PATH OF A RUN"),
+    adversarial=AdversarialConfig(weight=0.1, r1_weight=10.0, start=0.25),
+)
+
+
+def experiment() -> Config:
+    return Config(
+        batch_size=256,
+        epochs=200,
+        data=dataclasses.replace(
+            base.IMAGENET_1K, image_size=256, min_crop_area=0.5, augment="none", eval_resize=256
+        ),
+        model=ViTConfig.variant("B", patch=16, **base.AT_SCALE),
+        objective=OBJECTIVE,
+        optim=OptimConfig(lr=1e-4, b1=0.0, b2=0.99, weight_decay=0.0, warmup_epochs=1, clip=1.0),
+        eval=base.EVAL_AT_SCALE,
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

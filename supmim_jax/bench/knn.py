@@ -1,0 +1,165 @@
+"""Exact kNN beside faiss's IndexFlatIP, and its cost at ImageNet size read from the program."""
+
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import flags
+
+from supmim_jax import sharding
+from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.evals import knn
+
+IMAGENET = (1_281_167, 50_000, 768)  # training images, validation images, width of a ViT-B
+
+
+def command() -> Callable[[], None]:
+    """Defines the flags of this bench; what it returns runs once they are parsed."""
+    bank = flags.DEFINE_integer("bank", 100_000, "Rows searched.", lower_bound=1)
+    queries = flags.DEFINE_integer("queries", 5_000, "Queries.", lower_bound=1)
+    dim = flags.DEFINE_integer("dim", 768, "Dimensions.", lower_bound=1)
+    k = flags.DEFINE_integer("k", 200, "Neighbours.", lower_bound=1)
+    repeats = flags.DEFINE_integer("repeats", 3, "Turns of each; the best counts.", lower_bound=1)
+    counts = flags.DEFINE_bool(
+        "counts", False, "Only FLOPs and memory of the compiled program at ImageNet size."
+    )
+
+    def run() -> None:
+        if counts.value:
+            print(costs(k.value))
+        else:
+            print(compare(bank.value, queries.value, dim.value, k.value, repeats.value))
+
+    return run
+
+
+def compare(bank_rows: int, query_rows: int, dim: int, k: int, repeats: int) -> str:
+    """A table of both searches of the same random features, taking turns in one process.
+
+    Ours includes normalising the bank and sending it to the devices; faiss's includes adding
+    (copying) it to the index. Both get unit rows.
+    """
+    faiss = _faiss()
+    random = np.random.default_rng(0)
+    bank, queries = (_unit(random, rows, dim) for rows in (bank_rows, query_rows))
+
+    def rival():
+        index = faiss.IndexFlatIP(dim)
+        index.add(bank)
+        return index.search(queries, k)
+
+    mesh = sharding.make_mesh(MeshConfig())
+    searches = {
+        f"supmim_jax, {mesh.size} {jax.default_backend()} device(s)": (
+            lambda: knn.neighbours(queries, bank, k, mesh=mesh)
+        ),
+        f"faiss {faiss.__version__} IndexFlatIP, {faiss.omp_get_max_threads()} threads": rival,
+    }
+    knn.neighbours(queries[:1024], bank, k, mesh=mesh)  # compiles
+    seconds, found = {name: [] for name in searches}, {}
+    for _ in range(repeats):
+        for name, search in searches.items():
+            start = time.perf_counter()
+            found[name] = search()
+            seconds[name].append(time.perf_counter() - start)
+    ours, theirs = found.values()
+    best = {name: min(times) for name, times in seconds.items()}
+    rival_seconds = list(best.values())[1]
+    lines = [
+        f"{query_rows} queries, bank {bank_rows} x {dim} float32, k = {k}; best of {repeats}",
+        "| | seconds | GFLOP/s | speed / faiss |",
+        "|---|---|---|---|",
+    ]
+    for name, time_s in best.items():
+        rate = 2e-9 * query_rows * bank_rows * dim / time_s
+        lines.append(f"| {name} | {time_s:.2f} | {rate:.0f} | {rival_seconds / time_s:.2f} |")
+    return "\n".join([*lines, agreement(ours, theirs)])
+
+
+def agreement(ours: knn.Neighbours, theirs: tuple[np.ndarray, np.ndarray]) -> str:
+    """How far two results of one search agree; similarities that nearly tie may swap places."""
+    similarity, index = theirs
+    same = 100.0 * (ours.index_QxK == index).mean()
+    shared = [len(np.intersect1d(a, b)) for a, b in zip(ours.index_QxK, index)]
+    gap = np.abs(ours.similarity_QxK - similarity).max()
+    return (
+        f"Same neighbour at the same rank: {same:.4f} %; same neighbours at any rank: "
+        f"{100.0 * np.mean(shared) / index.shape[1]:.4f} %; similarities differ by {gap:.1e} at "
+        f"most."
+    )
+
+
+def costs(k: int) -> str:
+    """A table of FLOPs and memory per device at ImageNet size, compiled for 1 and 8 CPU devices.
+
+    Nothing is allocated or run. The peak is what the compiler reserves: arguments (the bank), the
+    result, and temporary memory.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    bank, queries, dim = IMAGENET
+    analytic = 2e-12 * queries * bank * dim
+    lines = [
+        f"{queries} queries, bank {bank} x {dim} float32, k = {k}; analytic {analytic:.2f} TFLOP",
+        "| devices | TFLOP per device | TFLOP in all | bank, GiB | peak, GiB per device |",
+        "|---|---|---|---|---|",
+    ]
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        program = knn.search_program((queries, dim), (bank, dim), k, mesh)
+        compiled = program.lowered.compile()
+        each = program.calls * matmul_flops(compiled.as_text()) / 1e12
+        memory = compiled.memory_analysis()
+        arguments = memory.argument_size_in_bytes
+        peak = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        row = (f"{each:.2f}", f"{devices * each:.2f}", f"{arguments / 2**30:.2f}")
+        lines.append(f"| {devices} | {' | '.join(row)} | {peak / 2**30:.2f} |")
+    return "\n".join(lines)
+
+
+def matmul_flops(hlo: str) -> float:
+    """FLOPs of the matrix products of a compiled module, those of loops times their trips.
+
+    XLA's own cost_analysis() counts the body of a loop once.
+    """
+    bodies = {}
+    for block in re.split(r"\n(?=\S)", hlo):
+        name = re.match(r"(?:ENTRY )?%?([\w.-]+) ", block)
+        if name:
+            bodies[name[1]] = block
+    entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)[1]
+    return _flops(entry, bodies)
+
+
+def _flops(name: str, bodies: dict[str, str]) -> float:
+    total, shapes = 0.0, {}
+    for line in bodies[name].splitlines()[1:]:
+        defined = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]", line)
+        if defined:
+            shapes[defined[1]] = [int(x) for x in defined[2].split(",") if x]
+        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
+            total += (int(trips[1]) if trips else 1) * _flops(called, bodies)
+        product = re.search(r" dot\((?:\S+ )?%?([\w.-]+),.*lhs_contracting_dims=\{(\d+)\}", line)
+        if product:
+            contracted = shapes[product[1]][int(product[2])]
+            total += 2.0 * np.prod(shapes[defined[1]]) * contracted
+    return total
+
+
+def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    x = random.standard_normal((rows, dim), np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise SetupError(
+            "This bench compares with faiss, which is not installed: pip install faiss-cpu. "
+            "--counts needs no faiss."
+        ) from None
+    return faiss

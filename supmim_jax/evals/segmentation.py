@@ -1,0 +1,241 @@
+"""Semantic segmentation of frozen encoder tokens: a linear or a light convolutional head.
+
+A head sees the grid of tokens BxHxWxD; its logits are upsampled bilinearly to the size of the
+masks, and trained there by pixel-wise cross-entropy. Heads are trained on cached tokens, which
+stay on the host: a batch at a time goes to the devices, its rows split over the mesh.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from supmim_jax import optim
+from supmim_jax.config import SetupError
+from supmim_jax.evals import confusion, rows
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """AdamW with decay on matrices only; warm-up over a tenth of the steps, cosine to zero."""
+
+    head: Literal["linear", "conv"] = "linear"
+    steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-4
+    seed: int = 0
+
+
+class LinearHead(nnx.Module):
+    """One linear layer per token."""
+
+    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
+        self.output = nnx.Linear(width, classes, rngs=rngs)
+
+    def __call__(self, tokens_BxHxWxD) -> jax.Array:
+        return self.output(tokens_BxHxWxD)
+
+
+class ConvHead(nnx.Module):
+    """Twice 3x3 convolution, LayerNorm, GELU and doubling of the grid; then one linear layer.
+
+    The upsampling half of a semantic FPN head (arXiv 1901.02446), with LayerNorm per position
+    for its GroupNorm, so that nothing depends on the batch.
+    """
+
+    WIDTH = 128  # most channels of the convolutions
+
+    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
+        channels = min(width, self.WIDTH)
+        self.conv1 = nnx.Conv(width, channels, (3, 3), rngs=rngs)
+        self.norm1 = nnx.LayerNorm(channels, rngs=rngs)
+        self.conv2 = nnx.Conv(channels, channels, (3, 3), rngs=rngs)
+        self.norm2 = nnx.LayerNorm(channels, rngs=rngs)
+        self.output = nnx.Linear(channels, classes, rngs=rngs)
+
+    def __call__(self, tokens_BxHxWxD) -> jax.Array:
+        x = upsampled(nnx.gelu(self.norm1(self.conv1(tokens_BxHxWxD))), 2)
+        x = upsampled(nnx.gelu(self.norm2(self.conv2(x))), 2)
+        return self.output(x)
+
+
+HEADS = {"linear": LinearHead, "conv": ConvHead}
+
+
+class Segmenter(NamedTuple):
+    """A trained head: `apply(params, tokens_BxHxWxD)` gives logits, a grid of them per example."""
+
+    apply: Callable[[Any, jax.Array], jax.Array]
+    params: Any  # replicated
+    classes: int
+    mesh: Mesh
+
+
+def upsampled(x_BxHxWxC, factor: int) -> jax.Array:
+    b, h, w, c = x_BxHxWxC.shape
+    return jax.image.resize(x_BxHxWxC, (b, h * factor, w * factor, c), "bilinear")
+
+
+def evaluate(
+    train: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    classes: int,
+    training: HeadTraining,
+    ignore: int = 255,
+    mesh: Mesh | None = None,
+) -> confusion.Scores:
+    """Trains a head on `train` and scores it on `test`, each (tokens NxHxWxD, masks NxYxX).
+
+    Raises:
+      SetupError: as `fit`.
+    """
+    segmenter = fit(*train, classes=classes, training=training, ignore=ignore, mesh=mesh)
+    return score(segmenter, *test, ignore=ignore, batch_size=training.batch_size)
+
+
+def fit(
+    tokens_NxHxWxD: np.ndarray,
+    masks_NxYxX: np.ndarray,
+    *,
+    classes: int,
+    training: HeadTraining,
+    ignore: int = 255,
+    mesh: Mesh | None = None,
+) -> Segmenter:
+    """A head trained for exactly `training.steps` steps, the same on any mesh but for rounding.
+
+    Args:
+      tokens_NxHxWxD: frozen features, any float dtype, the same on every process.
+      masks_NxYxX: integer labels of the image's pixels (or of any other size), cropped as the
+        images were; `ignore` marks pixels without a label.
+
+    Raises:
+      SetupError: the arrays don't fit together, or a mask has a label that is not a class.
+    """
+    _check(tokens_NxHxWxD, masks_NxYxX, classes, ignore)
+    if training.head not in HEADS:
+        raise SetupError(f"head is {training.head!r}; the known ones are {', '.join(HEADS)}.")
+    mesh = mesh or rows.everywhere()
+    width = tokens_NxHxWxD.shape[-1]
+
+    def split(key) -> tuple[nnx.GraphDef, Any]:
+        with nnx.use_eager_sharding(False):
+            module = HEADS[training.head](width, classes, rngs=nnx.Rngs(key))
+            graph, params = nnx.split(module, nnx.Param)
+        return graph, nnx.to_pure_dict(params)
+
+    graph, _ = jax.eval_shape(split, jax.random.key(0))
+    solver = optax.adamw(
+        _schedule(training), weight_decay=training.weight_decay, mask=optim.decay_mask
+    )
+
+    def apply(params, tokens) -> jax.Array:
+        return nnx.merge(graph, params)(tokens)
+
+    @jax.jit
+    def step(carry, tokens, masks):
+        def loss(params):
+            return pixel_cross_entropy(apply(params, tokens), masks, ignore)
+
+        params, state = carry
+        updates, state = solver.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    whole = rows.whole(mesh)
+    key = jax.random.key(training.seed)
+    params = jax.jit(lambda: split(key)[1], out_shardings=whole)()
+    carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
+    for batch in order(len(tokens_NxHxWxD), training):
+        tokens, masks = tokens_NxHxWxD[batch], masks_NxYxX[batch]
+        placed = _placed(tokens, masks, training.batch_size, ignore, mesh)
+        # No queue of steps: simulated devices on few cores would wait for each other for ever.
+        carry = step(jax.block_until_ready(carry), *placed)
+    return Segmenter(apply, carry[0], classes, mesh)
+
+
+def score(
+    segmenter: Segmenter,
+    tokens_NxHxWxD: np.ndarray,
+    masks_NxYxX: np.ndarray,
+    *,
+    ignore: int = 255,
+    batch_size: int = 32,
+) -> confusion.Scores:
+    """Scores over all pixels of all masks, at the size of the masks."""
+    _check(tokens_NxHxWxD, masks_NxYxX, segmenter.classes, ignore)
+
+    def classify(params, tokens, masks):
+        logits = _resized(segmenter.apply(params, tokens), masks.shape[1:])
+        return logits.argmax(axis=-1).astype(jnp.int32)
+
+    classify = jax.jit(classify, out_shardings=rows.whole(segmenter.mesh))
+    matrix = np.zeros((segmenter.classes, segmenter.classes), np.int64)
+    for first in range(0, len(tokens_NxHxWxD), batch_size):
+        part = slice(first, first + batch_size)
+        truth = masks_NxYxX[part]
+        placed = _placed(tokens_NxHxWxD[part], truth, batch_size, ignore, segmenter.mesh)
+        predicted = np.asarray(classify(segmenter.params, *placed))[: len(truth)]
+        matrix += confusion.count(truth, predicted, segmenter.classes, ignore)
+    return confusion.score(matrix)
+
+
+def order(count: int, training: HeadTraining) -> np.ndarray:
+    """Examples of each step, a row each: one sequence, a new permutation every epoch."""
+    total = training.steps * training.batch_size
+    epochs = -(-total // count)
+    random = np.random.default_rng(training.seed)
+    sequence = np.concatenate([random.permutation(count) for _ in range(epochs)])
+    return sequence[:total].reshape(training.steps, training.batch_size)
+
+
+def pixel_cross_entropy(logits_BxHxWxV, masks_BxYxX, ignore: int) -> jax.Array:
+    """Mean cross-entropy over the labelled pixels of the batch, at the size of the masks."""
+    logits = _resized(logits_BxHxWxV, masks_BxYxX.shape[1:])
+    valid = masks_BxYxX != ignore
+    labels = jnp.where(valid, masks_BxYxX, 0)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (loss * valid).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def _resized(logits_BxHxWxV, size: tuple[int, int]) -> jax.Array:
+    b, _, _, v = logits_BxHxWxV.shape
+    return jax.image.resize(logits_BxHxWxV, (b, *size, v), "bilinear")
+
+
+def _schedule(training: HeadTraining) -> optax.Schedule:
+    warmup = training.steps // 10
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else training.learning_rate, training.learning_rate, warmup, training.steps
+    )
+
+
+def _placed(tokens, masks, batch_size: int, ignore: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """A batch on the mesh; the rows that fill it up have only ignored pixels."""
+    size = rows.round_up(batch_size, mesh.size)
+    filler = np.full((size - len(masks), *masks.shape[1:]), ignore, np.int32)
+    masks = np.concatenate([masks.astype(np.int32), filler])
+    return tuple(
+        rows.spread(x, mesh) for x in (rows.padded(tokens.astype(np.float32), size), masks)
+    )
+
+
+def _check(tokens: np.ndarray, masks: np.ndarray, classes: int, ignore: int) -> None:
+    if tokens.ndim != 4 or masks.ndim != 3 or len(tokens) != len(masks) or not tokens.size:
+        raise SetupError(
+            f"Segmentation needs tokens NxHxWxD and masks NxYxX of as many examples, got "
+            f"{tokens.shape} and {masks.shape}."
+        )
+    wrong = masks[(masks != ignore) & ((masks < 0) | (masks >= classes))]
+    if wrong.size:
+        raise SetupError(
+            f"Masks have labels {np.unique(wrong)[:8].tolist()}; known are 0 to {classes - 1}, and "
+            f"{ignore} for pixels to ignore."
+        )

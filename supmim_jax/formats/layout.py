@@ -1,0 +1,155 @@
+"""Our nested parameters as the flat, named arrays of another library's file, and back."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from supmim_jax.config import SetupError
+
+BLOCKS = "encoder/transformer/blocks"
+
+
+class Row(NamedTuple):
+    """Where one of our arrays is in a file.
+
+    `names` hold equal parts of our last axis, in order; "{}" in a name is the layer of a stacked
+    array. A part becomes theirs by a reshape to `shape` and then a transpose by `axes`; empty
+    ones leave it as it is.
+    """
+
+    ours: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
+
+
+class Layout(NamedTuple):
+    """All of a file's arrays: a row for each of ours.
+
+    `cls_positions` names positions, 1x(1+L)xD, whose first row belongs to the CLS token. Ours has
+    no position of its own: theirs is added to it. "" if there is none.
+    """
+
+    rows: tuple[Row, ...]
+    cls_positions: str = ""
+
+
+def linear(ours: str, *names: str) -> tuple[Row, Row]:
+    """A linear layer, or equal parts of one, that PyTorch keeps as `weight` and `bias`."""
+    return (
+        Row(f"{ours}/kernel", tuple(f"{name}.weight" for name in names), axes=(1, 0)),
+        Row(f"{ours}/bias", tuple(f"{name}.bias" for name in names)),
+    )
+
+
+def norm(ours: str, name: str) -> tuple[Row, Row]:
+    """A LayerNorm that PyTorch keeps as `weight` and `bias`."""
+    return Row(f"{ours}/scale", (f"{name}.weight",)), Row(f"{ours}/bias", (f"{name}.bias",))
+
+
+def convolution(name: str, patch: int, channels: int, width: int) -> tuple[Row, Row]:
+    """Our patch embedding as PyTorch's convolution: width, channel, row, column."""
+    return (
+        Row(
+            "encoder/patches/kernel",
+            (f"{name}.weight",),
+            shape=(patch, patch, channels, width),
+            axes=(3, 2, 0, 1),
+        ),
+        Row("encoder/patches/bias", (f"{name}.bias",)),
+    )
+
+
+def to_foreign(params: Any, layout: Layout) -> dict[str, Any]:
+    """The arrays of a file by name; works on abstract values under jax.eval_shape too.
+
+    Raises:
+      ValueError: the layout does not name every parameter exactly once.
+    """
+    ours = traverse_util.flatten_dict(params, sep="/")
+    if sorted(ours) != sorted(row.ours for row in layout.rows):
+        raise ValueError(f"layout {[row.ours for row in layout.rows]}, parameters {list(ours)}")
+    theirs = {}
+    for row in layout.rows:
+        array = ours[row.ours]
+        for i, layer in enumerate(array if _stacked(row) else [array]):
+            size = layer.shape[-1] // len(row.names)
+            for j, name in enumerate(row.names):
+                part = layer[..., j * size : (j + 1) * size]
+                part = part.reshape(row.shape) if row.shape else part
+                theirs[name.format(i)] = part.transpose(row.axes) if row.axes else part
+    if layout.cls_positions:
+        positions = theirs[layout.cls_positions]
+        theirs[layout.cls_positions] = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+    return theirs
+
+
+def from_foreign(theirs: dict[str, np.ndarray], layout: Layout, like: Any, file: str) -> Any:
+    """Our parameters, shaped as the abstract `like`.
+
+    Raises:
+      SetupError: names or shapes in the file are not those of the model; the message names them.
+    """
+    check(theirs, jax.eval_shape(lambda params: to_foreign(params, layout), like), file)
+    shapes = {k: x.shape for k, x in traverse_util.flatten_dict(like, sep="/").items()}
+    extra = np.float32(0)
+    if layout.cls_positions:
+        positions = theirs[layout.cls_positions]
+        theirs = theirs | {layout.cls_positions: positions[:, 1:]}
+        extra = positions[0, 0]
+    ours = {}
+    for row in layout.rows:
+        shape = shapes[row.ours]
+        depth, one = (shape[0], shape[1:]) if _stacked(row) else (1, shape)
+        layers = [
+            np.concatenate([_part(theirs[n.format(i)], row, one) for n in row.names], axis=-1)
+            for i in range(depth)
+        ]
+        ours[row.ours] = np.stack(layers) if _stacked(row) else layers[0]
+    if "encoder/cls" in ours:
+        ours["encoder/cls"] = ours["encoder/cls"] + extra
+    return traverse_util.unflatten_dict(ours, sep="/")
+
+
+def check(found: dict[str, np.ndarray], wanted: dict[str, Any], file: str) -> None:
+    """Raises SetupError unless the file holds exactly the wanted names and shapes."""
+    problems = [
+        f"{name} is missing, expected {list(x.shape)}"
+        for name, x in wanted.items()
+        if name not in found
+    ]
+    problems += [
+        f"{name} {list(x.shape)} is not expected" for name, x in found.items() if name not in wanted
+    ]
+    problems += [
+        f"{name} is {list(found[name].shape)}, expected {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in found and found[name].shape != x.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise SetupError(
+            f"{file} does not hold the weights of the ViT that it describes: "
+            f"{'; '.join(problems[:5])}{more}. Nothing was imported; is --from right, and the file "
+            f"whole and of a classifier?"
+        )
+
+
+def count(names: Any, pattern: str) -> int:
+    """One more than the largest number that the pattern's group takes among the names."""
+    found = [re.fullmatch(pattern, name) for name in names]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _stacked(row: Row) -> bool:
+    return "{}" in row.names[0]
+
+
+def _part(array: np.ndarray, row: Row, shape: tuple[int, ...]) -> np.ndarray:
+    """Their array as a part of ours, which is one layer of `shape`."""
+    array = array.transpose(np.argsort(row.axes)) if row.axes else array
+    return array.reshape(*shape[:-1], shape[-1] // len(row.names))

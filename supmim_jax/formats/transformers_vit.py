@@ -1,0 +1,141 @@
+"""The two ViTs of transformers that are ours: model types `vit` and `ijepa`.
+
+`vit` always has a CLS token and classifies from it. `ijepa` has none, and classifies from the mean
+of its normalised tokens: our average pooling. Neither has LayerScale, which is multiplied into the
+layers before it. Names are those that save_pretrained writes; transformers 5 renames them on load.
+"""
+
+from typing import Any
+
+from supmim_jax.config import Config, ViTConfig
+from supmim_jax.formats import equivalents
+from supmim_jax.formats.description import Foreign, Section
+from supmim_jax.formats.layout import BLOCKS, Layout, Row, convolution, linear, norm, to_foreign
+
+GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
+KNOWN_GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+TYPES = {"cls": "vit", "gap": "ijepa"}
+CLASSES = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassification"}
+BICUBIC = 3  # PIL's number
+EPSILON = 1e-6
+
+
+def layout(model: ViTConfig, channels: int, positions: int) -> Layout:
+    """The rows for a model with this many patch positions."""
+    root = TYPES[model.pooling]
+    layer, width = f"{root}.encoder.layer.{{}}", model.width
+    attention = f"{layer}.attention.attention"
+    rows = (
+        *convolution(
+            f"{root}.embeddings.patch_embeddings.projection", model.patch, channels, width
+        ),
+        Row(
+            "encoder/positions",
+            (f"{root}.embeddings.position_embeddings",),
+            shape=(1, positions, width),
+        ),
+        *norm(f"{BLOCKS}/norm1", f"{layer}.layernorm_before"),
+        *linear(f"{BLOCKS}/qkv", f"{attention}.query", f"{attention}.key", f"{attention}.value"),
+        *linear(f"{BLOCKS}/out", f"{layer}.attention.output.dense"),
+        *norm(f"{BLOCKS}/norm2", f"{layer}.layernorm_after"),
+        *linear(f"{BLOCKS}/fc1", f"{layer}.intermediate.dense"),
+        *linear(f"{BLOCKS}/fc2", f"{layer}.output.dense"),
+        *norm("encoder/norm", f"{root}.layernorm"),
+        *linear("head", "classifier"),
+    )
+    if model.pooling == "gap":
+        return Layout(rows)
+    cls = Row("encoder/cls", (f"{root}.embeddings.cls_token",), shape=(1, 1, width))
+    return Layout((*rows, cls), f"{root}.embeddings.position_embeddings")
+
+
+def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
+    """The arrays of model.safetensors, and the JSON documents beside it by name."""
+    model, data = cfg.model, cfg.data
+    side = data.image_size // model.patch
+    params = equivalents.with_positions(params, model, data)
+    params = equivalents.without_layer_scale(params)
+    tensors = to_foreign(params, layout(model, data.channels, side * side))
+    config = {
+        "architectures": [CLASSES[model.pooling]],
+        "model_type": TYPES[model.pooling],
+        "hidden_size": model.width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.mlp_dim,
+        "hidden_act": GELU[model.gelu],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": EPSILON,
+        "image_size": data.image_size,
+        "patch_size": model.patch,
+        "num_channels": data.channels,
+        "qkv_bias": True,
+        "id2label": {str(i): f"LABEL_{i}" for i in range(data.num_classes)},
+        "label2id": {f"LABEL_{i}": i for i in range(data.num_classes)},
+    }
+    processor = {
+        "image_processor_type": "BitImageProcessor",  # the plain resize, crop and normalise
+        "do_convert_rgb": data.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": data.eval_resize},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": data.image_size, "width": data.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * data.channels,
+        "image_std": [0.5] * data.channels,
+    }
+    return tensors, {"config.json": config, "preprocessor_config.json": processor}
+
+
+def read(documents: dict[str, Any], file: str) -> Foreign:
+    """The model that a config.json of transformers describes.
+
+    Raises:
+      SetupError: it is of another kind, or has parts that this encoder cannot express.
+    """
+    config = Section(documents["config.json"], file)
+    pooling = config.one_of("model_type", {name: pool for pool, name in TYPES.items()}, None)
+    config.same("qkv_bias", True, True, "this encoder's attention has biases.")
+    config.same(
+        "layer_norm_eps",
+        EPSILON,
+        1e-12,
+        "this encoder's. Google's ViTs were trained with it, though their conversions say 1e-12: "
+        "for those, write 1e-06 into config.json.",
+    )
+    model = ViTConfig(
+        patch=config.number("patch_size", 16),
+        width=config.number("hidden_size", 768),
+        depth=config.number("num_hidden_layers", 12),
+        mlp_dim=config.number("intermediate_size", 3072),
+        heads=config.number("num_attention_heads", 12),
+        pooling=pooling,
+        gelu=config.one_of("hidden_act", KNOWN_GELU, "gelu"),
+    )
+    image_size, channels = config.number("image_size", 224), config.number("num_channels", 3)
+    labels = config.values.get("id2label") or {}
+    return Foreign(
+        model=model,
+        num_classes=config.number("num_labels", len(labels) or 2),  # 2: transformers' own default
+        image_size=image_size,
+        channels=channels,
+        eval_resize=_eval_resize(documents, image_size, file),
+        layout=layout(model, channels, (image_size // model.patch) ** 2),
+    )
+
+
+def _eval_resize(documents: dict[str, Any], image_size: int, file: str) -> int:
+    """The shorter side before the centre crop; without a crop the image's own."""
+    processor = Section(
+        documents.get("preprocessor_config.json") or {}, f"{file}, preprocessor_config.json"
+    )
+    for key in ("image_mean", "image_std"):
+        processor.same(key, 0.5, 0.5, "this encoder sees pixels / 127.5 - 1.")
+    if not processor.values.get("do_center_crop"):
+        return image_size
+    size = Section(processor.values.get("size"), f"{processor.file}, size")
+    return size.number("shortest_edge", image_size)

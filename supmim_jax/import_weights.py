@@ -1,0 +1,104 @@
+"""Makes a checkpoint of ours from another library's ViT.
+
+python -m supmim_jax.import_weights --from timm --path <dir> --workdir runs/imported
+
+Model, image size, channels and classes are those of the file; everything else, such as the data
+set that `probe` measures on, is from --config and its overrides.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from supmim_jax import checkpoint, commands, optim, program, sharding
+from supmim_jax.config import Config, MeshConfig, SetupError, SupervisedConfig
+from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax.formats import augreg, equivalents, files, timm_vit, transformers_vit
+from supmim_jax.formats.description import Foreign
+from supmim_jax.formats.layout import from_foreign
+from supmim_jax.types import TrainState
+
+READERS = {"timm": timm_vit.read, "transformers": transformers_vit.read}
+SOURCES = ("augreg", *READERS)
+
+
+def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
+    """The config and the parameters of the model at `path`; `base` sets the rest of the config.
+
+    Raises:
+      SetupError: a file is missing or broken, or is not exactly a model of ours.
+    """
+    if source == "augreg":
+        arrays, file = files.read_npz(path), str(path)
+        found = augreg.read(arrays, file)
+    else:
+        arrays, documents, file = files.read_directory(path)
+        found = READERS[source](documents, file)
+    cfg = combine(base, found)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    like = program.build_inference(cfg, 1, mesh).params
+    params = from_foreign(arrays, found.layout, like, file)
+    params = equivalents.without_fixed_positions(params, cfg.model, cfg.data)
+    if "positions" not in params["encoder"]:
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
+    return cfg, params
+
+
+def combine(base: Config, found: Foreign) -> Config:
+    """The supervised config of the model that was found, with everything else from `base`."""
+    data = dataclasses.replace(
+        base.data,
+        num_classes=found.num_classes,
+        image_size=found.image_size,
+        channels=found.channels,
+        eval_resize=max(found.eval_resize, found.image_size),
+        augment=base.data.augment if found.channels == 3 else "none",
+    )
+    objective = SupervisedConfig(classification=base.objective.classification)
+    cfg = dataclasses.replace(base, data=data, model=found.model, objective=objective)
+    return from_configdict(to_configdict(cfg))
+
+
+def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
+    """Writes the checkpoint of step 0, with an optimizer that has not seen anything.
+
+    Raises:
+      SetupError: the workdir holds something already, or cannot be written.
+    """
+    try:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise SetupError(f"--workdir {workdir} is not empty. Choose another.")
+        params = jax.tree.map(jnp.asarray, params)
+        state = TrainState(jnp.zeros((), jnp.int32), params, {}, optim.make(cfg).init(params))
+        checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+        text = json.dumps(to_configdict(cfg).to_dict(), indent=1)
+        (workdir / "config.json").write_text(text + "\n")
+        checkpoints.save(state, cfg, {"position": 0, "seconds": 0.0})
+        checkpoints.close()
+    except OSError as error:
+        raise SetupError(f"--workdir {workdir} cannot be written: {error}.") from None
+
+
+def main() -> None:
+    if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
+        raise SetupError("--config names no readable file; give the path of one in configs/.")
+    base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
+    cfg, params = load(FROM.value, Path(PATH.value), base)
+    save(epath.Path(WORKDIR.value), cfg, params)
+    print(f"{WORKDIR.value}: {cfg.model}")
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Data set and the rest: a config file")
+    FROM = flags.DEFINE_enum("from", None, SOURCES, "Library that wrote it.", required=True)
+    PATH = flags.DEFINE_string(
+        "path", None, "Directory with model.safetensors, or .npz.", required=True
+    )
+    WORKDIR = flags.DEFINE_string("workdir", None, "Directory to make.", required=True)
+    commands.start(main)

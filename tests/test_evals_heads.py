@@ -1,0 +1,151 @@
+"""Linear probe against scikit-learn, few-shot least squares against lstsq, on any mesh."""
+
+import numpy as np
+import pytest
+from conftest import make_clusters
+from sklearn.linear_model import LogisticRegression
+
+from supmim_jax import sharding
+from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.evals import few_shot, linear_probe
+
+
+def hard_problem(count: int, seed: int = 0):
+    """10 overlapping classes in 32 dimensions of unlike scale and offset."""
+    x, labels = make_clusters(count, classes=10, dim=32, spread=2.0, seed=seed)
+    scale, offset = np.random.default_rng(2).uniform((0.1, -3), (5, 3), (32, 2)).T
+    return x * scale + offset, labels
+
+
+@pytest.mark.parametrize("c", [1e-3, 0.1, 1.0])
+def test_the_probe_is_scikit_learns_logistic_regression(c, one_device):
+    (x, labels), (test, truth) = hard_problem(1000), hard_problem(2000, seed=1)
+    probe = linear_probe.fit(x, labels, classes=10, c=c, mesh=one_device)
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    reference = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit((x - mean) / scale, labels)
+    np.testing.assert_allclose(probe.kernel_DxV, reference.coef_.T, atol=2e-4)
+    bias, expected = probe.bias_V, reference.intercept_  # equal up to a constant
+    np.testing.assert_allclose(bias - bias.mean(), expected - expected.mean(), atol=5e-4)
+    accuracy = 100 * reference.score((test - mean) / scale, truth)
+    assert abs(linear_probe.accuracy(probe, test, truth) - accuracy) <= 0.2
+    assert 50 < accuracy < 95
+
+
+def test_the_probe_does_not_depend_on_devices_or_chunks(one_device):
+    x, labels = hard_problem(501)
+    fits = [
+        linear_probe.fit(x, labels, classes=10, c=1.0, mesh=mesh, chunk=chunk)
+        for mesh, chunk in (
+            (one_device, 4096),
+            (one_device, 100),
+            (sharding.make_mesh(MeshConfig(fsdp=2, tensor=2)), 7),
+        )
+    ]
+    for other in fits[1:]:
+        np.testing.assert_allclose(other.kernel_DxV, fits[0].kernel_DxV, atol=1e-4)
+        np.testing.assert_allclose(other.bias_V, fits[0].bias_V, atol=1e-4)
+    assert np.abs(fits[0].kernel_DxV).max() > 0.5
+
+
+def test_strength_is_chosen_on_held_out_training_examples(one_device):
+    x, labels = hard_problem(400)
+    test, truth = hard_problem(1000, seed=1)
+    options = {"classes": 10, "mesh": one_device}
+    result = linear_probe.evaluate(x, labels, test, truth, strengths=(1e-5, 0.01, 10.0), **options)
+    assert result.c == 0.01 and result.held_out[0.01] == max(result.held_out.values())
+    again = linear_probe.fit(x, labels, c=0.01, **options)  # on all of train
+    assert (again.kernel_DxV == result.probe.kernel_DxV).all()
+    assert result.accuracy == linear_probe.accuracy(again, test, truth)
+    easy, _ = make_clusters(400, classes=10, dim=32)  # has the same labels
+    tied = linear_probe.evaluate(easy, labels, test, truth, strengths=(10.0, 1.0, 0.1), **options)
+    assert set(tied.held_out.values()) == {100.0} and tied.c == 0.1
+
+
+def test_the_held_out_part_is_the_same_share_of_every_class():
+    labels = np.repeat([0, 1, 2, 3], [40, 10, 2, 1])
+    aside = linear_probe.hold_out(labels, 0.2, seed=0)
+    assert np.bincount(labels[aside], minlength=4).tolist() == [8, 2, 1, 0]
+    assert (aside == linear_probe.hold_out(labels, 0.2, seed=0)).all()
+    assert (aside != linear_probe.hold_out(labels, 0.2, seed=1)).any()
+    with pytest.raises(SetupError, match="can be held out"):
+        linear_probe.hold_out(np.arange(5), 0.2, seed=0)
+
+
+def test_a_constant_dimension_is_left_out(one_device):
+    x, labels = hard_problem(1000)
+    x[:, 30:] = 0.0, 3.1
+    probe = linear_probe.fit(x, labels, classes=10, c=0.1, mesh=one_device)
+    rest = (x[:, :30] - x[:, :30].mean(axis=0)) / x[:, :30].std(axis=0)
+    reference = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000).fit(rest, labels)
+    np.testing.assert_allclose(probe.kernel_DxV[:30], reference.coef_.T, atol=2e-4)
+    np.testing.assert_allclose(probe.kernel_DxV[30:], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(60, 12), (30, 50)])
+def test_few_shot_weights_are_those_of_a_direct_least_squares(count, dim):
+    x, labels = make_clusters(count, dim=dim, spread=2.0)
+    mean, scale, weights = few_shot.fit(x, labels, 5, penalty=3.0)
+    z = (x.astype(np.float64) - x.mean(0, np.float64)) / (x.std(0, np.float64) + 1e-5)
+    z = np.hstack([z, np.ones((count, 1))])
+    augmented = np.vstack([z, np.sqrt(3.0) * np.eye(dim + 1)])  # the penalty as further rows
+    targets = np.vstack([2 * np.eye(5)[labels] - 1, np.zeros((dim + 1, 5))])
+    expected = np.linalg.lstsq(augmented, targets)[0]
+    np.testing.assert_allclose(weights, expected, atol=1e-9)
+    assert (few_shot.predict(x, mean, scale, weights) == (z @ expected).argmax(1)).all()
+
+
+def test_draws_of_shots():
+    labels = np.random.default_rng(0).integers(0, 6, 300)
+    first, again, other, seeded = (
+        few_shot.draw_shots(labels, 6, 10, seed=seed, draw=draw)
+        for seed, draw in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    assert (first == again).all()
+    assert set(first) != set(other) and set(first) != set(seeded)
+    for rows in (first, other):
+        assert len(set(rows)) == 60 and (np.bincount(labels[rows]) == 10).all()
+    with pytest.raises(SetupError, match=r"3 shots .* class 1 has 2 training examples"):
+        few_shot.draw_shots(np.array([0, 0, 0, 1, 1]), 2, 3, seed=0, draw=0)
+
+
+@pytest.mark.parametrize("shots", [2, 10])
+def test_few_shot_accuracy_is_the_mean_over_draws(shots):
+    (x, labels), (test, truth) = hard_problem(400), hard_problem(500, seed=1)
+    options = {"classes": 10, "shots": shots, "penalty": 10.0}
+    result = few_shot.evaluate(x, labels, test, truth, draws=3, **options)
+    accuracies = []
+    for draw in range(3):
+        rows = few_shot.draw_shots(labels, 10, shots, seed=0, draw=draw)
+        fitted = few_shot.fit(x[rows], labels[rows], 10, 10.0)
+        accuracies.append(100 * (few_shot.predict(test, *fitted) == truth).mean())
+    assert result == {"mean": np.mean(accuracies), "std": np.std(accuracies)}
+    assert result["std"] > 0
+
+
+def test_classes_are_learned_and_shuffled_labels_are_not(one_device):
+    options = {"classes": 10, "dim": 32}
+    x, labels = make_clusters(400, **options)
+    test, truth = make_clusters(1000, seed=1, **options)
+    for given, low, high in (
+        (labels, 99.9, 100.0),
+        (np.random.default_rng(0).permutation(labels), 1.0, 25.0),
+    ):
+        probe = linear_probe.evaluate(
+            x, given, test, truth, classes=10, strengths=(0.01, 1.0), mesh=one_device
+        )
+        shots = few_shot.evaluate(x, given, test, truth, classes=10)
+        assert low <= probe.accuracy <= high
+        assert low <= shots["mean"] <= high
+
+
+def test_what_cannot_be_fitted_is_refused():
+    x, labels = make_clusters(50)
+    for features, given, message in (
+        (x, labels + 1, r"must lie in \[0, 5\), got 1 to 5"),
+        (x, labels[:-1], r"an integer for each of 50 examples, got int64 \(49,\)"),
+        (x * np.inf, labels, "NaN or infinity in 50 of 50 rows"),
+    ):
+        with pytest.raises(SetupError, match=message):
+            linear_probe.fit(features, given, classes=5, c=1.0)
+        with pytest.raises(SetupError, match=message):
+            few_shot.evaluate(features, given, x, labels, classes=5, shots=2)

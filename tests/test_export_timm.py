@@ -1,0 +1,59 @@
+"""timm itself loads what is exported, computes the same, and what it saves is read."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import make_features
+from test_export import MODELS, assert_close, make, pixels
+
+from supmim_jax import export, import_weights
+from supmim_jax.formats import files
+
+EXTRA = 'timm is not in the parity extra: pip install -e ".[timm]"'
+torch = pytest.importorskip("torch", reason=EXTRA)
+timm = pytest.importorskip("timm", reason=EXTRA)
+
+
+@pytest.mark.parametrize(("model", "channels"), MODELS)
+def test_timm_computes_the_same(supervised, tmp_path, model, channels):
+    cfg, params, images = make(supervised, model, channels)
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    ours = make_features(cfg, params, images)
+    tokens = theirs.forward_features(pixels(images))
+    assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
+    assert_close(ours.pooled, theirs.forward_head(tokens, pre_logits=True))
+    assert_close(ours.logits, theirs(pixels(images)))
+
+
+def test_the_transform_of_timm_makes_our_pixels(supervised, tmp_path):
+    from PIL import Image
+
+    cfg, params, _ = make(supervised, {}, 3)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_resize=30))
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config, is_training=False)
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    expected = pixels(image[None, 5:25, 10:30].copy())[0]
+    assert_close(expected, transform(Image.fromarray(image)))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_a_model_saved_by_timm_is_read(supervised, tmp_path, arguments):
+    """By default with a position for the CLS token, which our CLS token takes in."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        **dict(img_size=32, depth=2, num_classes=5, fc_norm=False),
+        **arguments,
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    cfg, params = import_weights.load("timm", tmp_path / "saved", supervised)
+    assert cfg.model.heads == 3 and cfg.data.eval_resize == 35  # crop_pct 0.9
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    assert_close(make_features(cfg, params, images).logits, model(pixels(images)))

@@ -1,0 +1,140 @@
+"""Files for timm and transformers: names, exact round trips, and the two commands."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, make_features, make_params
+from flax import traverse_util
+
+from supmim_jax import checkpoint, export, import_weights, probe, program, sharding
+from supmim_jax.formats import files, timm_vit
+
+# What timm 1.0.31 has for vit_base_patch16_224 with these arguments and one block.
+TIMM = {
+    "pos_embed": (1, 25, 32),
+    "cls_token": (1, 1, 32),
+    "patch_embed.proj.weight": (32, 1, 4, 4),
+    "patch_embed.proj.bias": (32,),
+    "blocks.0.norm1.weight": (32,),
+    "blocks.0.norm1.bias": (32,),
+    "blocks.0.attn.qkv.weight": (96, 32),
+    "blocks.0.attn.qkv.bias": (96,),
+    "blocks.0.attn.proj.weight": (32, 32),
+    "blocks.0.attn.proj.bias": (32,),
+    "blocks.0.ls1.gamma": (32,),
+    "blocks.0.norm2.weight": (32,),
+    "blocks.0.norm2.bias": (32,),
+    "blocks.0.mlp.fc1.weight": (64, 32),
+    "blocks.0.mlp.fc1.bias": (64,),
+    "blocks.0.mlp.fc2.weight": (32, 64),
+    "blocks.0.mlp.fc2.bias": (32,),
+    "blocks.0.ls2.gamma": (32,),
+    "norm.weight": (32,),
+    "norm.bias": (32,),
+    "head.weight": (30, 32),
+    "head.bias": (30,),
+}
+
+
+def with_model(cfg, **fields):
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, drop_path=0.0, **fields))
+
+
+def write(cfg, params, to, out):
+    files.write(out, *export.WRITERS[to](params, cfg))
+    return out
+
+
+def assert_same(a, b):
+    a, b = (traverse_util.flatten_dict(x, sep="/") for x in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_timm_names_and_shapes(supervised):
+    cfg = with_model(supervised, depth=1, pooling="cls", layer_scale=0.1)
+    tensors, _ = timm_vit.write(make_params(cfg), cfg)
+    assert {name: x.shape for name, x in tensors.items()} == TIMM
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+@pytest.mark.parametrize("positions", ["learned", "sincos2d"])
+def test_export_and_import_are_inverse_bit_for_bit(supervised, tmp_path, to, pooling, positions):
+    scale = 0.1 if to == "timm" else 0.0
+    cfg = with_model(
+        supervised, pooling=pooling, positions=positions, gelu="tanh", layer_scale=scale
+    )
+    params = make_params(cfg)
+    found, back = import_weights.load(to, write(cfg, params, to, tmp_path / "out"), cfg)
+    assert_same(back, params)
+    assert found == cfg  # eval_resize, classes, channels and the rest of the data section too
+
+
+def test_layer_scale_goes_into_the_weights_for_transformers(supervised, tmp_path):
+    cfg = with_model(supervised, layer_scale=0.1)
+    params = make_params(cfg)
+    found, back = import_weights.load(
+        "transformers", write(cfg, params, "transformers", tmp_path / "out"), cfg
+    )
+    assert found == with_model(cfg, layer_scale=0.0)
+    images = np.random.default_rng(1).integers(0, 256, (4, 20, 20, 1), np.uint8)
+    ours, theirs = (make_features(*x, images).logits for x in ((cfg, params), (found, back)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_every_parameter_needs_a_row(supervised):
+    params = make_params(supervised)
+    params["encoder"]["surplus"] = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="encoder/surplus"):
+        export.WRITERS["timm"](params, supervised)
+
+
+@pytest.mark.parametrize(("mlp_dim", "width"), [(6144, 1408), (4304, 1152), (5, 3), (257, 100)])
+def test_timm_gets_our_mlp_dim_and_eval_resize_back(mlp_dim, width):
+    assert int(width * timm_vit.ratio(mlp_dim, width)) == mlp_dim
+    for resize in (width, mlp_dim):
+        assert int(width / timm_vit.crop(width, resize)) == resize
+
+
+def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_path):
+    """A whole SupMIM run's checkpoint: its decoder stays behind."""
+    built = program.build(cfg, one_device)
+    params = make_params(cfg)
+    state = built.init(jax.random.key(0))
+    placed = sharding.put(params, {name: built.state.params[name] for name in params})
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
+    checkpoints.save(
+        state.replace(params=state.params | placed), cfg, {"position": 0, "seconds": 0.0}
+    )
+    checkpoints.close()
+
+    def command(*arguments):
+        out = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert out.returncode == 0, out.stderr
+        return out.stdout
+
+    run, out, workdir = (tmp_path / name for name in ("run", "out", "imported"))
+    said = command("supmim_jax.export", f"--checkpoint={run}@0", "--to=timm", f"--out={out}")
+    assert said == f"timm.create_model('local-dir:{out}', pretrained=True)\n"
+    command(
+        "supmim_jax.import_weights",
+        *("--from=timm", f"--path={out}", f"--workdir={workdir}"),
+        *("--config=configs/debug_supervised.py", "--config.data.train_split=train[:64]"),
+        *("--config.data.train_examples=64", f"--config.data.data_dir={cfg.data.data_dir}"),
+    )
+    imported = checkpoint.locate(str(workdir))
+    found = checkpoint.read_config(imported)
+    assert found.model == with_model(cfg).model and found.objective.name == "supervised"
+    assert checkpoint.read_run(imported) == {"position": 0, "seconds": 0.0}
+    like = program.build(found, one_device).state
+    state, _ = checkpoint.Checkpoints(workdir, found.checkpoint).restore(0, like)
+    assert_same(state.params, params)
+    assert probe.probe(str(workdir), "validation")[1:3] == probe.probe(str(run), "validation")[1:3]

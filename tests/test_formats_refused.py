@@ -1,0 +1,150 @@
+"""Files that are broken, or not exactly a model of ours, are refused with what is wrong."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_params
+from safetensors.numpy import load_file, save_file
+
+from supmim_jax import export, import_weights
+from supmim_jax.config import SetupError
+from supmim_jax.formats import augreg, equivalents, files
+from supmim_jax.formats.layout import to_foreign
+
+
+@pytest.fixture
+def exported(supervised, tmp_path):
+    """Directories of the same model for timm and transformers."""
+    model = dataclasses.replace(supervised.model, depth=1, pooling="cls")
+    cfg = dataclasses.replace(supervised, model=model)
+    params = make_params(cfg)
+    for to, writer in export.WRITERS.items():
+        files.write(tmp_path / to, *writer(params, cfg))
+    return cfg, tmp_path
+
+
+def change_tensors(directory, **changes):
+    tensors = load_file(directory / files.WEIGHTS)
+    tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
+    save_file(tensors, directory / files.WEIGHTS)
+
+
+def change_config(directory, section="", **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (config[section] if section else config).update(changes)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm.weight": None}, r"norm.weight is missing, expected \[32\]"),
+        ({"fc_norm.bias": np.zeros(32)}, r"fc_norm.bias is float64, expected float32"),
+        ({"q_norm": np.zeros(3, np.float32)}, r"q_norm \[3\] is not expected"),
+        ({"norm.bias": np.zeros(31, np.float32)}, r"norm.bias is \[31\], expected \[32\]"),
+        (
+            {"blocks.0.attn.qkv.weight": np.zeros((32, 96), np.float32)},
+            r"blocks.0.attn.qkv.weight is \[32, 96\], expected \[96, 32\]",
+        ),
+    ],
+)
+def test_other_arrays_are_refused(exported, changes, message):
+    cfg, path = exported
+    change_tensors(path / "timm", **changes)
+    with pytest.raises(SetupError, match=f"timm/model.safetensors.*{message}"):
+        import_weights.load("timm", path / "timm", cfg)
+
+
+@pytest.mark.parametrize(
+    ("source", "section", "changes", "message"),
+    [
+        (
+            "timm",
+            "model_args",
+            {"depth": 2},
+            r"blocks.1.attn.proj.bias is missing.*and 7 more",
+        ),
+        ("timm", "model_args", {"global_pool": "avg"}, "global_pool is 'avg' with class_token=Tru"),
+        ("timm", "model_args", {"reg_tokens": 4}, "model_args has reg_tokens, which this encoder"),
+        ("timm", "model_args", {"act_layer": "quick_gelu"}, "act_layer is 'quick_gelu'.*known are"),
+        ("timm", "model_args", {"img_size": [20, 24]}, r"img_size is \[20, 24\], expected a posit"),
+        ("timm", "model_args", {"num_heads": 5}, "width is 32, not a multiple of heads = 5"),
+        ("timm", "model_args", {"mlp_ratio": "4"}, "mlp_ratio is '4', expected a number"),
+        ("timm", "pretrained_cfg", {"mean": [0.485]}, r"mean is \[0.485\], expected 0.5"),
+        ("timm", "", {"architecture": "eva02_base"}, "architecture is 'eva02_base', expected a pl"),
+        ("transformers", "", {"model_type": "dinov2"}, "model_type is 'dinov2'.*'vit', 'ijepa'"),
+        ("transformers", "", {"model_type": "ijepa"}, r"ijepa\.[\w.]+ is missing"),
+        ("transformers", "", {"hidden_act": "relu"}, "hidden_act is 'relu'.*known are 'gelu'"),
+        ("transformers", "", {"layer_norm_eps": 1e-12}, "layer_norm_eps is 1e-12, expected 1e-06"),
+        ("transformers", "", {"qkv_bias": False}, "qkv_bias is False, expected True"),
+        ("transformers", "", {"num_channels": 2}, r"config\.data\.channels is 2; known are 1, 3"),
+    ],
+)
+def test_other_models_are_refused(exported, source, section, changes, message):
+    cfg, path = exported
+    change_config(path / source, section, **changes)
+    with pytest.raises(SetupError, match=message):
+        import_weights.load(source, path / source, cfg)
+
+
+def test_broken_files_are_named(exported, tmp_path):
+    cfg, path = exported
+    weights = path / "timm" / files.WEIGHTS
+    for size in (0, 5, 1000, weights.stat().st_size - 1):
+        (path / "timm" / "cut.safetensors").write_bytes(weights.read_bytes()[:size])
+        with pytest.raises(SetupError, match=r"cut\.safetensors cannot be read as safetensors"):
+            import_weights.load("timm", path / "timm" / "cut.safetensors", cfg)
+    for content in (b"", b"PK\x03\x04", b"\x93NUMPY", b"junk"):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(SetupError, match=r"cut\.npz cannot be read as \.npz"):
+            import_weights.load("augreg", tmp_path / "cut.npz", cfg)
+    np.savez(tmp_path / "objects.npz", cls=np.array([{}], object))
+    with pytest.raises(SetupError, match=r"objects\.npz cannot be read"):
+        import_weights.load("augreg", tmp_path / "objects.npz", cfg)
+    (path / "timm" / "config.json").write_text("{")
+    with pytest.raises(SetupError, match=r"config\.json cannot be read as JSON"):
+        import_weights.load("timm", path / "timm", cfg)
+    (path / "timm" / "config.json").unlink()
+    with pytest.raises(SetupError, match=r"config\.json does not exist"):
+        import_weights.load("timm", path / "timm", cfg)
+    shutil.rmtree(path / "timm")
+    with pytest.raises(SetupError, match="timm does not exist"):
+        import_weights.load("timm", path / "timm", cfg)
+
+
+def test_nothing_is_overwritten(exported):
+    cfg, path = exported
+    before = sorted(path.rglob("*"))
+    with pytest.raises(SetupError, match="timm already exists"):
+        export.export("nowhere", "timm", path / "timm")
+    with pytest.raises(SetupError, match="timm is not empty"):
+        import_weights.save(path / "timm", cfg, {})
+    with pytest.raises(SetupError, match="--out is gs:/bucket; give a local directory"):
+        export.export("nowhere", "timm", Path("gs://bucket"))
+    with pytest.raises(TypeError):
+        files.write(path / "new", {}, {"config.json": {"x": object()}})
+    assert sorted(path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cls": None}, "has 26 patch positions, expected a square number"),
+        ({"head/kernel": None}, "head/kernel is missing, expected 2 dimensions"),
+        ({"pre_logits/bias": np.zeros(3, np.float32)}, r"pre_logits/bias \[3\] is not expected"),
+        ({"Transformer/encoder_norm/bias": None}, "encoder_norm/bias is missing"),
+        ({"embedding/kernel": np.zeros((4, 32), np.float32)}, r"is \[4, 32\], expected 4 dim"),
+    ],
+)
+def test_other_npz_files_are_refused(supervised, tmp_path, changes, message):
+    model = dataclasses.replace(supervised.model, pooling="cls")
+    cfg = dataclasses.replace(supervised, model=model)
+    params = equivalents.with_positions(make_params(cfg), cfg.model, cfg.data)
+    arrays = to_foreign(params, augreg.layout(cfg.model, 1, 25)) | changes
+    np.savez(tmp_path / "x.npz", **{k: x for k, x in arrays.items() if x is not None})
+    with pytest.raises(SetupError, match=rf"x\.npz.*{message}"):
+        import_weights.load("augreg", tmp_path / "x.npz", cfg)
