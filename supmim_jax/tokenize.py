@@ -27,13 +27,16 @@ from supmim_jax.configdict import from_configdict
 from supmim_jax.data import pipeline, token_cache
 from supmim_jax.models import patch_codes
 
-# ArrayRecord's own bytes for each record, and at least for each shard: measured with 131072 records
-# of 25 random ids. With 256 random ids of 1024 its compression saves more than that.
+# ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
+# compression saves more than that where tokens are many (bench tokens).
 RECORD_BYTES, SHARD_BYTES = 66, 2**17
 
 
 def tokenize(
-    cfg: Config, directory: epath.Path, views: int, records_per_shard: int = 2**17
+    cfg: Config,
+    directory: epath.Path,
+    views: int,
+    records_per_shard: int = token_cache.RECORDS_PER_SHARD,
 ) -> token_cache.Plan:
     """Writes this process's missing shards of the cache, on its own devices.
 
@@ -186,7 +189,9 @@ if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The run that the tokens are for.")
     CACHE = flags.DEFINE_string("cache", None, "Directory to write, or to go on with.")
     EPOCHS = flags.DEFINE_integer("epochs", None, "Views of each image.", lower_bound=1)
-    SHARD = flags.DEFINE_integer("shard", 2**17, "Records per shard.", lower_bound=1)
+    SHARD = flags.DEFINE_integer(
+        "shard", token_cache.RECORDS_PER_SHARD, "Records per shard.", lower_bound=1
+    )
     DISTRIBUTED = flags.DEFINE_bool("distributed", False, "As in supmim_jax.train.")
     flags.mark_flags_as_required(["config", "cache", "epochs"])
     commands.start(main)
