@@ -1,6 +1,7 @@
 """Where a run's frozen arrays come from: a file, a checkpoint, or a fit on the training split."""
 
 import hashlib
+import json
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from supmim_jax.configdict import differences, section
 from supmim_jax.data import pipeline, token_cache
 from supmim_jax.models import maskgit, patch_codes
 
-FILE = "tokenizer.npz"  # the fitted codebook, kept in the workdir and in token caches
+FILE = "tokenizer.npz"  # a fitted codebook, kept in the workdir and in token caches
+IDENTITY = "tokenizer.json"  # which tokenizer a run began with
 IN_FILE_ONLY = ("config.objective.target.path", "config.objective.target.precision")
 
 
@@ -65,9 +67,32 @@ def tokenizer(cfg: Config, workdir: epath.Path, like: dict) -> dict:
 
 
 def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
-    """Keeps a fitted codebook with the run; everything else is where the config says."""
+    """Keeps with the run which tokenizer it has, and a codebook that was fitted."""
     if "target" in arrays and cfg.objective.target.name == "patch_codes":
         patch_codes.save(workdir / FILE, arrays["target"]["tokenizer"])
+    if cfg.has_tokens:
+        (workdir / IDENTITY).write_text(json.dumps({"sha256": identity(arrays, cfg)}) + "\n")
+
+
+def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
+    """Raises SetupError if the run in workdir began with another tokenizer."""
+    path = workdir / IDENTITY
+    if cfg.has_tokens and path.exists():
+        kept, here = json.loads(path.read_text())["sha256"], identity(arrays, cfg)
+        if kept != here:
+            raise SetupError(
+                f"--workdir {workdir} holds a run with the tokenizer of SHA-256 {kept[:12]}..., "
+                f"and config.objective.target or config.tokens.cache now gives {here[:12]}... Name "
+                f"the one that it began with, or choose another --workdir."
+            )
+
+
+def identity(arrays: dict, cfg: Config) -> str:
+    """SHA-256 of the tokenizer's arrays, which a cache knows of those that made it."""
+    if cfg.tokens.cache:
+        plan = token_cache.read_plan(epath.Path(cfg.tokens.cache))
+        return plan.fingerprint["tokenizer_sha256"]
+    return digest(arrays["target"]["tokenizer"])
 
 
 def digest(arrays: dict) -> str:

@@ -23,6 +23,8 @@ MAY_CHANGE = (
     "config.log.",
     "config.eval.",
     "config.checkpoint.",
+    "config.tokens.cache:",  # the same tokens elsewhere, or made in the step: frozen.check_kept
+    "config.objective.target.path:",
     "config.data.data_dir:",
     "config.data.workers:",
     "config.data.threads:",
@@ -40,7 +42,8 @@ def train(
 
     Args:
       cfg: the experiment.
-      workdir: is given config.json, metrics.jsonl, checkpoints/, tokenizer.npz and results.json.
+      workdir: is given config.json, metrics.jsonl, checkpoints/, results.json, and of its
+        tokenizer the identity and a codebook that was fitted.
       stop_at: saves and returns after this step, as if interrupted; the schedule is that of cfg.
       devices: what to train on; default: all of this run's.
 
@@ -58,6 +61,7 @@ def train(
         return json.loads((workdir / "results.json").read_text())
     frozen.check_cache(cfg, workdir, mesh)
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
+    frozen.check_kept(host_arrays, cfg, workdir)
     make_workdir(workdir, cfg, host_arrays)
     fixed = sharding.put(host_arrays, prog.frozen)
 

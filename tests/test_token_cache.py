@@ -206,6 +206,25 @@ def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path
     frozen.check_cache(other, epath.Path(tmp_path), one_device)
 
 
+def test_a_run_goes_on_without_its_cache_or_with_a_copy_but_not_with_other_tokens(
+    cfg, cache, caches, tmp_path
+):
+    run = with_cache(cfg, cache)
+    train(run, tmp_path / "run", stop_at=4, devices=ONE)
+    copy = caches / "copy"
+    copy.mkdir()
+    for path in cache.iterdir():
+        path.copy(copy / path.name)
+    train(with_cache(cfg, copy), tmp_path / "run", stop_at=6, devices=ONE)
+    codes = dataclasses.replace(cfg.objective.target, path=str(cache / frozen.FILE))
+    train(replaced(cfg, "objective", target=codes), tmp_path / "run", stop_at=8, devices=ONE)
+    other = tmp_path / "codes.npz"
+    np.savez(other, codes=np.load(cache / frozen.FILE)["codes"] + 0.01)
+    codes = dataclasses.replace(cfg.objective.target, path=str(other))
+    with pytest.raises(SetupError, match=r"holds a run with the tokenizer of SHA-256 \w{12}\.\.\."):
+        train(replaced(cfg, "objective", target=codes), tmp_path / "run", devices=ONE)
+
+
 def test_too_few_views_are_refused(cfg, cache):
     with pytest.raises(
         SetupError, match=r"3 views .* wants 9\. Set config.tokens.views=3 to cycle"
@@ -228,7 +247,9 @@ def test_damage_is_named(cfg, cache, tmp_path):
     for cut in (1000, 70_000):
         directory, shard = copied(f"cut{cut}")
         shard.write_bytes(shard.read_bytes()[:cut])
-        with pytest.raises(SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord (is cut|has 0)"):
+        with pytest.raises(
+            SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord (is cut|has 0)"
+        ):
             pipeline.check(with_cache(cfg, directory))
     directory, shard = copied("fewer")
     token_cache.write_shard(shard, iter(np.zeros((7, 25), np.uint16)))
