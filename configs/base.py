@@ -14,6 +14,7 @@ from supmim_jax.config import (
     DataConfig,
     DecoderConfig,
     EvalConfig,
+    InitConfig,
     PatchCodesConfig,
     PerceptualConfig,
     SupMIMConfig,
@@ -88,7 +89,8 @@ def debug(config: Config) -> Config:
 
     Keeps the recipe (objective, mask, losses, augmentation, optimizer, dtype); shrinks the model
     to two layers of width 192 and the schedule to 20 steps of 32 images. What
-    needs a file is left out: a VQGAN target becomes patch codes, a perceptual term is dropped.
+    needs a file is left out: a VQGAN target becomes patch codes, a perceptual term is dropped, and
+    what would start from a checkpoint starts anew.
     """
     model = dataclasses.replace(config.model, width=192, depth=2, mlp_dim=768, heads=3)
     data = dataclasses.replace(
@@ -120,6 +122,7 @@ def debug(config: Config) -> Config:
         model=model,
         data=data,
         objective=objective,
+        init=InitConfig(),
         optim=optim,
         batch_size=32,
         epochs=1,

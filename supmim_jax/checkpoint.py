@@ -78,15 +78,21 @@ def locate(checkpoint: str) -> epath.Path:
     """
     workdir, step = split_step(checkpoint)
     root = epath.Path(workdir).absolute() / "checkpoints"
-    steps = sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
-    if not steps:
+    found = steps(workdir)
+    if not found:
         raise SetupError(
-            f"There is no checkpoint in {root}. --checkpoint takes the --workdir of a training "
-            f"run, optionally with @step."
+            f"There is no checkpoint in {root}. Give the --workdir of a training run, optionally "
+            f"with @step."
         )
-    if step is not None and step not in steps:
-        raise SetupError(f"{root} has no step {step}; it has {', '.join(map(str, steps))}.")
-    return root / str(steps[-1] if step is None else step)
+    if step is not None and step not in found:
+        raise SetupError(f"{root} has no step {step}; it has {', '.join(map(str, found))}.")
+    return root / str(found[-1] if step is None else step)
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """The complete checkpoints of a run, oldest first."""
+    root = epath.Path(workdir).absolute() / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(root)) if root.exists() else []
 
 
 def split_step(checkpoint: str) -> tuple[str, int | None]:
@@ -109,15 +115,9 @@ def restore_params(directory: epath.Path, like: dict) -> dict:
     """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
 
     Raises:
-      SetupError: a subtree is missing or differs in paths, shapes or dtypes.
+      SetupError: as `check_params`.
     """
-    stored = stored_tree(directory).get("params", {})
-    if missing := sorted(set(like) - set(stored)):
-        raise SetupError(
-            f"{directory} has no params/{', params/'.join(missing)}; it has "
-            f"{', '.join('params/' + name for name in sorted(stored))}."
-        )
-    check_same({name: stored[name] for name in like}, like, directory)
+    check_params(directory, like)
     restorer = ocp.PyTreeCheckpointer()
     arguments = ocp.checkpoint_utils.construct_restore_args({"params": like})
     found = restorer.restore(
@@ -127,6 +127,21 @@ def restore_params(directory: epath.Path, like: dict) -> dict:
         ),
     )
     return found["params"]
+
+
+def check_params(directory: epath.Path, like: dict) -> None:
+    """Reads no array.
+
+    Raises:
+      SetupError: a subtree of `like` is missing or differs in paths, shapes or dtypes.
+    """
+    stored = stored_tree(directory).get("params", {})
+    if missing := sorted(set(like) - set(stored)):
+        raise SetupError(
+            f"{directory} has no params/{', params/'.join(missing)}; it has "
+            f"{', '.join('params/' + name for name in sorted(stored))}."
+        )
+    check_same({name: stored[name] for name in like}, like, directory)
 
 
 def stored_tree(directory: epath.Path) -> dict:

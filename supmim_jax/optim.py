@@ -1,16 +1,20 @@
-"""The optimizer: warm-up and cosine, AdamW or LAMB, decay on matrices only."""
+"""The optimizer: warm-up and cosine, AdamW or LAMB, decay on matrices only, rates by layer."""
 
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from supmim_jax.config import Config
 
 DECAYED = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
 STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layers
+# For layer_decay. BEiT's code counts the mask embedding among the inputs, too.
+ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls)|mask_embedding)$")
+ENCODER_BLOCKS = re.compile(r"^encoder/transformer/blocks/")
 
 
 def path_name(path: tuple) -> str:
@@ -58,14 +62,38 @@ def layer_trust_ratio() -> optax.GradientTransformation:
     )
 
 
+def scale_by_layer(decay: float, depth: int) -> optax.GradientTransformation:
+    """Multiplies updates by decay^(depth + 1 - i) for layer i of the encoder.
+
+    As in BEiT's (arXiv 2106.08254) and MAE's fine-tuning codes: the embeddings are layer 0, block
+    i is layer i + 1; its norm, the head and all that is no encoder are the top layer, of scale 1.
+    """
+
+    def scaled(path: tuple, update: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if ENCODER_INPUTS.search(name):
+            return update * decay ** (depth + 1)
+        if ENCODER_BLOCKS.search(name):
+            powers = np.arange(depth, 0, -1).reshape(-1, *[1] * (update.ndim - 1))
+            return update * jnp.asarray(decay**powers, update.dtype)
+        return update
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(scaled, updates)
+    )
+
+
 def make(cfg: Config) -> optax.GradientTransformation:
     """The gradient transformation that the step applies: clip, Adam, decay, learning rate."""
     optim = cfg.optim
     lamb = optim.name == "lamb"
+    rate = optax.scale_by_learning_rate(schedule(cfg))
+    if optim.layer_decay != 1.0:
+        rate = optax.chain(rate, scale_by_layer(optim.layer_decay, cfg.model.depth))
     return optax.chain(
         optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
         optax.scale_by_adam(optim.b1, optim.b2, eps=1e-6 if lamb else 1e-8),
         optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
         layer_trust_ratio() if lamb else optax.identity(),
-        optax.scale_by_learning_rate(schedule(cfg)),
+        rate,
     )

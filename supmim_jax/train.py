@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, frozen, program, sharding
+from supmim_jax import checkpoint, commands, evals, frozen, program, sharding, start
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.data import pipeline
@@ -59,6 +59,8 @@ def train(
     check_workdir(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         return json.loads((workdir / "results.json").read_text())
+    if not checkpoint.steps(workdir):
+        start.check(cfg, prog.state.params)
     frozen.check_cache(cfg, workdir, mesh)
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     frozen.check_kept(host_arrays, cfg, workdir)
@@ -71,7 +73,7 @@ def train(
     if newest is not None:  # 0: imported weights
         state, run = checkpoints.restore(newest, prog.state)
     else:
-        state, run = prog.init(jax.random.key(cfg.seed)), {"seconds": 0.0}
+        state, run = start.state(cfg, prog), {"seconds": 0.0}
     last = min(stop_at or cfg.total_steps, cfg.total_steps)
 
     writer = MetricsWriter(workdir, first, cfg.log.tensorboard)

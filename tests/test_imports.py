@@ -11,7 +11,7 @@ LAYERS = [
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "formats"},
     {"program", "checkpoint", "evals", "commands"},
-    {"frozen"},
+    {"frozen", "start"},
     {"train", "probe", "picture", "tokenize", "bench", "export", "import_weights"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}

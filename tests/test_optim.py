@@ -1,4 +1,4 @@
-"""Schedule, weight decay and LAMB."""
+"""Schedule, weight decay, LAMB and learning rates by layer."""
 
 import dataclasses
 
@@ -51,3 +51,53 @@ def test_lamb_treats_stacked_layers_as_layers():
     for i in range(2):
         np.testing.assert_allclose(moved["blocks"]["kernel"][i], expected[str(i)], rtol=1e-5)
     np.testing.assert_allclose(moved["blocks"]["bias"], np.sign(grads), rtol=1e-4)
+
+
+SCALES = {  # decay 0.5, depth 2: 0.5^(depth + 1 - layer)
+    "encoder/patches/kernel": 0.125,
+    "encoder/patches/bias": 0.125,
+    "encoder/positions": 0.125,
+    "encoder/cls": 0.125,
+    "mask_embedding": 0.125,
+    "encoder/norm/scale": 1.0,
+    "head/kernel": 1.0,
+    "decoder/embed/kernel": 1.0,
+    "decoder/transformer/blocks/fc1/kernel": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
+    """Adam's first step is lr * sign(g); with it, and with weight decay, each layer's share."""
+    fixed = OptimConfig(name=name, warmup_epochs=0.0, clip=0.0)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
+    like = program.build(cfg, one_device).state.params
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: random.normal(size=(2,) * x.ndim).astype(np.float32), like)
+    grads = jax.tree.map(lambda x: 1e-3 * random.choice([-1.0, 1.0], x.shape), params)
+
+    def updates(**fields) -> dict[str, np.ndarray]:
+        made = optim.make(dataclasses.replace(cfg, optim=dataclasses.replace(fixed, **fields)))
+        found, _ = made.update(grads, made.init(params), params)
+        flat = jax.tree_util.tree_leaves_with_path(found)
+        return {optim.path_name(path): np.asarray(x) for path, x in flat}
+
+    decayed, head_only, even = updates(layer_decay=0.5), updates(layer_decay=0.0), updates()
+    assert set(SCALES) <= set(even)
+    for path, update in even.items():
+        block = path.startswith("encoder/transformer/blocks/")
+        layers = np.float32([0.25, 0.5]).reshape(2, *[1] * (update.ndim - 1))
+        expected = layers if block else np.float32(SCALES.get(path, 1.0))
+        np.testing.assert_array_equal(decayed[path], update * expected, path)
+        np.testing.assert_array_equal(head_only[path], update * (expected == 1.0), path)
+    if name == "adamw":
+        sign = np.sign(grads["encoder"]["patches"]["kernel"])
+        wanted = sign + fixed.weight_decay * params["encoder"]["patches"]["kernel"]
+        wanted = -fixed.lr * 0.125 * wanted
+        np.testing.assert_allclose(decayed["encoder/patches/kernel"], wanted, rtol=1e-4)
+
+
+def test_without_layer_decay_the_optimizer_state_is_that_of_older_checkpoints(cfg):
+    params = {"head": {"kernel": jnp.zeros((2, 2))}}
+    state = optim.make(cfg).init(params)
+    assert len(state) == 5 and isinstance(state[-1], optax.ScaleByScheduleState)

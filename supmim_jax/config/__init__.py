@@ -37,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EvalConfig",
+    "InitConfig",
     "LogConfig",
     "MeshConfig",
     "OptimConfig",
@@ -55,6 +56,21 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """What the first step starts from; a run that has a checkpoint of its own goes on from that."""
+
+    checkpoint: str = ""  # workdir[@step] of a run whose encoder to take; "" draws one
+    head: Literal["new", "keep"] = "new"  # keep: the checkpoint's head too, of as many classes
+
+    def __post_init__(self):
+        if self.head == "keep" and not self.checkpoint:
+            raise ConfigError(
+                "head is 'keep', but checkpoint names no run to take it from: give its --workdir, "
+                "or set head to 'new'."
+            )
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "lamb"] = "adamw"
     lr: float = within(1e-3, 0.0, INF)  # at lr_batch; see Config.peak_lr
@@ -65,6 +81,7 @@ class OptimConfig:
     b1: float = within(0.9, 0.0, 1.0)
     b2: float = within(0.999, 0.0, 1.0)
     clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
+    layer_decay: float = within(1.0, 0.0, 1.0)  # of the rate, per encoder layer from the top
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Config:
     model: ViTConfig = ViTConfig()
     objective: SupervisedConfig | SupMIMConfig | VQGANObjectiveConfig = SupMIMConfig()
     tokens: TokensConfig = TokensConfig()
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()
@@ -124,6 +142,11 @@ class Config:
                 f"data.image_size is {size}, but {len(self.objective.tokenizer.multipliers)} "
                 f"objective.tokenizer.multipliers make tokens of "
                 f"{self.objective.tokenizer.downsampling} pixels; it must be a multiple of that."
+            )
+        if self.objective.name == "vqgan" and self.optim.layer_decay != 1.0:
+            raise ConfigError(
+                "optim.layer_decay must be 1 with objective 'vqgan': it is for the layers of an "
+                "encoder that is trained, and there is none."
             )
         if self.tokens.cache and not self.has_tokens:
             raise ConfigError(

@@ -24,6 +24,9 @@ class ViTConfig:
     heads: int = within(2, 1, INF)
     pooling: Literal["gap", "cls"] = "gap"
     positions: Literal["learned", "sincos2d"] = "learned"
+    # sincos2d: patches per side of the grid that the coordinates are of, for an encoder that was
+    # trained at another image size; 0: the image's own.
+    position_grid: int = within(0, 0, INF)
     layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
     drop_path: float = within(0.0, 0.0, 0.99)  # of the last block, rising linearly from 0
     gelu: Literal["exact", "tanh"] = "exact"
@@ -35,6 +38,11 @@ class ViTConfig:
             raise ConfigError(f"width is {self.width}, not a multiple of heads = {self.heads}.")
         if self.positions == "sincos2d" and self.width % 4:
             raise ConfigError(f"width is {self.width}; sincos2d positions need a multiple of 4.")
+        if self.positions == "learned" and self.position_grid:
+            raise ConfigError(
+                f"position_grid is {self.position_grid}; it must be 0 with learned positions, "
+                f"which are resized when a run starts from another's."
+            )
 
     @classmethod
     def variant(cls, name: str, **fields) -> "ViTConfig":

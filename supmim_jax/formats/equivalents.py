@@ -25,7 +25,7 @@ def without_fixed_positions(params: Any, model: ViTConfig, data: DataConfig) -> 
 
 def fixed(model: ViTConfig, data: DataConfig) -> np.ndarray:
     side = data.image_size // model.patch
-    return sincos2d(side, side, model.width)
+    return sincos2d(side, side, model.width, model.position_grid)
 
 
 def without_layer_scale(params: Any) -> Any:

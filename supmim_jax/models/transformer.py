@@ -132,14 +132,18 @@ def _keep(key, rate, examples: int, segments: tuple[int, ...]):
     ]
 
 
-def sincos2d(height: int, width: int, dim: int) -> np.ndarray:
+def sincos2d(height: int, width: int, dim: int, grid: int = 0) -> np.ndarray:
     """Fixed 2-D sine-cosine position embeddings, float32 (height*width)xdim.
 
     As in MAE (arXiv 2111.06377, reference code): the first half encodes the column, the second
     the row; each as [sin, cos] over dim/4 frequencies 10000^(-i / (dim/4)).
+
+    With a `grid`, the coordinates are those of a grid x grid image at the same relative places
+    (of patch centres), so that an encoder trained there finds every place where it was.
     """
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4.0))
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    at = [(np.arange(n) + 0.5) * (grid or n) / n - 0.5 for n in (height, width)]
+    rows, columns = np.meshgrid(*at, indexing="ij")
     halves = []
     for positions in (columns, rows):
         angles = positions.reshape(-1, 1) * frequencies

@@ -109,7 +109,8 @@ class ViT(nnx.Module):
     def _positions(self) -> jax.Array:
         if self.cfg.positions == "learned":
             return self.positions[...]
-        return jnp.asarray(sincos2d(self.side, self.side, self.cfg.width))
+        side, cfg = self.side, self.cfg
+        return jnp.asarray(sincos2d(side, side, cfg.width, cfg.position_grid))
 
 
 class Classifier(nnx.Module):

@@ -1,0 +1,239 @@
+"""Runs that start from another run's encoder."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_batch, make_frozen
+from flax import nnx
+from PIL import Image
+
+from supmim_jax import checkpoint, program, sharding, start
+from supmim_jax.config import (
+    Config,
+    ConfigError,
+    InitConfig,
+    MeshConfig,
+    SetupError,
+    VQGANConfig,
+    VQGANObjectiveConfig,
+)
+from supmim_jax.formats import equivalents
+from supmim_jax.models.transformer import sincos2d
+from supmim_jax.models.vit import ViT
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+
+
+def changed(cfg: Config, **sections) -> Config:
+    """The config with fields of its sections replaced: changed(cfg, model={"depth": 3})."""
+    new = {k: dataclasses.replace(getattr(cfg, k), **v) for k, v in sections.items()}
+    return dataclasses.replace(cfg, **new)
+
+
+def written(cfg: Config, workdir) -> dict:
+    """A checkpoint of random numbers; its parameters."""
+    prog = program.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
+    random = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), prog.state).replace(step=7)
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    checkpoints.save(sharding.put(state, prog.state), cfg, {"position": 0, "seconds": 0.0})
+    checkpoints.close()
+    return jax.tree.map(np.float32, state.params)
+
+
+def same(a, b) -> bool:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def source(cfg, tmp_path) -> tuple[str, dict]:
+    """The workdir of a SupMIM run, and its parameters."""
+    return str(tmp_path / "source"), written(cfg, tmp_path / "source")
+
+
+@pytest.mark.parametrize("head", ["new", "keep"])
+@pytest.mark.parametrize("objective", ["supervised", "supmim"])
+def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
+    cfg, supervised, source, objective, head
+):
+    workdir, theirs = source
+    base = {"supervised": supervised, "supmim": cfg}[objective]
+    cfg = changed(base, init={"checkpoint": workdir, "head": head})
+    prog = program.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    state, fresh = start.state(cfg, prog), prog.init(jax.random.key(cfg.seed))
+    kept = {"encoder", "head"} if head == "keep" else {"encoder"}
+    assert set(state.params) == set(fresh.params) == set(prog.state.params)
+    for name in state.params:
+        assert same(state.params[name], (theirs if name in kept else fresh.params)[name]), name
+    assert same(dataclasses.replace(state, params=0), dataclasses.replace(fresh, params=0))
+    assert int(state.step) == 0
+    layouts = [jax.tree.map(lambda x: x.sharding, x) for x in (state, prog.state)]
+    assert layouts[0] == layouts[1]
+
+
+def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source, one_device):
+    workdir, theirs = source
+    images = make_batch(cfg).views[0]
+    cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
+    inference = program.build_inference(cfg, 16, one_device)
+    state = start.state(cfg, program.build(cfg, one_device))
+    ours = inference.bind(state.params).features(images)
+    before = inference.features({name: theirs[name] for name in inference.params}, images)
+    assert same(ours, before) and np.ptp(ours.logits) > 0
+
+
+@pytest.mark.parametrize("side", [3, 7, 10])
+def test_learned_positions_are_resized_as_pillow_resizes_images(side):
+    positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
+    ours = np.asarray(start.resized(positions, side)).reshape(side, side, 6)
+    for channel in range(6):
+        image = Image.fromarray(positions[:, channel].reshape(5, 5))
+        theirs = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(ours[..., channel], theirs, atol=2e-6)
+    constant = start.resized(np.full((25, 2), [3.0, -1.5], np.float32), side)
+    np.testing.assert_allclose(constant, np.full((side**2, 2), [3.0, -1.5]), rtol=1e-6)
+    assert np.array_equal(start.resized(positions, 5), positions)
+
+
+@pytest.mark.parametrize("size", [12, 32])
+def test_another_image_size_changes_the_positions_only(supervised, source, one_device, size):
+    workdir, theirs = source
+    data = {"image_size": size, "eval_resize": 32}
+    cfg = changed(supervised, init={"checkpoint": workdir}, data=data)
+    encoders = []
+    for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        encoders.append(start.state(cfg, program.build(cfg, mesh)).params["encoder"])
+    expected = start.resized(theirs["encoder"]["positions"], size // 4)
+    assert expected.shape == ((size // 4) ** 2, 32)
+    for encoder in encoders:
+        np.testing.assert_allclose(encoder["positions"], expected, atol=1e-6)
+        assert same(encoder | {"positions": 0}, theirs["encoder"] | {"positions": 0})
+
+
+def test_fixed_positions_keep_their_relative_places(cfg):
+    table = sincos2d(2, 2, 8, grid=4).reshape(2, 2, 8)  # centres of 2 patches on 4: 0.5 and 2.5
+    np.testing.assert_allclose(table[:, :, 0], np.sin([[0.5, 2.5]] * 2), rtol=1e-6)
+    np.testing.assert_allclose(table[:, :, 4], np.sin([[0.5] * 2, [2.5] * 2]), rtol=1e-6)
+    assert np.array_equal(sincos2d(5, 5, 32, grid=5), sincos2d(5, 5, 32))
+    # Of 3 x 3 patches where there was one, the middle one is where that was; through the model:
+    cfg = changed(cfg, model={"positions": "sincos2d"})
+    larger = changed(cfg, model={"position_grid": 5}, data={"image_size": 60, "eval_resize": 60})
+    tables = []
+    for c in (cfg, larger):
+        vit = ViT(c.model, c.data, rngs=nnx.Rngs(0))
+        size = c.data.image_size
+        tables.append(vit.embed(np.zeros((1, size, size, 1), np.float32))[0])
+        assert np.array_equal(tables[-1], equivalents.fixed(c.model, c.data))  # as exported
+    middle = tables[1].reshape(15, 15, 32)[1::3, 1::3].reshape(25, 32)
+    np.testing.assert_allclose(middle, tables[0], atol=1e-5)
+
+
+REFUSED = [  # of a run whose checkpoint has the defaults of `cfg`
+    ({"model": {"width": 64}}, r"config\.model\.width: 32; 64 \(there; here\)"),
+    ({"model": {"depth": 3}}, r"config\.model\.depth: 2; 3"),
+    ({"model": {"heads": 4}}, r"config\.model\.heads: 2; 4"),
+    ({"model": {"mlp_dim": 96}}, r"config\.model\.mlp_dim: 64; 96"),
+    ({"model": {"patch": 5}}, r"config\.model\.patch: 4; 5"),
+    ({"model": {"pooling": "cls"}}, r"config\.model\.pooling: 'gap'; 'cls'"),
+    ({"model": {"layer_scale": 0.1}}, r"config\.model\.layer_scale: 0\.0; 0\.1"),
+    ({"model": {"gelu": "tanh"}}, r"config\.model\.gelu: 'exact'; 'tanh'"),
+    ({"model": {"positions": "sincos2d"}}, r"config\.model\.positions: 'learned'; 'sincos2d'"),
+    ({"data": {"channels": 3}}, r"config\.data\.channels: 1; 3"),
+    (
+        {"init": {"head": "keep"}, "data": {"num_classes": 31}},
+        r"has 30 classes .*num_classes is 31",
+    ),
+    (
+        {"init": {"checkpoint": "/nowhere"}},
+        r"config\.init\.checkpoint: There is no checkpoint in /nowhere",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_is_not_the_same_encoder_is_refused_first(
+    supervised, source, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr("supmim_jax.data.pipeline.check", lambda cfg: None)  # not its turn
+    cfg = changed(changed(supervised, init={"checkpoint": source[0]}), **changes)
+    with pytest.raises(SetupError, match=message):
+        train(cfg, tmp_path / "run", devices=ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, tmp_path):
+    tokenizer = VQGANConfig(filters=4, multipliers=(1, 1), res_blocks=1, groups=2, code_dim=4)
+    vqgan = dataclasses.replace(cfg, objective=VQGANObjectiveConfig(tokenizer=tokenizer))
+    written(vqgan, tmp_path / "vqgan")
+    for base, workdir, message in (
+        (supervised, str(tmp_path / "vqgan"), "has no params/encoder; it has params/tokenizer"),
+        (vqgan, source[0], "objective 'vqgan' trains no encoder"),
+    ):
+        cfg = changed(base, init={"checkpoint": workdir})
+        with pytest.raises(SetupError, match=message):
+            start.check(cfg, program.build(cfg, one_device).state.params)
+    with pytest.raises(ConfigError, match="names no run"):
+        InitConfig(head="keep")
+    with pytest.raises(ConfigError, match="layer_decay must be 1 with objective 'vqgan'"):
+        changed(vqgan, optim={"layer_decay": 0.5})
+
+
+def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_device, tmp_path):
+    cfg = changed(cfg, model={"positions": "sincos2d"})
+    written(cfg, tmp_path)
+    cfg = changed(cfg, init={"checkpoint": str(tmp_path)}, data={"image_size": 24})
+    params = program.build(cfg, one_device).state.params
+    with pytest.raises(SetupError, match=r"config\.model\.position_grid: 5; 6"):
+        start.check(cfg, params)
+    start.check(changed(cfg, model={"position_grid": 5}), params)
+    with pytest.raises(ConfigError, match="must be 0 with learned positions"):
+        changed(cfg, model={"positions": "learned", "position_grid": 5})
+
+
+def test_how_the_encoder_is_trained_may_differ(supervised, source, one_device):
+    model = {"drop_path": 0.3, "dtype": "bfloat16", "remat": "full"}
+    cfg = changed(supervised, init={"checkpoint": source[0]}, model=model)
+    start.check(cfg, program.build(cfg, one_device).state.params)
+
+
+def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
+    supervised, source, tmp_path
+):
+    workdir, theirs = source
+    init = {"checkpoint": workdir, "head": "keep"}
+    cfg = changed(supervised, init=init, optim={"layer_decay": 0.5, "lr": 1e-5})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cfg, whole, stop_at=4, devices=ONE)
+    train(cfg, parts, stop_at=2, devices=ONE)
+    shutil.rmtree(workdir)
+    train(cfg, parts, stop_at=4, devices=ONE)
+    prog = program.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
+    ends = [
+        checkpoint.Checkpoints(d, cfg.checkpoint).restore(4, prog.state)[0] for d in (whole, parts)
+    ]
+    assert same(*ends)
+    kernel = [p["encoder"]["patches"]["kernel"] for p in (ends[0].params, theirs)]
+    assert 0 < np.abs(kernel[0] - kernel[1]).max() < 1e-4
+    other = changed(cfg, init={"checkpoint": f"{workdir}@7"})
+    with pytest.raises(SetupError, match=r"another config: config\.init\.checkpoint: "):
+        train(other, parts, devices=ONE)
+    with pytest.raises(SetupError, match="There is no checkpoint in"):
+        train(cfg, tmp_path / "late", devices=ONE)
+
+
+def test_eight_devices_start_and_step_as_one(supervised, source, one_device):
+    init = {"checkpoint": source[0], "head": "keep"}
+    cfg = changed(supervised, init=init, data={"image_size": 24}, optim={"layer_decay": 0.5})
+    losses = []
+    for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        prog = program.build(cfg, mesh)
+        state, batch = start.state(cfg, prog), sharding.put(make_batch(cfg), prog.batch)
+        for _ in range(2):
+            state, metrics = prog.step(state, batch, make_frozen(cfg))
+        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
