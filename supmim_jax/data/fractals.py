@@ -46,6 +46,7 @@ class Spec:
     per_class: tuple[int, int, int]  # images in train, validation and test
     seed: int  # another one gives other classes and images
     encoding: str = "png"  # of the image; "jpeg" has quality 95
+    negatives: bool = False  # every other image has dark and bright exchanged
 
     def num_examples(self, split: str) -> int:
         return self.num_classes * dict(zip(SPLITS, self.per_class))[split]
@@ -55,8 +56,8 @@ SPECS = {
     "tiny": Spec("tiny", "Few labels, small machine", 30, 24, 1, (8, 40, 40), seed=0),
     "tiny_fresh": Spec("tiny_fresh", "To confirm choices made on tiny", 30, 24, 1, (8, 40, 40), 1),
     "tiny_colour": Spec("tiny_colour", "Colour says nothing", 30, 24, 3, (20, 40, 40), seed=0),
-    "small": Spec("small", "Colour, some minutes of training", 50, 64, 3, (200, 20, 20), seed=2),
-    "base": Spec("base", "The shape of ImageNet", 1000, 224, 3, (100, 10, 10), 3, encoding="jpeg"),
+    "small": Spec("small", "Some minutes of training", 50, 64, 3, (200, 20, 20), 2, negatives=True),
+    "base": Spec("base", "The shape of ImageNet", 1000, 224, 3, (100, 10, 10), 3, "jpeg", True),
 }
 
 
@@ -78,13 +79,14 @@ def _draw(spec: Spec, split: str, label: int, instance: int) -> tuple[NDArray, .
     return uniform, choices_N, texture_HxW, noise_HxW
 
 
-def _paint(hits: NDArray, uniform_Bx5x3: NDArray, texture: NDArray, noise: NDArray, channels: int):
+def _paint(hits: NDArray, uniform_Bx5x3: NDArray, texture: NDArray, noise: NDArray, spec: Spec):
     """Images, uint8 BxHxWxC, from three BxHxW arrays: points per pixel, texture and noise.
 
     Colours are drawn without regard to the class. A ground up to GROUND bright, textured between
-    two colours; on it a figure of one colour, brightest where points are dense; with three
-    channels, half of the images are negatives. Arithmetic is in float32.
+    two colours; on it a figure of one colour, brightest where points are dense. Arithmetic is in
+    float32.
     """
+    channels = spec.channels
     colour = uniform_Bx5x3.astype(np.float32)[:, :, None, None, :]
     first, second, figure = (colour[:, i, ..., :channels] for i in range(3))
     brightness, negative = colour[:, 3, ..., :1], colour[:, 4, ..., :1] < 0.5
@@ -99,7 +101,7 @@ def _paint(hits: NDArray, uniform_Bx5x3: NDArray, texture: NDArray, noise: NDArr
     shade = (1 - 0.45 * mean / (hits[..., None] + mean)).astype(np.float32)
     image = np.where(inside, figure * shade, ground) + np.float32(0.16) * (noise - np.float32(0.5))
     image = (np.clip(image, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
-    return np.where(negative & (channels == 3), 255 - image, image)
+    return np.where(negative & spec.negatives, 255 - image, image)
 
 
 def render(spec: Spec, split: str, ids: Sequence[int]) -> dict[str, NDArray]:
@@ -125,7 +127,7 @@ def render(spec: Spec, split: str, ids: Sequence[int]) -> dict[str, NDArray]:
     scale_B = SCALE[0] + (SCALE[1] - SCALE[0]) * scale_B
     hits = ifs.rasterise(xs, ys, spec.size, scale_B, 2 * np.stack(shift) - 1)
     return {
-        "image": _paint(hits, uniform[:, 29:].reshape(-1, 5, 3), texture, noise, spec.channels),
+        "image": _paint(hits, uniform[:, 29:].reshape(-1, 5, 3), texture, noise, spec),
         "segmentation": ((hits > 0) * (label_B[:, None, None] + 1)).astype(np.uint16),
         "label": label_B,
     }
