@@ -100,6 +100,8 @@ def debug(config: Config) -> Config:
         eval_split="validation[:100]",
         train_examples=640,
         num_classes=50,
+        label_field="label",
+        mask_field="segmentation",
         workers=0,
         threads=2,
     )

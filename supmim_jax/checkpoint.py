@@ -20,6 +20,10 @@ from supmim_jax.optim import path_name
 from supmim_jax.types import TrainState
 
 NAMES = ("state", "run", "config")
+UNREADABLE = (
+    "{} is not a readable checkpoint: its `state` is missing or incomplete. Choose another step "
+    "with @step, or another --checkpoint."
+)
 
 
 class Checkpoints:
@@ -115,18 +119,19 @@ def restore_params(directory: epath.Path, like: dict) -> dict:
     """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
 
     Raises:
-      SetupError: as `check_params`.
+      SetupError: as `check_params`, or a file of it is missing or broken.
     """
     check_params(directory, like)
     restorer = ocp.PyTreeCheckpointer()
     arguments = ocp.checkpoint_utils.construct_restore_args({"params": like})
-    found = restorer.restore(
-        directory / "state",
-        args=ocp.args.PyTreeRestore(
-            item={"params": like}, restore_args=arguments, partial_restore=True
-        ),
+    items = ocp.args.PyTreeRestore(
+        item={"params": like}, restore_args=arguments, partial_restore=True
     )
-    return found["params"]
+    try:
+        return restorer.restore(directory / "state", args=items)["params"]
+    except Exception as error:  # orbax has no narrower one for files that are missing or cut off
+        reason = str(error).partition(" See ")[0][:200]
+        raise SetupError(f"{UNREADABLE.format(directory)} ({reason})") from None
 
 
 def check_params(directory: epath.Path, like: dict) -> None:
@@ -148,10 +153,7 @@ def stored_tree(directory: epath.Path) -> dict:
     """Shapes and dtypes of the saved state, without reading it."""
     metadata = ocp.PyTreeCheckpointer().metadata(directory / "state").item_metadata
     if metadata is None:
-        raise SetupError(
-            f"{directory} is not a readable checkpoint: its `state` is missing or incomplete. "
-            f"Choose another step with @step, or another --checkpoint."
-        )
+        raise SetupError(UNREADABLE.format(directory))
     return dict(metadata.tree)
 
 

@@ -1,38 +1,40 @@
 """The one door between ml_collections and the schema of `config.py`.
 
-A config file returns `to_configdict(Config(...))`; a command calls `from_configdict` once, and
-nothing below it ever sees a ConfigDict.
+A config file returns `to_configdict(Config(...))` (or a ProbeConfig); a command calls
+`from_configdict` once, and nothing below it ever sees a ConfigDict.
 """
 
 import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
-from supmim_jax.config import INF, Config, ConfigError
+from supmim_jax.config import INF, Config, ConfigError, ProbeConfig
+
+Kind = TypeVar("Kind", Config, ProbeConfig)
 
 
-def to_configdict(config: Config) -> ConfigDict:
+def to_configdict(config: Config | ProbeConfig) -> ConfigDict:
     """The checked ConfigDict of a whole config, locked: new keys and changed types are refused.
 
     Raises:
       ConfigError: as `from_configdict`.
     """
-    checked = _build(Config, dataclasses.asdict(config), "config")  # also makes 300 a float
+    checked = _build(type(config), dataclasses.asdict(config), "config")  # also makes 300 a float
     return ConfigDict(dataclasses.asdict(checked)).lock()
 
 
-def from_configdict(config: ConfigDict) -> Config:
-    """The checked Config. A missing key takes its default, so that older saved configs load.
+def from_configdict(config: ConfigDict | dict, kind: type[Kind] = Config) -> Kind:
+    """The checked config. A missing key takes its default, so that older saved configs load.
 
     Raises:
       ConfigError: an unknown key, a value of the wrong type or out of range; the
         message names the path, what was found and what would be accepted.
     """
-    return _build(Config, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
+    return _build(kind, config.to_dict() if isinstance(config, ConfigDict) else config, "config")
 
 
 def section(values: Any) -> dict:
@@ -81,7 +83,7 @@ def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
         return value
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)) or not value:
-            raise ConfigError(f"{path} is {value!r}; it must be a tuple of one or more numbers.")
+            raise ConfigError(f"{path} is {value!r}; it must be a tuple of one or more entries.")
         entry = typing.get_args(hint)[0]
         return tuple(_value(entry, spec, v, f"{path}[{i}]") for i, v in enumerate(value))
     if hint is float and type(value) is int:

@@ -70,6 +70,13 @@ def write_image(workdir: epath.Path, step: int, name: str, png: epath.Path) -> N
     writer.close()
 
 
+def write_json(path: epath.Path, values: dict) -> None:
+    """Writes the file so that a reader sees all of it or none."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    part.replace(path)
+
+
 def _step_of(line: str) -> float:
     """Step of a line of metrics.jsonl; a line that was cut in the middle counts as the last."""
     try:

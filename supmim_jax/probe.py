@@ -1,75 +1,205 @@
 """Measures trained encoders: python -m supmim_jax.probe --checkpoint runs/supmim --split test.
 
-Each encoder is rebuilt from the config saved beside its weights. Several checkpoints give a table
-with a row each.
+Each encoder is rebuilt from the config saved beside its weights. --config configs/probes/<name>.py
+says what to measure, and on which data; without it, it is what the run itself was judged by.
+Several checkpoints give a table with a row each.
 """
 
 import dataclasses
-import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
 
+import flax
+import jax
+import numpy as np
 from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import checkpoint, commands, evals, program, sharding
-from supmim_jax.config import MeshConfig
+from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
+from supmim_jax.configdict import from_configdict, section, to_configdict
+from supmim_jax.evals.results import Results
+from supmim_jax.metrics import write_json
+from supmim_jax.types import Encoder, Features
 
-COLUMNS = ("encoder", "top-1 %", "kNN %", "epochs", "seconds")
+TITLES = {"top1": "top-1 %", "knn": "kNN %"}  # of the table; other metrics keep their names
+SWEEP = "knn/k="  # metrics that would make the table too wide; the file has them
 
 
-def probe(location: str, split: str, data_dir: str = "") -> tuple:
-    """One row of the table: COLUMNS for the checkpoint at `workdir` or `workdir@step`.
+@dataclass(frozen=True)
+class Report:
+    """One checkpoint, measured."""
 
-    It is measured on the devices that there are, whatever mesh it was trained on, and on the data
-    in `data_dir` if that is given.
+    directory: epath.Path  # of the checkpoint's step
+    run: Config  # the checkpoint's own
+    numbers: dict  # saved with the state: position and seconds
+    asked: ProbeConfig
+    data: DataConfig  # that it was measured on
+    mesh: Mesh
+    results: Results
+
+    @property
+    def step(self) -> int:
+        return int(self.directory.name)
+
+    @property
+    def epochs(self) -> float:
+        return self.numbers["position"] / self.run.data.train_examples
+
+    def row(self) -> dict[str, str]:
+        """A line of the table, by its columns."""
+        metrics = {
+            TITLES.get(name, name): f"{value:.2f}"
+            for name, value in self.results.metrics.items()
+            if not name.startswith(SWEEP)
+        }
+        seconds = f"{self.numbers['seconds']:.0f}"
+        name, epochs = self.run.objective.name, f"{self.epochs:.0f}"
+        return {"encoder": name, **metrics, "epochs": epochs, "seconds": seconds}
+
+    def document(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        device = self.mesh.devices.flat[0]
+        return {
+            "checkpoint": str(self.directory),
+            "objective": self.run.objective.name,
+            "step": self.step,
+            "epochs": self.epochs,
+            "seconds": self.numbers["seconds"],
+            "metrics": self.results.metrics,
+            "details": self.results.details,
+            "config": to_configdict(self.asked).to_dict(),
+            "data": section(self.data),
+            "device": {
+                "platform": device.platform,
+                "kind": device.device_kind,
+                "mesh": dict(self.mesh.shape),
+            },
+            "versions": {m.__name__: m.__version__ for m in (jax, flax, np)},
+        }
+
+
+@dataclass(frozen=True)
+class WithoutClassifier:
+    """An encoder whose classifier is of other classes than the data it is measured on."""
+
+    encoder: Encoder
+
+    def features(self, images: jax.Array) -> Features:
+        return self.encoder.features(images)._replace(logits=None)
+
+
+def probe(
+    location: str, asked: ProbeConfig | None = None, devices: list[jax.Device] | None = None
+) -> Report:
+    """Measures the checkpoint at `workdir` or `workdir@step`, whatever mesh it was trained on.
+
+    Args:
+      location: of the checkpoint.
+      asked: what to measure; default: what the run itself was judged by.
+      devices: what to measure on; default: all that there are.
 
     Raises:
-      SetupError: the checkpoint is missing, or not that of its config.
+      SetupError: the checkpoint is missing, or not that of its config; or the data are.
     """
     directory = checkpoint.locate(location)
-    cfg = checkpoint.read_config(directory)
-    run = checkpoint.read_run(directory)
-    mesh = sharding.make_mesh(MeshConfig())
-    batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
+    run = checkpoint.read_config(directory)
+    asked = asked or own(run)
+    mesh = sharding.make_mesh(asked.mesh, devices)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-asked.eval.batch_size // shards) * shards
+    subject = program.build_evaluation(run, batch_size, mesh)
+    model = subject.bind(checkpoint.restore_params(directory, subject.params))
+
+    data = asked.data.over(run.data)
+    if classes_of(data) != classes_of(run.data):
+        model = WithoutClassifier(model)
     cfg = dataclasses.replace(
-        cfg,
-        data=dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir),
-        eval=dataclasses.replace(cfg.eval, batch_size=batch_size),
+        run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
     )
-    inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
-    encoder = program.BoundEncoder(
-        inference, checkpoint.restore_params(directory, inference.params)
-    )
-    found = evals.run_all(encoder, cfg, split or cfg.data.eval_split, mesh)
-    epochs = run["position"] / cfg.data.train_examples
-    name = cfg.objective.name
-    return (
-        name,
-        f"{found['top1']:.2f}",
-        f"{found['knn']:.2f}",
-        f"{epochs:.0f}",
-        f"{run['seconds']:.0f}",
-    )
+    results = evals.run_all(model, cfg, data.eval_split, mesh)
+    return Report(directory, run, checkpoint.read_run(directory), asked, data, mesh, results)
 
 
-def table(rows: list[tuple]) -> str:
-    """Rows under COLUMNS as a Markdown table, padded so that it also reads well on a terminal."""
-    cells = [COLUMNS, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    rule = tuple("-" * w for w in widths)
-    lines = (
+def classes_of(data: DataConfig) -> tuple:
+    """What must be equal for a classifier to know the classes of these data."""
+    return data.name, data.label_field, data.num_classes
+
+
+def own(run: Config) -> ProbeConfig:
+    """The probe that repeats the evaluation at the end of a run."""
+    return ProbeConfig(eval=dataclasses.replace(run.eval, every=0))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """A Markdown table, padded so that it also reads well on a terminal."""
+    last = ("epochs", "seconds")
+    columns = [*dict.fromkeys(c for row in rows for c in row if c not in last), *last]
+    cells = [columns, *([row.get(c, "") for c in columns] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    rule = ["-" * w for w in widths]
+    return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in (COLUMNS, rule, *rows)
+        for row in (columns, rule, *cells[1:])
     )
-    return "\n".join(lines)
+
+
+def save(report: Report, name: str) -> epath.Path:
+    """Writes <workdir>/evals/<name>-<step>.json, whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = report.directory.parent.parent / "evals" / f"{name}-{report.step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, report.document())
+    return path
+
+
+def with_flags(asked: ProbeConfig) -> ProbeConfig:
+    """`asked` with --split and --data_dir, where they are given."""
+    data = dataclasses.replace(
+        asked.data,
+        eval_split=SPLIT.value or asked.data.eval_split,
+        data_dir=DATA_DIR.value or asked.data.data_dir,
+    )
+    return dataclasses.replace(asked, data=data)
+
+
+def file_name() -> str:
+    """The config's name, of which its argument and --split are a part; `run` without a config."""
+    filename = flags.FLAGS["config"].config_filename if CONFIG.value else "run"
+    path, _, argument = filename.partition(":")
+    parts = (PurePath(path).stem, argument, SPLIT.value)
+    return re.sub(r"[^\w.-]+", "_", "-".join(filter(None, parts)))
 
 
 def main() -> None:
-    print(table([probe(location, SPLIT.value, DATA_DIR.value) for location in CHECKPOINT.value]))
+    if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
+        raise SetupError("--config names no readable file; give the path of one in configs/probes.")
+    asked = from_configdict(CONFIG.value, ProbeConfig) if CONFIG.value is not None else None
+    rows = []
+    for location in CHECKPOINT.value:
+        given = asked or own(checkpoint.read_config(checkpoint.locate(location)))
+        report = probe(location, with_flags(given))
+        rows.append(report.row())
+        try:
+            print(save(report, file_name()), file=sys.stderr)
+        except OSError as error:  # of a checkpoint that others own; the table has the numbers
+            print(f"Not saved: {error}", file=sys.stderr)
+    print(table(rows))
 
 
 if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure: configs/probes/*.py")
     CHECKPOINT = flags.DEFINE_multi_string(
         "checkpoint", None, "workdir or workdir@step; may be given several times", required=True
     )
-    SPLIT = flags.DEFINE_string("split", "", "Split to measure on; default: that of the run.")
-    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as in the run.")
+    SPLIT = flags.DEFINE_string("split", "", "Split to measure on; default: as configured.")
+    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as configured.")
     commands.start(main)

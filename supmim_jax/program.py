@@ -179,6 +179,11 @@ class TokenizerProgram:
     arrays: Any
     images: jax.ShapeDtypeStruct
 
+    @property
+    def params(self) -> dict:
+        """The part of a train state's `params` that `bind` takes, abstract."""
+        return {"tokenizer": self.arrays}
+
     def bind(self, params: Any) -> "BoundTokenizer":
         """The tokenizer with the weights of a train state's `params`."""
         return BoundTokenizer(self, params["tokenizer"])

@@ -15,7 +15,7 @@ from supmim_jax import checkpoint, commands, evals, frozen, program, sharding, s
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.data import pipeline
-from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine
+from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine, write_json
 
 # Where a run goes on, how it reads, logs and saves may change between its parts.
 MAY_CHANGE = (
@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "config.tokens.cache:",  # the same tokens elsewhere, or made in the step: frozen.check_kept
     "config.objective.target.path:",
     "config.data.data_dir:",
+    "config.data.mask_field:",
     "config.data.workers:",
     "config.data.threads:",
     "config.data.prefetch:",
@@ -119,7 +120,7 @@ def train(
 
 def evaluate(subject, state, cfg: Config, mesh, step: int, writer, line) -> dict[str, float]:
     """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
-    results = evals.run_all(subject.bind(state.params), cfg, cfg.data.eval_split, mesh)
+    results = evals.run_all(subject.bind(state.params), cfg, cfg.data.eval_split, mesh).metrics
     writer.write(step, {f"eval/{name}": value for name, value in results.items()})
     shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
     line.say(f"step {step}, {cfg.data.eval_split}: {shown}")
@@ -163,13 +164,6 @@ def make_workdir(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
         raise SetupError(
             f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
         ) from None
-
-
-def write_json(path: epath.Path, values: dict) -> None:
-    """Writes the file so that a reader sees all of it or none."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1) + "\n")
-    part.replace(path)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ class Batch:
     # crops without it, uint8 BxHxWxC.
     target: jax.Array | None = None
     tokens: jax.Array | None = None  # uint16 BxL, ids from a token cache
+    mask: jax.Array | None = None  # int32 BxHxW, a class per pixel as the data set numbers them
 
 
 @struct.dataclass

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from supmim_jax import program, sharding
+from supmim_jax import checkpoint, program, sharding
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -67,6 +67,16 @@ def supervised(cfg) -> Config:
 @pytest.fixture
 def one_device():
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def initial(cfg, one_device, tmp_path) -> str:
+    """The --workdir of a run that has not begun to learn."""
+    state = program.build(cfg, one_device).init(jax.random.key(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
+    checkpoints.save(state, cfg, {"position": 0, "seconds": 0.0})
+    checkpoints.close()
+    return str(tmp_path / "run")
 
 
 def make_batch(cfg: Config, seed: int = 0) -> Batch:

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
@@ -103,6 +102,30 @@ def test_missing_checkpoints_and_steps_are_named(saved, tmp_path):
         checkpoint.locate(f"{root}@7")
     with pytest.raises(SetupError, match="There is no checkpoint in"):
         checkpoint.locate(str(tmp_path / "elsewhere"))
-    shutil.rmtree(saved[2].directory / "1" / "state")
-    with pytest.raises(SetupError, match="is not a readable checkpoint"):
-        checkpoint.restore_params(checkpoint.locate(root), {"encoder": {"x": jnp.zeros(3)}})
+
+
+def test_a_step_that_is_being_written_does_not_exist_yet(saved):
+    directory = saved[2].directory
+    shutil.copytree(directory / "1", directory / "5.orbax-checkpoint-tmp-17")
+    root = str(directory.parent)
+    assert checkpoint.locate(root) == directory / "1"
+    with pytest.raises(SetupError, match=rf"{directory} has no step 5; it has 1"):
+        checkpoint.locate(f"{root}@5")
+    shutil.rmtree(directory / "1")
+    with pytest.raises(SetupError, match=f"There is no checkpoint in {directory}"):
+        checkpoint.locate(root)
+
+
+def test_a_checkpoint_that_was_cut_off_is_named(cfg, saved, one_device):
+    directory = saved[2].directory / "1"
+    like = program.build_inference(cfg, 16, one_device).params
+    arrays = sorted((directory / "state").glob("ocdbt.*/d"))[0].relative_to(directory)
+    for name in (arrays, "state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(SetupError, match=rf"{directory} is not a readable checkpoint"):
+            checkpoint.restore_params(directory, like)
+    for name, read in (("config", checkpoint.read_config), ("run", checkpoint.read_run)):
+        shutil.rmtree(directory / name)
+        with pytest.raises(SetupError, match=rf"{directory}/{name}/metadata cannot be read"):
+            read(directory)

@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, one_device, tmp_
     train(dataclasses.replace(cfg, mesh=mesh, log=log), tmp_path, 6, jax.devices()[:2])
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 5, 6]
     assert final_state(cfg, tmp_path, one_device)[1]["position"] == 96
-    assert probe.probe(str(tmp_path), "validation")[0] == "supmim"  # on all eight devices
+    assert probe.probe(str(tmp_path)).mesh.size == 8
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_nothing_behind(cfg, tmp_path):
@@ -94,10 +94,10 @@ def test_a_run_that_diverges_stops_and_says_where(cfg, tmp_path):
 
 def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     results = train(cfg, tmp_path, devices=ONE)
-    row = dict(zip(probe.COLUMNS, probe.probe(str(tmp_path), "validation")))
+    row = probe.probe(str(tmp_path)).row()
     assert row["encoder"] == "supmim" and row["epochs"] == "3"
     assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
-    assert probe.probe(f"{tmp_path}@8", "validation")[3] == "2"
+    assert probe.probe(f"{tmp_path}@8").row()["epochs"] == "2"
     restored = picture.restore(str(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
     rows = picture.panels(restored, images, jax.random.key(0))

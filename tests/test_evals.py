@@ -54,6 +54,6 @@ def test_evaluation_does_not_depend_on_mesh_or_batch(cfg, one_device):
         kernel = params["head"]["kernel"]  # zero to begin with: every image of class 0
         params["head"]["kernel"] = kernel + jax.random.normal(jax.random.key(1), kernel.shape)
         encoder = program.build_inference(run, batch, mesh).bind(params)
-        results.append(evals.run_all(encoder, run, "validation[:200]", mesh))
+        results.append(evals.run_all(encoder, run, "validation[:200]", mesh).metrics)
     assert results[0] == results[1] == results[2]
     assert 0 < results[0]["knn"] < 100 and 0 <= results[0]["top1"] < 30

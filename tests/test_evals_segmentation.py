@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.config import HeadTrainingConfig, MeshConfig, SetupError
 from supmim_jax.evals import confusion, segmentation
 
 CLASSES, GRID, PATCH = 4, 4, 5
@@ -22,8 +22,13 @@ def toy(count: int, seed: int):
     return tokens.astype(np.float32), masks
 
 
-def training(**changed) -> segmentation.HeadTraining:
-    return segmentation.HeadTraining(**({"steps": 100, "learning_rate": 0.03} | changed))
+def training(**changed) -> HeadTrainingConfig:
+    return HeadTrainingConfig(**({"steps": 100, "learning_rate": 0.03} | changed))
+
+
+def scored(segmenter: segmentation.Segmenter, tokens, masks, batch_size: int = 32):
+    matrix = segmentation.confusions(segmenter, tokens, masks, batch_size=batch_size)
+    return confusion.score(matrix)
 
 
 def test_scores_are_those_of_counting_sets_of_pixels():
@@ -55,14 +60,16 @@ def test_a_head_classifies_whole_grids_as_their_tokens():
     small = masks[:, 2::PATCH, 2::PATCH]
     test_tokens, test_masks = toy(50, seed=1)
     test = test_tokens, test_masks[:, 2::PATCH, 2::PATCH]
-    scores = segmentation.evaluate((tokens, small), test, classes=CLASSES, training=training())
+    options = {"classes": CLASSES, "head": "linear", "training": training()}
+    scores = segmentation.evaluate((tokens, small), test, **options)
     assert scores.miou == scores.pixel_accuracy == 100.0
 
 
 @pytest.mark.parametrize(("head", "learned"), [("linear", 60), ("conv", 70)])
 def test_segments_are_learned_and_shuffled_masks_are_not(head, learned, one_device):
     (tokens, masks), test = toy(96, seed=0), toy(60, seed=1)
-    options = {"classes": CLASSES, "training": training(head=head, steps=60), "mesh": one_device}
+    options = {"classes": CLASSES, "head": head, "training": training(steps=60)}
+    options["mesh"] = one_device
     found = segmentation.evaluate((tokens, masks), test, **options)
     assert found.miou > learned and found.pixel_accuracy > learned
     shuffled = np.random.default_rng(0).permutation(masks)
@@ -75,15 +82,20 @@ def test_the_linear_head_does_not_depend_on_devices(one_device):
     test = toy(33, seed=1)
     fits = [
         segmentation.fit(
-            tokens, masks, classes=CLASSES, training=training(batch_size=12), mesh=mesh
+            tokens,
+            masks,
+            classes=CLASSES,
+            head="linear",
+            training=training(batch_size=12),
+            mesh=mesh,
         )
         for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     ]
     one, eight = (jax.tree.map(np.asarray, fit.params["output"]) for fit in fits)
     np.testing.assert_allclose(one["kernel"], eight["kernel"], atol=1e-4)
     np.testing.assert_allclose(one["bias"], eight["bias"], atol=1e-4)
-    scores = [segmentation.score(fits[0], *test, batch_size=size) for size in (8, 33, 64)]
-    scores.append(segmentation.score(fits[1], *test, batch_size=8))
+    scores = [scored(fits[0], *test, batch_size=size) for size in (8, 33, 64)]
+    scores.append(scored(fits[1], *test, batch_size=8))
     assert len({s.miou for s in scores}) == 1
 
 
@@ -95,6 +107,7 @@ def test_training_is_repeatable_and_seeded(one_device):
                 tokens,
                 masks,
                 classes=CLASSES,
+                head="linear",
                 training=training(steps=12, seed=seed),
                 mesh=one_device,
             ).params["output"]["kernel"]
@@ -129,7 +142,7 @@ def test_ignored_pixels_and_filling_rows_do_not_count():
 
 def test_what_cannot_be_segmented_is_refused():
     tokens, masks = toy(10, seed=0)
-    options = {"classes": CLASSES, "training": training(steps=1)}
+    options = {"classes": CLASSES, "head": "linear", "training": training(steps=1)}
     for given, message in (
         ((tokens, masks + 1), r"labels \[4, 256\]; known are 0 to 3, and 255"),
         ((tokens, masks[:-1]), r"\(10, 4, 4, 8\) and \(9, 20, 20\)"),
@@ -138,7 +151,7 @@ def test_what_cannot_be_segmented_is_refused():
         with pytest.raises(SetupError, match=message):
             segmentation.fit(*given, **options)
     with pytest.raises(SetupError, match="the known ones are linear, conv"):
-        segmentation.fit(tokens, masks, classes=CLASSES, training=training(head="fpn"))
+        segmentation.fit(tokens, masks, **(options | {"head": "fpn"}))
     fitted = segmentation.fit(tokens, masks, **options)
     with pytest.raises(SetupError, match="No pixel"):
-        segmentation.score(fitted, tokens, np.full_like(masks, 255))
+        scored(fitted, tokens, np.full_like(masks, 255))

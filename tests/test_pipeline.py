@@ -133,7 +133,7 @@ def test_a_target_is_the_geometry_without_the_colours():
         channels=3, image_size=60, eval_resize=60, crop="random", flip=False, augment="rand_augment"
     )
     image = PHOTO[:, :60]
-    record = {"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}
+    record = {"image": cv2.imencode(".png", image[..., ::-1])[1].tobytes(), "label": 0}
     example = transforms.TrainExample(cfg, 0, 100, True)
     moved = same = 0
     for i in range(60):

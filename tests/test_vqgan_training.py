@@ -9,7 +9,7 @@ import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
 
-from supmim_jax import checkpoint, frozen, picture, program, sharding
+from supmim_jax import checkpoint, frozen, picture, probe, program, sharding
 from supmim_jax.config import (
     AdversarialConfig,
     ConfigError,
@@ -240,6 +240,8 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
         **whole,
         "seconds": 0,
     }
+    probed = probe.probe(str(tmp_path / "whole"), devices=ONE).results.metrics
+    assert probed == {name: whole[name] for name in ("psnr", "codes_used", "perplexity")}
     target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
     run = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, target=target))
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)

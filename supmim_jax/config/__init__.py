@@ -8,7 +8,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.data import DataConfig
+from supmim_jax.config.data import DataConfig, ProbeDataConfig
+from supmim_jax.config.evaluation import (
+    EvalConfig,
+    FewShotConfig,
+    HeadTrainingConfig,
+    KNNConfig,
+    LinearProbeConfig,
+    RetrievalConfig,
+    SegmentationConfig,
+)
 from supmim_jax.config.fields import INF, ConfigError, SetupError, within
 from supmim_jax.config.model import VARIANTS, DecoderConfig, ViTConfig
 from supmim_jax.config.objective import (
@@ -37,13 +46,21 @@ __all__ = [
     "DataConfig",
     "DecoderConfig",
     "EvalConfig",
+    "FewShotConfig",
+    "HeadTrainingConfig",
     "InitConfig",
+    "KNNConfig",
+    "LinearProbeConfig",
     "LogConfig",
     "MeshConfig",
     "OptimConfig",
     "PatchCodesConfig",
     "PerceptualConfig",
     "PixelsConfig",
+    "ProbeConfig",
+    "ProbeDataConfig",
+    "RetrievalConfig",
+    "SegmentationConfig",
     "SetupError",
     "SupMIMConfig",
     "SupervisedConfig",
@@ -89,14 +106,6 @@ class MeshConfig:
     data: int = within(0, 0, INF)  # 0: all devices that the other axes leave
     fsdp: int = within(1, 1, INF)
     tensor: int = within(1, 1, INF)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    every: int = within(0, 0, INF)  # steps; 0 evaluates at the end only
-    batch_size: int = within(256, 1, INF)
-    knn_k: int = within(20, 1, INF)
-    knn_temperature: float = within(0.07, 1e-6, INF)
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,11 @@ class Config:
                 f"tokens.cache is {self.tokens.cache!r}, but the objective predicts no tokens. "
                 f"Leave it empty, or choose objective.target 'patch_codes' or 'vqgan'."
             )
+        if "segmentation" in self.eval.which and not self.data.mask_field:
+            raise ConfigError(
+                "eval.which has 'segmentation', but data.mask_field is empty: name the data set's "
+                "feature that holds the masks, or leave segmentation out."
+            )
 
     @property
     def has_tokens(self) -> bool:
@@ -185,3 +199,16 @@ class Config:
     def peak_lr(self) -> float:
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
         return self.optim.lr * scale
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What to measure trained encoders by. The encoder itself is that of its own run's config."""
+
+    data: ProbeDataConfig = ProbeDataConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.eval.every:
+            raise ConfigError(f"eval.every is {self.eval.every}; only training evaluates again.")

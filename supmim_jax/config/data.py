@@ -1,5 +1,6 @@
 """The images: which data set, which crops, which augmentation."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ class DataConfig:
     eval_split: str = "validation"
     train_examples: int = within(240, 1, INF)  # checked against the data set when it is opened
     num_classes: int = within(30, 2, INF)
+    label_field: str = "label"  # the data set's feature that is the class
+    mask_field: str = ""  # the feature with a class per pixel; only segmentation reads it
     image_size: int = within(20, 1, INF)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
     crop: Literal["inception", "random"] = "random"
@@ -38,3 +41,35 @@ class DataConfig:
             raise ConfigError(
                 f"augment is {self.augment!r}, which needs channels = 3, not {self.channels}."
             )
+
+
+@dataclass(frozen=True)
+class ProbeDataConfig:
+    """The data to probe with; what is "", 0 or, of workers, -1 is as in the run."""
+
+    name: str = ""
+    data_dir: str = ""
+    train_split: str = ""
+    eval_split: str = ""
+    num_classes: int = within(0, 0, INF)
+    label_field: str = ""
+    mask_field: str = ""
+    eval_resize: int = within(0, 0, INF)
+    workers: int = within(-1, -1, 256)
+    threads: int = within(0, 0, 256)
+
+    def over(self, run: DataConfig) -> DataConfig:
+        """The run's data section with these in it; what the encoder sees stays the run's."""
+        return dataclasses.replace(
+            run,
+            name=self.name or run.name,
+            data_dir=self.data_dir or run.data_dir,
+            train_split=self.train_split or run.train_split,
+            eval_split=self.eval_split or run.eval_split,
+            num_classes=self.num_classes or run.num_classes,
+            label_field=self.label_field or run.label_field,
+            mask_field=self.mask_field or run.mask_field,
+            eval_resize=self.eval_resize or run.eval_resize,
+            workers=run.workers if self.workers < 0 else self.workers,
+            threads=self.threads or run.threads,
+        )

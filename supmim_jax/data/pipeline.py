@@ -29,6 +29,8 @@ def check(cfg: Config) -> None:
     """
     records.open_training_source(cfg.data)
     records.open_source(cfg.data, cfg.data.eval_split)
+    if "segmentation" in cfg.eval.which:
+        records.open_masks(cfg.data, cfg.data.eval_split)
     if cfg.tokens.cache:
         token_cache.open_cache(cfg)
 
@@ -76,13 +78,23 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
 def eval_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
     """Every example of `split` once, in order; padding at the end has weight 0 and id -1."""
     source = records.open_source(cfg.data, split)
+    return _evaluation(source, transforms.EvalExample(cfg.data), cfg, mesh)
+
+
+def masked_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
+    """`eval_dataset` with masks in place of labels, cropped as the images are."""
+    source = records.open_masks(cfg.data, split)
+    return _evaluation(source, transforms.MaskedExample(cfg.data), cfg, mesh)
+
+
+def _evaluation(source, transform, cfg: Config, mesh: Mesh) -> Iterator[Batch]:
     rows = local_rows(cfg.eval.batch_size, mesh)
     steps = math.ceil(len(source) / cfg.eval.batch_size)
     examples = (
         grain.MapDataset.range(len(rows) * steps)
         .map(records.LocalPosition(rows, cfg.eval.batch_size))
         .map(records.EvaluationRecord(source))
-        .map(transforms.EvalExample(cfg.data))
+        .map(transform)
     )
     return _batches(examples, cfg, cfg.eval.batch_size, rows, mesh)
 

@@ -69,17 +69,21 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Records(Sequence):
-    """Random access to {"image": encoded bytes, "label": int}; other features stay unread."""
+    """Random access to {"image": encoded bytes, ...}; features that `fields` lacks stay unread."""
 
     raw: Sequence[bytes]
     features: tfds.features.FeaturesDict
+    fields: dict[str, str]  # from our names ("label", "mask") to those of the data set
 
     def __len__(self) -> int:
         return len(self.raw)
 
     def __getitem__(self, index: int) -> dict:
-        skip = {"image": tfds.decode.SkipDecoding()}
-        return self.features.deserialize_example_np(self.raw[index], decoders=skip)
+        encoded = [name for ours, name in self.fields.items() if ours in ("image", "mask")]
+        found = self.features.deserialize_example_np(
+            self.raw[index], decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
+        )
+        return {ours: found[name] for ours, name in self.fields.items()}
 
 
 def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:
@@ -91,7 +95,7 @@ def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:
 
 
 def open_source(cfg: DataConfig, split: str) -> Records:
-    """The records of a split.
+    """The records of a split, each with "image" and "label".
 
     `fractals` is built on first use; everything else must have been prepared.
 
@@ -99,19 +103,48 @@ def open_source(cfg: DataConfig, split: str) -> Records:
       SetupError: the data set, its split or a field is missing, or is not what the config says.
     """
     builder = _builder(cfg)
-    classes = getattr(dict(builder.info.features).get("label"), "num_classes", None)
-    if classes != cfg.num_classes or "image" not in builder.info.features:
+    classes = getattr(_feature(builder, cfg, cfg.label_field, "label_field"), "num_classes", None)
+    if classes != cfg.num_classes:
         raise SetupError(
             f"config.data.num_classes is {cfg.num_classes}, but the data set {cfg.name!r} has "
-            f"{classes or 'no'} classes; its features are {', '.join(builder.info.features)}. It "
-            f"needs an `image` and a class `label`."
+            f"{classes or 'no'} classes in its feature {cfg.label_field!r}."
         )
-    features = {name: builder.info.features[name] for name in ("image", "label")}
+    return _open(builder, cfg, split, {"image": "image", "label": cfg.label_field})
+
+
+def open_masks(cfg: DataConfig, split: str) -> Records:
+    """The records of a split, each with "image" and "mask"; the data set need not have labels.
+
+    Raises:
+      SetupError: the data set, its split or the masks are missing.
+    """
+    builder = _builder(cfg)
+    if not isinstance(_feature(builder, cfg, cfg.mask_field, "mask_field"), tfds.features.Image):
+        raise SetupError(
+            f"config.data.mask_field is {cfg.mask_field!r}, which is no image in {cfg.name!r}."
+        )
+    return _open(builder, cfg, split, {"image": "image", "mask": cfg.mask_field})
+
+
+def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, field: str):
+    """The feature that config.data.<field> names, of a data set that has an image, too."""
+    features = dict(builder.info.features)
+    for wanted, why in (("image", "which it needs"), (name, f"the config.data.{field}")):
+        if wanted not in features:
+            raise SetupError(
+                f"The data set {cfg.name!r} has no feature {wanted!r}, {why}; it has "
+                f"{', '.join(features)}."
+            )
+    return features[name]
+
+
+def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields: dict) -> Records:
+    features = {name: builder.info.features[name] for name in fields.values()}
     try:
         raw = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        return Records(raw, tfds.features.FeaturesDict(features))
+        return Records(raw, tfds.features.FeaturesDict(features), fields)
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
         raise SetupError(

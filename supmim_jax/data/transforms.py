@@ -39,6 +39,21 @@ def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
     return image.reshape(*image.shape[:2], channels)
 
 
+def decode_mask(encoded: bytes, image: np.ndarray, name: str) -> np.ndarray:
+    """uint8 or uint16 HxW: the classes of the image's pixels; of a colour mask, the red channel.
+
+    Raises:
+      SetupError: the bytes are no image, or one of another size.
+    """
+    mask = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+    if mask is None or mask.shape[:2] != image.shape[:2]:
+        found = f"{len(encoded)} bytes" if mask is None else f"of shape {mask.shape[:2]}"
+        raise SetupError(
+            f"{name}: the mask is {found}, but should be an image of {image.shape[:2]} pixels."
+        )
+    return mask if mask.ndim == 2 else mask[..., 2]  # OpenCV's order is blue, green, red
+
+
 def crop_and_move(
     image: np.ndarray, cfg: DataConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
@@ -66,15 +81,29 @@ def coloured(
 
 def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
     """Shorter side to eval_resize, then the centre crop: uint8 image_size x image_size x C."""
+    return _centre(resize(image, *_eval_extent(image, cfg)), cfg.image_size)
+
+
+def eval_mask(mask: np.ndarray, cfg: DataConfig) -> np.ndarray:
+    """`eval_image` of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
+    height, width = _eval_extent(mask, cfg)
+    mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return _centre(mask, cfg.image_size)
+
+
+def _eval_extent(image: np.ndarray, cfg: DataConfig) -> tuple[int, int]:
+    """Height and width with the shorter side at eval_resize."""
     height, width = image.shape[:2]
     scale = cfg.eval_resize / min(height, width)
-    image = resize(
-        image,
+    return (
         max(round(height * scale), cfg.eval_resize),
         max(round(width * scale), cfg.eval_resize),
     )
-    top, left = ((extent - cfg.image_size) // 2 for extent in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + cfg.image_size, left : left + cfg.image_size])
+
+
+def _centre(image: np.ndarray, size: int) -> np.ndarray:
+    top, left = ((extent - size) // 2 for extent in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 def inception_crop(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> np.ndarray:
@@ -167,6 +196,21 @@ class EvalExample:
         example, record = drawn
         image = decode(record["image"], self.cfg.channels, f"{self.cfg.name} record {example}")
         return packed(eval_image(image, self.cfg), record["label"], example, float(example >= 0))
+
+
+@dataclass(frozen=True)
+class MaskedExample:
+    """Grain transform: (id, record with a mask) to one example; its label says nothing."""
+
+    cfg: DataConfig
+
+    def __call__(self, drawn: tuple[int, dict]) -> dict:
+        example, record = drawn
+        name = f"{self.cfg.name} record {example}"
+        image = decode(record["image"], self.cfg.channels, name)
+        mask = eval_mask(decode_mask(record["mask"], image, name), self.cfg)
+        found = packed(eval_image(image, self.cfg), 0, example, float(example >= 0))
+        return found | {"mask": mask.astype(np.int32)}
 
 
 def packed(image: np.ndarray, label: int, example: int, weight: float) -> dict:

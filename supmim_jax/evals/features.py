@@ -1,6 +1,6 @@
 """Features of a whole split, gathered on the host."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -12,19 +12,48 @@ from supmim_jax.types import Batch, Encoder
 
 class Extracted(NamedTuple):
     pooled: np.ndarray  # float32 NxD
-    prediction: np.ndarray  # int32 N, the classifier's class
+    prediction: np.ndarray | None  # int32 N, the classifier's class where there is one
     label: np.ndarray  # int32 N
 
 
 def extract(encoder: Encoder, batches: Iterable[Batch]) -> Extracted:
     """Features of every example that is not padding, in the order of the batches."""
-    rows = []
+    pooled, predictions, labels = [], [], []
     for batch in batches:
         found = encoder.features(batch.views[0])
-        prediction = found.logits.argmax(-1).astype(np.int32)
-        arrays = on_host((found.pooled, prediction, batch.label, batch.weight))
-        rows.append([x[arrays[-1] > 0] for x in arrays[:-1]])
-    return Extracted(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+        x, label, weight = on_host((found.pooled, batch.label, batch.weight))
+        pooled.append(x[weight > 0])
+        labels.append(label[weight > 0])
+        if found.logits is not None:
+            (prediction,) = on_host((found.logits.argmax(-1).astype(np.int32),))
+            predictions.append(prediction[weight > 0])
+    prediction = np.concatenate(predictions) if predictions else None
+    return Extracted(np.concatenate(pooled), prediction, np.concatenate(labels))
+
+
+def extract_tokens(
+    encoder: Encoder, batches: Iterable[Batch]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens float16 BxHxWxD (256 times the pooled features) and masks, without padding."""
+    for batch in batches:
+        tokens, mask, weight = on_host(
+            (encoder.features(batch.views[0]).tokens, batch.mask, batch.weight)
+        )
+        yield tokens[weight > 0].astype(np.float16), mask[weight > 0]
+
+
+def first_rows(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `most` rows of the batches, or all."""
+    kept, count = [], 0
+    for batch in batches:
+        kept.append(batch)
+        count += len(batch[0])
+        if count >= most:
+            break
+    tokens, masks = (np.concatenate(parts)[:most] for parts in zip(*kept))
+    return tokens, masks
 
 
 def on_host(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:

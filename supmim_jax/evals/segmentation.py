@@ -6,8 +6,7 @@ stay on the host: a batch at a time goes to the devices, its rows split over the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from supmim_jax import optim
-from supmim_jax.config import SetupError
+from supmim_jax.config import HeadTrainingConfig, SetupError
 from supmim_jax.evals import confusion, rows
-
-
-@dataclass(frozen=True)
-class HeadTraining:
-    """AdamW with decay on matrices only; warm-up over a tenth of the steps, cosine to zero."""
-
-    head: Literal["linear", "conv"] = "linear"
-    steps: int = 600
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-4
-    seed: int = 0
 
 
 class LinearHead(nnx.Module):
@@ -70,9 +57,9 @@ HEADS = {"linear": LinearHead, "conv": ConvHead}
 
 
 class Segmenter(NamedTuple):
-    """A trained head: `apply(params, tokens_BxHxWxD)` gives logits, a grid of them per example."""
+    """A trained head: `classify(params, tokens_BxHxWxD, masks_BxYxX)` gives classes int32 BxYxX."""
 
-    apply: Callable[[Any, jax.Array], jax.Array]
+    classify: Callable[[Any, jax.Array, jax.Array], jax.Array]  # of masks it reads the size only
     params: Any  # replicated
     classes: int
     mesh: Mesh
@@ -88,7 +75,8 @@ def evaluate(
     test: tuple[np.ndarray, np.ndarray],
     *,
     classes: int,
-    training: HeadTraining,
+    head: str,
+    training: HeadTrainingConfig,
     ignore: int = 255,
     mesh: Mesh | None = None,
 ) -> confusion.Scores:
@@ -97,8 +85,9 @@ def evaluate(
     Raises:
       SetupError: as `fit`.
     """
-    segmenter = fit(*train, classes=classes, training=training, ignore=ignore, mesh=mesh)
-    return score(segmenter, *test, ignore=ignore, batch_size=training.batch_size)
+    segmenter = fit(*train, classes=classes, head=head, training=training, ignore=ignore, mesh=mesh)
+    matrix = confusions(segmenter, *test, ignore=ignore, batch_size=training.batch_size)
+    return confusion.score(matrix)
 
 
 def fit(
@@ -106,7 +95,8 @@ def fit(
     masks_NxYxX: np.ndarray,
     *,
     classes: int,
-    training: HeadTraining,
+    head: str,
+    training: HeadTrainingConfig,
     ignore: int = 255,
     mesh: Mesh | None = None,
 ) -> Segmenter:
@@ -116,29 +106,19 @@ def fit(
       tokens_NxHxWxD: frozen features, any float dtype, the same on every process.
       masks_NxYxX: integer labels of the image's pixels (or of any other size), cropped as the
         images were; `ignore` marks pixels without a label.
+      head: a key of HEADS.
 
     Raises:
       SetupError: the arrays don't fit together, or a mask has a label that is not a class.
     """
     _check(tokens_NxHxWxD, masks_NxYxX, classes, ignore)
-    if training.head not in HEADS:
-        raise SetupError(f"head is {training.head!r}; the known ones are {', '.join(HEADS)}.")
+    if head not in HEADS:
+        raise SetupError(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
     mesh = mesh or rows.everywhere()
-    width = tokens_NxHxWxD.shape[-1]
-
-    def split(key) -> tuple[nnx.GraphDef, Any]:
-        with nnx.use_eager_sharding(False):
-            module = HEADS[training.head](width, classes, rngs=nnx.Rngs(key))
-            graph, params = nnx.split(module, nnx.Param)
-        return graph, nnx.to_pure_dict(params)
-
-    graph, _ = jax.eval_shape(split, jax.random.key(0))
+    init, apply = _functions(head, tokens_NxHxWxD.shape[-1], classes)
     solver = optax.adamw(
         _schedule(training), weight_decay=training.weight_decay, mask=optim.decay_mask
     )
-
-    def apply(params, tokens) -> jax.Array:
-        return nnx.merge(graph, params)(tokens)
 
     @jax.jit
     def step(carry, tokens, masks):
@@ -151,43 +131,53 @@ def fit(
 
     whole = rows.whole(mesh)
     key = jax.random.key(training.seed)
-    params = jax.jit(lambda: split(key)[1], out_shardings=whole)()
+    params = jax.jit(lambda: init(key), out_shardings=whole)()
     carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
     for batch in order(len(tokens_NxHxWxD), training):
         tokens, masks = tokens_NxHxWxD[batch], masks_NxYxX[batch]
         placed = _placed(tokens, masks, training.batch_size, ignore, mesh)
         # No queue of steps: simulated devices on few cores would wait for each other for ever.
         carry = step(jax.block_until_ready(carry), *placed)
-    return Segmenter(apply, carry[0], classes, mesh)
+
+    def classify(params, tokens, masks):
+        return _resized(apply(params, tokens), masks.shape[1:]).argmax(axis=-1).astype(jnp.int32)
+
+    return Segmenter(jax.jit(classify, out_shardings=whole), carry[0], classes, mesh)
 
 
-def score(
+def _functions(head: str, width: int, classes: int) -> tuple[Callable, Callable]:
+    """`init(key) -> params` and `apply(params, tokens_BxHxWxD) -> logits` of a head."""
+
+    def split(key) -> tuple[nnx.GraphDef, Any]:
+        with nnx.use_eager_sharding(False):
+            graph, params = nnx.split(HEADS[head](width, classes, rngs=nnx.Rngs(key)), nnx.Param)
+        return graph, nnx.to_pure_dict(params)
+
+    graph, _ = jax.eval_shape(split, jax.random.key(0))
+    return lambda key: split(key)[1], lambda params, tokens: nnx.merge(graph, params)(tokens)
+
+
+def confusions(
     segmenter: Segmenter,
     tokens_NxHxWxD: np.ndarray,
     masks_NxYxX: np.ndarray,
     *,
     ignore: int = 255,
     batch_size: int = 32,
-) -> confusion.Scores:
-    """Scores over all pixels of all masks, at the size of the masks."""
+) -> np.ndarray:
+    """Pixels by (true class, predicted class), int64 VxV, at the size of the masks."""
     _check(tokens_NxHxWxD, masks_NxYxX, segmenter.classes, ignore)
-
-    def classify(params, tokens, masks):
-        logits = _resized(segmenter.apply(params, tokens), masks.shape[1:])
-        return logits.argmax(axis=-1).astype(jnp.int32)
-
-    classify = jax.jit(classify, out_shardings=rows.whole(segmenter.mesh))
     matrix = np.zeros((segmenter.classes, segmenter.classes), np.int64)
     for first in range(0, len(tokens_NxHxWxD), batch_size):
         part = slice(first, first + batch_size)
         truth = masks_NxYxX[part]
         placed = _placed(tokens_NxHxWxD[part], truth, batch_size, ignore, segmenter.mesh)
-        predicted = np.asarray(classify(segmenter.params, *placed))[: len(truth)]
+        predicted = np.asarray(segmenter.classify(segmenter.params, *placed))[: len(truth)]
         matrix += confusion.count(truth, predicted, segmenter.classes, ignore)
-    return confusion.score(matrix)
+    return matrix
 
 
-def order(count: int, training: HeadTraining) -> np.ndarray:
+def order(count: int, training: HeadTrainingConfig) -> np.ndarray:
     """Examples of each step, a row each: one sequence, a new permutation every epoch."""
     total = training.steps * training.batch_size
     epochs = -(-total // count)
@@ -210,7 +200,7 @@ def _resized(logits_BxHxWxV, size: tuple[int, int]) -> jax.Array:
     return jax.image.resize(logits_BxHxWxV, (b, *size, v), "bilinear")
 
 
-def _schedule(training: HeadTraining) -> optax.Schedule:
+def _schedule(training: HeadTrainingConfig) -> optax.Schedule:
     warmup = training.steps // 10
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup else training.learning_rate, training.learning_rate, warmup, training.steps

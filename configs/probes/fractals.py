@@ -1,0 +1,39 @@
+"""All evaluations on the built-in data, segmentation of their figures included.
+
+  python -m supmim_jax.probe --config configs/probes/fractals.py --checkpoint runs/supmim
+
+Hardware: 2 CPU cores. `fractals.py:small` takes another variant of the data than `tiny`.
+"""
+
+from configs.probes import base
+from supmim_jax.config import (
+    ConfigError,
+    EvalConfig,
+    FewShotConfig,
+    ProbeConfig,
+    ProbeDataConfig,
+    SegmentationConfig,
+)
+from supmim_jax.data.fractals import SPECS
+
+
+def get_config(arg: str = ""):
+    variant = arg or "tiny"
+    if variant not in SPECS:
+        raise ConfigError(f"The config argument {arg!r} is unknown; known: {', '.join(SPECS)}.")
+    spec = SPECS[variant]
+    data = ProbeDataConfig(
+        name=f"fractals/{variant}",
+        train_split="train",
+        eval_split="validation",
+        num_classes=spec.num_classes,
+        label_field="label",
+        mask_field="segmentation",
+    )
+    evaluations = EvalConfig(
+        which=("top1", "knn", "retrieval", "linear", "few_shot", "segmentation"),
+        knn=base.KNN_SWEEP,
+        few_shot=FewShotConfig(shots=5),  # tiny has 8 images of a class
+        segmentation=SegmentationConfig(num_classes=spec.num_classes + 1),  # 0 is the ground
+    )
+    return base.finish(ProbeConfig(data=data, eval=evaluations), "")

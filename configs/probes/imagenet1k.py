@@ -1,0 +1,25 @@
+"""kNN, retrieval, linear probe and few-shot on ImageNet-1k; top-1 too, of an encoder trained on it.
+
+  python -m supmim_jax.probe --config configs/probes/imagenet1k.py --checkpoint runs/b14
+
+Hardware: a GPU or a TPU slice (ViT-B's features of 1.28 million images are 3.9 GB on the devices
+together); not run by us. Prepare `tfds build imagenet2012 --file_format=array_record` first.
+"""
+
+from configs.probes import base
+from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig
+
+
+def get_config(arg: str = ""):
+    data = ProbeDataConfig(
+        name="imagenet2012",
+        train_split="train",
+        eval_split="validation",
+        num_classes=1000,
+        label_field="label",
+        workers=16,
+        threads=16,
+    )
+    which = ("top1", "knn", "retrieval", "linear", "few_shot")
+    evaluations = EvalConfig(batch_size=2048, which=which, knn=base.KNN_SWEEP)
+    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)

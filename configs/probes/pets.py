@@ -1,0 +1,37 @@
+"""Classification and segmentation of Oxford-IIIT Pets.
+
+  python -m supmim_jax.probe --config configs/probes/pets.py --checkpoint runs/b14
+
+Hardware: one GPU; not run by us. Prepare `tfds build oxford_iiit_pet --file_format=array_record`
+first. The masks have 1 for the animal, 2 for the ground and 3 for the border between; all count.
+"""
+
+from configs.probes import base
+from supmim_jax.config import (
+    EvalConfig,
+    HeadTrainingConfig,
+    ProbeConfig,
+    ProbeDataConfig,
+    SegmentationConfig,
+)
+
+
+def get_config(arg: str = ""):
+    data = ProbeDataConfig(
+        name="oxford_iiit_pet",
+        train_split="train",
+        eval_split="test",
+        num_classes=37,
+        label_field="label",
+        mask_field="segmentation_mask",
+    )
+    evaluations = EvalConfig(
+        which=("top1", "knn", "linear", "few_shot", "segmentation"),
+        knn=base.KNN_SWEEP,
+        segmentation=SegmentationConfig(
+            num_classes=3,
+            offset=-1,
+            training=HeadTrainingConfig(steps=2300),  # 20 epochs; our choice
+        ),
+    )
+    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)

@@ -1,0 +1,33 @@
+"""Segmentation of ADE20K's objects: a linear and a convolutional head on frozen tokens.
+
+  python -m supmim_jax.probe --config configs/probes/segmentation_ade20k.py --checkpoint runs/b14
+
+Hardware: one GPU, 16 GB of host memory (tokens of ViT-B/14); not run by us. Prepare `tfds build
+scene_parse150 --file_format=array_record` first. What tfds prepares are the masks of the instance
+challenge, whose red channel has 100 categories of objects and 0 elsewhere: its mIoU is not that of
+the 150 classes of scene parsing. For those, name a data set with their masks and num_classes=150.
+"""
+
+from configs.probes import base
+from supmim_jax.config import (
+    EvalConfig,
+    HeadTrainingConfig,
+    ProbeConfig,
+    ProbeDataConfig,
+    SegmentationConfig,
+)
+
+
+def get_config(arg: str = ""):
+    data = ProbeDataConfig(
+        name="scene_parse150", train_split="train", eval_split="test", mask_field="annotation"
+    )
+    segmentation = SegmentationConfig(
+        num_classes=100,
+        ignore=0,
+        offset=-1,
+        max_examples=20_210,  # all
+        training=HeadTrainingConfig(steps=12_640),  # 20 epochs; our choice
+    )
+    evaluations = EvalConfig(which=("segmentation",), segmentation=segmentation)
+    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)

@@ -1,0 +1,25 @@
+"""Retrieval of products that no image of training shows: Recall@1, 10, 100, 1000 and mAP@R.
+
+  python -m supmim_jax.probe --config configs/probes/stanford_online_products.py \
+      --checkpoint runs/b14
+
+Hardware: one GPU; not run by us. Prepare `tfds build stanford_online_products
+--file_format=array_record` first. The test split's 11,316 products search each other.
+"""
+
+from configs.probes import base
+from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig, RetrievalConfig
+
+
+def get_config(arg: str = ""):
+    data = ProbeDataConfig(
+        name="stanford_online_products",
+        train_split="train",
+        eval_split="test",
+        num_classes=22_634,
+        label_field="class_id",
+    )
+    evaluations = EvalConfig(
+        which=("retrieval",), retrieval=RetrievalConfig(recalls=(1, 10, 100, 1000))
+    )
+    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)

@@ -1,0 +1,181 @@
+"""What frozen features are good for: the evaluations of `cfg.eval.which`, in its order.
+
+Each takes the subject and gives its metrics in per cent, with what else is worth keeping. kNN, the
+linear probe and few-shot learn from the training split; retrieval knows the evaluation split alone.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from supmim_jax.config import Config, SetupError
+from supmim_jax.data import pipeline
+from supmim_jax.evals import confusion, features, few_shot, knn, linear_probe, retrieval
+from supmim_jax.evals import segmentation as heads
+from supmim_jax.evals.results import Results
+from supmim_jax.types import Encoder
+
+IGNORED = -1  # of a pixel that doesn't count, once classes are 0, 1, ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder with the data to judge it by; features are extracted when first asked for."""
+
+    encoder: Encoder
+    cfg: Config
+    split: str
+    mesh: Mesh
+
+    @functools.cached_property
+    def train(self) -> features.Extracted:
+        return self._extracted(self.cfg.data.train_split)
+
+    @functools.cached_property
+    def test(self) -> features.Extracted:
+        return self._extracted(self.split)
+
+    def _extracted(self, split: str) -> features.Extracted:
+        return features.extract(self.encoder, pipeline.eval_dataset(self.cfg, split, self.mesh))
+
+    def masked(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens float16 NxHxWxD and masks NxYxX of classes or IGNORED, batch by batch.
+
+        Raises:
+          SetupError: the masks hold other classes than the config says.
+        """
+        cfg, data = self.cfg.eval.segmentation, self.cfg.data
+        batches = pipeline.masked_dataset(self.cfg, split, self.mesh)
+        for tokens, raw in features.extract_tokens(self.encoder, batches):
+            if not np.isfinite(tokens).all():
+                raise SetupError(f"Tokens of {split!r} have NaN or infinity. Has it diverged?")
+            masks = np.where(raw == cfg.ignore, IGNORED, raw + cfg.offset)
+            wrong = raw[(raw != cfg.ignore) & ((masks < 0) | (masks >= cfg.num_classes))]
+            if wrong.size:
+                raise SetupError(
+                    f"config.eval.segmentation has num_classes={cfg.num_classes}, "
+                    f"offset={cfg.offset} and ignore={cfg.ignore}, but {data.mask_field!r} of "
+                    f"{data.name!r} has pixels of {np.unique(wrong)[:8].tolist()}; expected are "
+                    f"{-cfg.offset} to {cfg.num_classes - 1 - cfg.offset}."
+                )
+            yield tokens, masks
+
+
+def measure(encoder: Encoder, cfg: Config, split: str, mesh: Mesh) -> Results:
+    """All evaluations of `cfg.eval.which`."""
+    subject = Subject(encoder, cfg, split, mesh)
+    metrics, details = {}, {}
+    for name in cfg.eval.which:
+        found = EVALUATIONS[name](subject)
+        metrics |= found.metrics
+        details |= {name: found.details} if found.details else {}
+    return Results(metrics, details)
+
+
+def top1(subject: Subject) -> Results:
+    """Nothing where the encoder has no classifier of these data."""
+    test = subject.test
+    if test.prediction is None:
+        return Results({}, {})
+    return Results({"top1": 100.0 * float((test.prediction == test.label).mean())}, {})
+
+
+def nearest(subject: Subject) -> Results:
+    cfg, train, test = subject.cfg.eval.knn, subject.train, subject.test
+    report_k = min(cfg.report_k, len(train.label))
+    ks = sorted({report_k, *(k for k in cfg.ks if k <= len(train.label))})
+    similarity, index = knn.neighbours(test.pooled, train.pooled, ks[-1], mesh=subject.mesh)
+    classes = subject.cfg.data.num_classes
+    votes = knn.vote(similarity, train.label[index], ks, cfg.temperature, classes)
+    right = {k: 100.0 * float((votes[k] == test.label).mean()) for k in ks}
+    sweep = {f"knn/k={k}": right[k] for k in ks} if len(cfg.ks) > 1 else {}
+    return Results({"knn": right[report_k], **sweep}, {"k": report_k, "bank": len(train.label)})
+
+
+def retrieved(subject: Subject) -> Results:
+    test, recalls = subject.test, subject.cfg.eval.retrieval.recalls
+    options = {"leave_one_out": True, "recalls": recalls}
+    k = retrieval.depth(test.label, test.label, **options)
+    found = knn.neighbours(test.pooled, test.pooled, k, mesh=subject.mesh, leave_one_out=True)
+    return Results(retrieval.score(found.index_QxK, test.label, test.label, **options), {})
+
+
+def linear(subject: Subject) -> Results:
+    cfg, train, test = subject.cfg.eval.linear, subject.train, subject.test
+    found = linear_probe.evaluate(
+        train.pooled,
+        train.label,
+        test.pooled,
+        test.label,
+        classes=subject.cfg.data.num_classes,
+        strengths=cfg.strengths,
+        held_out=cfg.held_out,
+        seed=cfg.seed,
+        mesh=subject.mesh,
+    )
+    held_out = {f"{c:g}": score for c, score in found.held_out.items()}
+    return Results({"linear": found.accuracy}, {"c": found.c, "held_out": held_out})
+
+
+def least_squares(subject: Subject) -> Results:
+    cfg, train, test = subject.cfg.eval.few_shot, subject.train, subject.test
+    found = few_shot.evaluate(
+        train.pooled,
+        train.label,
+        test.pooled,
+        test.label,
+        classes=subject.cfg.data.num_classes,
+        shots=cfg.shots,
+        draws=cfg.draws,
+        penalty=cfg.penalty,
+        seed=cfg.seed,
+    )
+    return Results({"few_shot": found["mean"]}, {"std": found["std"]})
+
+
+def segmented(subject: Subject) -> Results:
+    """Each head learns from the first `max_examples`; all of the split is then read once."""
+    cfg = subject.cfg.eval.segmentation
+    tokens, masks = features.first_rows(
+        subject.masked(subject.cfg.data.train_split), cfg.max_examples
+    )
+    segmenters = {
+        head: heads.fit(
+            tokens,
+            masks,
+            classes=cfg.num_classes,
+            head=head,
+            training=cfg.training,
+            ignore=IGNORED,
+            mesh=subject.mesh,
+        )
+        for head in cfg.heads
+    }
+    matrices = dict.fromkeys(cfg.heads, 0)
+    for batch in subject.masked(subject.split):
+        for head, segmenter in segmenters.items():
+            matrices[head] += heads.confusions(
+                segmenter, *batch, ignore=IGNORED, batch_size=cfg.training.batch_size
+            )
+    scores = {head: confusion.score(matrix) for head, matrix in matrices.items()}
+    metrics = {}
+    for head, score in scores.items():
+        metrics |= {f"miou/{head}": score.miou, f"pixel_accuracy/{head}": score.pixel_accuracy}
+    iou = {  # None: neither the masks nor the head have the class
+        head: [None if np.isnan(x) else float(x) for x in score.iou_V]
+        for head, score in scores.items()
+    }
+    return Results(metrics, {"iou": iou, "trained_on": len(masks)})
+
+
+EVALUATIONS = {
+    "top1": top1,
+    "knn": nearest,
+    "retrieval": retrieved,
+    "linear": linear,
+    "few_shot": least_squares,
+    "segmentation": segmented,
+}

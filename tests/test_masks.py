@@ -1,0 +1,153 @@
+"""Masks beside images, data sets with other fields, and what `probe` makes of them."""
+
+import dataclasses
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from supmim_jax import probe, program
+from supmim_jax.config import (
+    DataConfig,
+    EvalConfig,
+    HeadTrainingConfig,
+    ProbeConfig,
+    ProbeDataConfig,
+    RetrievalConfig,
+    SegmentationConfig,
+    SetupError,
+)
+from supmim_jax.data import fractals, pipeline, records, transforms
+
+ONE = jax.devices()[:1]
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Bright squares: the product is their brightness; masks in red, instances in green."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image
+        features = {
+            "image": image(shape=(30, 24, 1), encoding_format="png"),
+            "annotation": image(shape=(30, 24, 3), encoding_format="png"),
+            "class_id": tfds.features.ClassLabel(num_classes=6),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(48), "test": self._generate_examples(30)}
+
+    def _generate_examples(self, count):
+        random = np.random.default_rng(count)
+        for i in range(count):
+            top, left = random.integers(0, 12, 2)
+            image, mask = np.zeros((30, 24, 1), np.uint8), np.zeros((30, 24, 3), np.uint8)
+            image[top : top + 12, left : left + 12] = 40 * (1 + i % 6)
+            mask[..., 0], mask[..., 1] = 1, 7 + i
+            mask[top : top + 12, left : left + 12, 0] = 2
+            mask[:, 20:, 0] = 0  # doesn't count
+            yield i, {"image": image, "annotation": mask, "class_id": i % 6}
+
+
+@pytest.fixture(scope="module")
+def shapes_dir(tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("shapes"))
+    Shapes(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory
+
+
+def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
+    """Twice the size, so that a mask that is not in place would show."""
+    data = dataclasses.replace(cfg.data, mask_field="segmentation", image_size=40, eval_resize=48)
+    cfg = dataclasses.replace(cfg, data=data)
+    (first, *_), (other, *_) = (
+        list(pipeline.masked_dataset(cfg, "train[:70]", mesh))
+        for mesh in (one_device, program.sharding.make_mesh(cfg.mesh))
+    )
+    assert first.mask.shape == (64, 40, 40) and first.mask.dtype == np.int32
+    assert (np.asarray(first.mask) == np.asarray(other.mask)).all()
+    expected = fractals.render(fractals.SPECS["tiny"], "train", range(64))["segmentation"]
+    doubled = expected.repeat(2, axis=1).repeat(2, axis=2)[:, 4:-4, 4:-4]
+    assert (np.asarray(first.mask) == doubled).all()
+    plain = next(pipeline.eval_dataset(cfg, "train[:70]", one_device))
+    assert (np.asarray(first.views[0]) == np.asarray(plain.views[0])).all()
+    assert plain.mask is None
+
+
+@pytest.mark.parametrize(("height", "width", "resize"), [(60, 80, 30), (33, 50, 40), (90, 61, 35)])
+def test_a_mask_is_moved_as_its_image_is(height, width, resize):
+    cfg = DataConfig(channels=1, image_size=24, eval_resize=resize)
+    mask = np.zeros((height, width), np.uint16)
+    mask[height // 3 :, width // 4 : -width // 4] = 1000
+    moved = transforms.eval_mask(mask, cfg)
+    assert moved.dtype == np.uint16 and set(np.unique(moved)) == {0, 1000}
+    image = transforms.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
+    sure = (image < 20) | (image > 180)
+    assert ((image > 100) == (moved > 0))[sure].all() and sure.mean() > 0.8
+    differs = np.flatnonzero(((image > 100) != (moved > 0)).any(axis=0))
+    assert len(differs) <= 1  # a column or row on the edge may fall either way
+
+
+def test_a_mask_that_is_none_is_refused():
+    image = np.zeros((10, 12, 1), np.uint8)
+    other = cv2.imencode(".png", np.zeros((12, 10), np.uint8))[1].tobytes()
+    for encoded, message in ((b"x", "mask is 1 bytes, but"), (other, r"of shape \(12, 10\), but")):
+        with pytest.raises(SetupError, match=rf"set record 3: the {message}|{message}"):
+            transforms.decode_mask(encoded, image, "set record 3")
+
+
+def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
+    """A colour mask whose red channel is 0 (to ignore), 1 and 2; products to retrieve."""
+    data = ProbeDataConfig(
+        name="shapes",
+        data_dir=shapes_dir,
+        train_split="train",
+        eval_split="test",
+        num_classes=6,
+        label_field="class_id",
+        mask_field="annotation",
+        eval_resize=20,
+    )
+    evaluations = EvalConfig(
+        batch_size=16,
+        which=("top1", "retrieval", "segmentation"),
+        retrieval=RetrievalConfig(recalls=(1, 29)),
+        segmentation=SegmentationConfig(
+            num_classes=2,
+            ignore=0,
+            offset=-1,
+            heads=("linear",),
+            training=HeadTrainingConfig(steps=150, learning_rate=0.03),
+        ),
+    )
+    asked = ProbeConfig(data=data, eval=evaluations)
+    report = probe.probe(initial, asked, devices=ONE)
+    labels = [records.open_source(report.data, "test")[i]["label"] for i in range(30)]
+    assert labels == [i % 6 for i in range(30)]
+    found = report.results.metrics
+    # The encoder's 30 classes are not these, so there is no top1.
+    assert set(found) == {"recall@1", "recall@29", "map@r", "miou/linear", "pixel_accuracy/linear"}
+    assert 25 < found["recall@1"] < 90 and found["recall@29"] == 100
+    assert found["miou/linear"] > 50 and found["pixel_accuracy/linear"] > 80
+
+    unlabelled = dataclasses.replace(
+        asked,
+        data=dataclasses.replace(data, label_field="no_such", num_classes=99),
+        eval=dataclasses.replace(evaluations, which=("segmentation",), batch_size=7),
+    )
+    again = probe.probe(initial, unlabelled, devices=ONE).results
+    assert again.metrics == pytest.approx({name: found[name] for name in again.metrics}, abs=0.1)
+    assert len(again.metrics) == 2 and again.details["segmentation"]["trained_on"] == 48
+    wrong = dataclasses.replace(evaluations.segmentation, ignore=-1)
+    with pytest.raises(SetupError, match=r"has pixels of \[0\]; expected are 1 to 2"):
+        probe.probe(
+            initial,
+            dataclasses.replace(asked, eval=dataclasses.replace(evaluations, segmentation=wrong)),
+            devices=ONE,
+        )

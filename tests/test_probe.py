@@ -1,0 +1,209 @@
+"""`probe` against training, on 1 and 8 devices; its files, its configs and its mistakes."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import tensorflow_datasets as tfds
+from conftest import REPOSITORY
+
+from supmim_jax import probe
+from supmim_jax.config import (
+    ConfigError,
+    EvalConfig,
+    FewShotConfig,
+    HeadTrainingConfig,
+    KNNConfig,
+    LinearProbeConfig,
+    ProbeConfig,
+    ProbeDataConfig,
+    SegmentationConfig,
+    SetupError,
+)
+from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs/probes").glob("*.py"))
+ALL = ("top1", "knn", "retrieval", "linear", "few_shot", "segmentation")
+EVERYTHING = EvalConfig(
+    batch_size=64,
+    which=ALL,
+    knn=KNNConfig(ks=(1, 20, 1000), report_k=20),
+    linear=LinearProbeConfig(strengths=(0.01, 1.0)),
+    few_shot=FewShotConfig(shots=2, draws=2),
+    segmentation=SegmentationConfig(max_examples=60, training=HeadTrainingConfig(steps=20)),
+)
+FITTED = {
+    *("linear", "few_shot", "miou/linear", "miou/conv"),
+    *("pixel_accuracy/linear", "pixel_accuracy/conv"),
+}
+
+
+@pytest.fixture
+def run(cfg):
+    """A run whose evaluation is all that there is."""
+    data = dataclasses.replace(
+        cfg.data, eval_split="validation[:120]", mask_field="segmentation", flip=False
+    )
+    return dataclasses.replace(cfg, data=data, eval=EVERYTHING)
+
+
+def test_training_and_probes_on_1_and_8_devices_agree(run, tmp_path):
+    trained = train(run, tmp_path, devices=ONE)
+    one, eight = probe.probe(str(tmp_path), devices=ONE), probe.probe(str(tmp_path))
+    assert (one.mesh.size, eight.mesh.size) == (1, 8)
+    found, other = one.results.metrics, eight.results.metrics
+    assert found == {name: trained[name] for name in found}
+    assert set(found) == FITTED | {
+        *("top1", "knn", "knn/k=1", "knn/k=20"),
+        *("recall@1", "recall@10", "recall@100", "map@r"),
+    }
+    assert list(found) == list(other)
+    for name, value in found.items():
+        tolerance = 0.01 if name in FITTED else 0.0  # of a per cent
+        assert abs(value - other[name]) <= tolerance, name
+    assert one.results.details["linear"]["c"] == eight.results.details["linear"]["c"]
+
+
+def test_a_probe_measures_what_it_is_asked_for_and_writes_it_down(run, initial):
+    fewer = dataclasses.replace(EVERYTHING, which=("linear", "segmentation", "few_shot"))
+    data = ProbeDataConfig(
+        train_split="train[:64]", eval_split="test[:50]", mask_field="segmentation"
+    )
+    report = probe.probe(initial, ProbeConfig(data=data, eval=fewer), devices=ONE)
+    path = probe.save(report, "mine")
+    assert path.parent.parent == Path(initial) and path.name == "mine-0.json"
+    document = json.loads(path.read_text())
+    assert set(document["metrics"]) == FITTED and document["metrics"] == report.results.metrics
+    linear, masks = document["details"]["linear"], document["details"]["segmentation"]
+    assert str(linear["c"]) in linear["held_out"] and len(linear["held_out"]) == 2
+    assert {head: len(x) for head, x in masks["iou"].items()} == {"linear": 31, "conv": 31}
+    assert masks["trained_on"] == 60  # max_examples
+    known = [x for x in masks["iou"]["conv"] if x is not None]
+    assert sum(known) / len(known) == pytest.approx(document["metrics"]["miou/conv"])
+    assert document["data"]["eval_split"] == "test[:50]"
+    assert document["data"]["name"] == run.data.name  # of the run
+    assert document["device"]["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert document["versions"]["jax"] == jax.__version__
+    assert from_configdict(document["config"], ProbeConfig) == report.asked
+    assert [p.name for p in path.parent.iterdir()] == ["mine-0.json"]
+
+
+def test_a_row_leaves_the_sweep_out_and_a_table_takes_rows_of_other_columns():
+    rows = [{"encoder": "a", "kNN %": "1.00", "epochs": "3"}, {"encoder": "b", "linear": "2.00"}]
+    assert probe.table(rows).splitlines() == [
+        "| encoder | kNN % | linear | epochs | seconds |",
+        "| ------- | ----- | ------ | ------ | ------- |",
+        "| a       | 1.00  |        | 3      |         |",
+        "| b       |       | 2.00   |        |         |",
+    ]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "supmim_jax.probe", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    )
+
+
+def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, data_dir):
+    out = command(
+        *("--config=configs/probes/fractals.py:tiny", "--split=validation[:40]"),
+        *(f"--checkpoint={initial}", f"--checkpoint={initial}@0", f"--data_dir={data_dir}"),
+        *("--config.eval.which=('knn','retrieval')", "--config.eval.knn.ks=(1,7)"),
+        "--config.eval.retrieval.recalls=(1,5)",
+    )
+    assert out.returncode == 0, out.stderr
+    heading, _, *rows = out.stdout.splitlines()
+    assert heading.split("|")[1:-3] == [
+        " encoder ",
+        " kNN % ",
+        " recall@1 ",
+        " recall@5 ",
+        " map@r ",
+    ]
+    assert len(rows) == 2 and rows[0] == rows[1]
+    path = Path(initial, "evals/fractals-tiny-validation_40_-0.json")
+    assert str(path) in out.stderr
+    document = json.loads(path.read_text())
+    assert {"knn", "knn/k=1", "knn/k=7"} < set(document["metrics"])
+    assert document["device"]["mesh"]["data"] == 2
+    assert document["details"]["knn"] == {"k": 20, "bank": 240}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/probes/none.py"], "--config names no readable file"),
+        (
+            ["--config=configs/debug.py"],
+            "config.batch_size does not exist. Known: data, eval, mesh",
+        ),
+        (["--config=configs/probes/cifar100.py:x"], "argument 'x' is unknown"),
+        (
+            ["--config=configs/probes/fractals.py", "--config.eval.which=('knn','lineer')"],
+            "config.eval.which[1] is 'lineer'; known are 'top1', 'knn'",
+        ),
+    ],
+)
+def test_a_mistake_is_answered_by_a_paragraph(arguments, message):
+    out = command("--checkpoint=/nowhere", *arguments)
+    assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+
+
+REFUSED = (
+    (
+        {"mask_field": "segmentation"},
+        {"segmentation": SegmentationConfig(num_classes=5)},
+        r"num_classes=5, offset=0 and ignore=-1, but 'segmentation' of 'fractals/tiny' has "
+        r"pixels of \[5, 6, .*; expected are 0 to 4",
+    ),
+    ({}, {}, "eval.which has 'segmentation', but data.mask_field is empty"),
+    ({"mask_field": "label"}, {}, "mask_field is 'label', which is no image"),
+    ({"mask_field": "m"}, {}, "no feature 'm', the config.data.mask_field; it has id, image"),
+    ({"label_field": "c"}, {"which": ("knn",)}, "no feature 'c', the config.data.label_field"),
+    ({"num_classes": 9}, {"which": ("knn",)}, r"num_classes is 9, but .* has 30 classes"),
+    ({"eval_resize": 10}, {"which": ("knn",)}, "eval_resize is 10, but the centre crop needs"),
+    ({"eval_split": "dev"}, {"which": ("top1",)}, "has no split 'dev'"),
+    ({}, {"which": ("few_shot",)}, "10 shots are wanted of each class, but class"),
+)
+
+
+def test_what_cannot_be_measured_is_refused(initial):
+    for data, evaluations, message in REFUSED:
+        evaluations = {"batch_size": 64, "which": ("segmentation",)} | evaluations
+        asked = ProbeConfig(data=ProbeDataConfig(**data), eval=EvalConfig(**evaluations))
+        with pytest.raises(SetupError, match=message):
+            probe.probe(initial, asked, devices=ONE)
+
+
+def test_only_training_evaluates_again():
+    with pytest.raises(ConfigError, match=r"eval\.every is 5"):
+        ProbeConfig(eval=EvalConfig(every=5))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
+def test_every_probe_config_fits_its_data_set_and_any_run(name, cfg):
+    source = Path(REPOSITORY, "configs/probes", f"{name}.py").read_text()
+    assert f"configs/probes/{name}.py" in source and "Hardware:" in source
+    loaded = importlib.import_module(f"configs.probes.{name}").get_config()
+    asked = from_configdict(loaded, ProbeConfig)
+    assert loaded.is_locked and from_configdict(to_configdict(asked), ProbeConfig) == asked
+    data = asked.data.over(cfg.data)
+    assert (data.image_size, data.channels) == (cfg.data.image_size, cfg.data.channels)
+    dataclasses.replace(cfg, data=data, eval=asked.eval)  # raises what does not fit together
+    features = dict(tfds.builder(data.name, data_dir=data.data_dir or None).info.features)
+    if "segmentation" in asked.eval.which:
+        assert isinstance(features[data.mask_field], tfds.features.Image)
+    if set(asked.eval.which) - {"segmentation"}:
+        assert features[data.label_field].num_classes == data.num_classes
