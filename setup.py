@@ -27,6 +27,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "matplotlib",
+        "msgpack",
         "safetensors>=0.5",
         "scikit-learn",
         "tensorboard",  # clu's writers import it
