@@ -70,7 +70,7 @@ def write_image(workdir: epath.Path, step: int, name: str, png: epath.Path) -> N
     writer.close()
 
 
-def write_json(path: epath.Path, values: dict) -> None:
+def write_json(path: epath.Path, values: dict | list) -> None:
     """Writes the file so that a reader sees all of it or none."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(values, indent=1) + "\n")

@@ -9,9 +9,19 @@ import json
 import jax
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, frozen, program, sharding, start
+from supmim_jax import (
+    checkpoint,
+    commands,
+    environment,
+    evals,
+    frozen,
+    program,
+    sharding,
+    start,
+)
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.data import pipeline
@@ -43,8 +53,8 @@ def train(
 
     Args:
       cfg: the experiment.
-      workdir: is given config.json, metrics.jsonl, checkpoints/, results.json, and of its
-        tokenizer the identity and a codebook that was fitted.
+      workdir: is given config.json, environment.json, metrics.jsonl, checkpoints/, results.json,
+        and of its tokenizer the identity and a codebook that was fitted.
       stop_at: saves and returns after this step, as if interrupted; the schedule is that of cfg.
       devices: what to train on; default: all of this run's.
 
@@ -77,6 +87,7 @@ def train(
         state, run = start.state(cfg, prog), {"seconds": 0.0}
     last = min(stop_at or cfg.total_steps, cfg.total_steps)
 
+    record_environment(workdir, first, mesh)
     writer = MetricsWriter(workdir, first, cfg.log.tensorboard)
     line, finite = ProgressLine(cfg), FiniteCheck()
     if first:
@@ -164,6 +175,17 @@ def make_workdir(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
         raise SetupError(
             f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
         ) from None
+
+
+def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
+    """Notes in environment.json what the steps after `step` run on."""
+    if jax.process_index() == 0:
+        path, now = workdir / "environment.json", environment.collect(list(mesh.devices.flat))
+        try:
+            parts = json.loads(path.read_text()) if path.exists() else []
+        except json.JSONDecodeError as error:
+            raise SetupError(f"{path} cannot be read: {error}. Remove it to go on.") from None
+        write_json(path, environment.continued(parts, step, now))
 
 
 def main() -> None:

@@ -7,12 +7,13 @@ from conftest import REPOSITORY
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
 LAYERS = [
-    {"config", "configdict", "types", "hlo"},
+    {"config", "configdict", "types", "hlo", "environment"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "formats"},
     {"program", "checkpoint", "evals", "commands"},
     {"frozen", "start"},
     {"train", "probe", "picture", "tokenize", "bench", "export", "import_weights"},
+    {"report"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
 APART = {("evals", "objectives"), ("evals", "program")}

@@ -1,0 +1,67 @@
+"""Writes workdir/report.html: python -m supmim_jax.report --checkpoint runs/supmim --split test."""
+
+import dataclasses
+
+import jax
+from absl import flags
+from etils import epath
+
+from supmim_jax import checkpoint, commands, environment
+from supmim_jax.config import SetupError
+from supmim_jax.report import files
+from supmim_jax.report.measured import measure
+from supmim_jax.report.page import Report, render
+
+
+def gather(location: str, split: str = "", data_dir: str = "") -> Report:
+    """All that the page of the checkpoint at `workdir` or `workdir@step` shows.
+
+    Args:
+      location: the checkpoint.
+      split: where its images are from; default: the run's eval_split.
+      data_dir: where the data are; default: as in the run.
+
+    Raises:
+      SetupError: the checkpoint, the data or a file of the workdir is missing or not of its form.
+    """
+    directory = checkpoint.locate(location)
+    workdir, cfg = directory.parent.parent, checkpoint.read_config(directory)
+    data = dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir)
+    split = split or cfg.data.eval_split
+    return Report(
+        name=workdir.name,
+        cfg=cfg,
+        step=int(directory.name),
+        run=checkpoint.read_run(directory),
+        split=split,
+        curves=files.curves(workdir),
+        evaluations=files.evaluations(workdir),
+        trained_on=files.environments(workdir),
+        made_on=environment.collect(jax.devices()),
+        measured=measure(location, dataclasses.replace(cfg, data=data), split),
+    )
+
+
+def write(location: str, split: str = "", data_dir: str = "", out: str = "") -> epath.Path:
+    """Makes the page, by default workdir/report.html, and returns where it is.
+
+    Raises:
+      SetupError: as `gather`, or the page cannot be written.
+    """
+    path = epath.Path(out) if out else checkpoint.locate(location).parent.parent / "report.html"
+    if not path.parent.is_dir():
+        raise SetupError(f"--out {path} is in no directory: make {path.parent} first.")
+    files.write(path, render(gather(location, split, data_dir)))
+    return path
+
+
+def main() -> None:
+    print(write(CHECKPOINT.value, SPLIT.value, DATA_DIR.value, OUT.value))
+
+
+if __name__ == "__main__":
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
+    SPLIT = flags.DEFINE_string("split", "", "Split to show images of; default: that of the run.")
+    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as in the run.")
+    OUT = flags.DEFINE_string("out", "", "HTML to write; default: <workdir>/report.html")
+    commands.start(main)

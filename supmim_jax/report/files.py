@@ -1,0 +1,145 @@
+"""What a run left in its workdir, as plain values, each file checked as it is read."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+
+from supmim_jax import environment
+from supmim_jax.config import SetupError
+
+ABOUT = ("objective", "epochs", "seconds", "split")  # of results.json; the rest was measured
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Numbers from one file."""
+
+    source: str  # the file's name
+    about: str  # the split and the like, as far as the file tells
+    metrics: dict[str, float]
+
+
+def curves(workdir: epath.Path) -> dict[str, list[tuple[int, float]]]:
+    """Points (step, value) by name, from metrics.jsonl; {} where there is none.
+
+    Raises:
+      SetupError: a line but the last, which may have been cut, is not of {"step": s, name: value}.
+    """
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            step = values.pop("step")
+            if not (_is_numbers(values) and type(step) is int):
+                raise ValueError
+        except (ValueError, LookupError, AttributeError, TypeError):
+            if number == len(lines):
+                break
+            raise _refused(path, f"line {number} is no object of numbers with a step") from None
+        for name, value in values.items():
+            if math.isfinite(value):
+                found.setdefault(name, []).append((step, value))
+    return found
+
+
+def evaluations(workdir: epath.Path) -> list[Evaluation]:
+    """Everything that was measured: results.json, then evals/*.json by name, where there.
+
+    Raises:
+      SetupError: a file is not of its form.
+    """
+    found = []
+    if (path := workdir / "results.json").exists():
+        values = _object(path)
+        metrics = {name: value for name, value in values.items() if name not in ABOUT}
+        about = _about("end of training", _told(values, "split", "split "))
+        found.append(Evaluation(path.name, about, _metrics(path, metrics)))
+    for path in sorted((workdir / "evals").glob("*.json")) if (workdir / "evals").exists() else ():
+        values = _object(path)
+        data = values.get("data") if isinstance(values.get("data"), dict) else {}
+        about = _about(
+            _told(values, "step", "step "),
+            _told(data, "name", ""),
+            _told(data, "eval_split", "split "),
+        )
+        found.append(Evaluation(f"evals/{path.name}", about, _metrics(path, values.get("metrics"))))
+    return found
+
+
+def environments(workdir: epath.Path) -> list[dict]:
+    """What the run was trained on, a dict per part; [] for runs that did not note it.
+
+    Raises:
+      SetupError: environment.json is not of its form.
+    """
+    path = workdir / "environment.json"
+    if not path.exists():
+        return []
+    parts = _parsed(path)
+    if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
+        raise _refused(
+            path, "it is no list of objects of texts and numbers, each with its from_step"
+        )
+    return parts
+
+
+def write(path: epath.Path, text: str) -> None:
+    """Writes the file so that a reader sees all of it or none.
+
+    Raises:
+      SetupError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise SetupError(f"--out {path} cannot be written: {error}. Choose another.") from None
+
+
+def _metrics(path: epath.Path, values: Any) -> dict[str, float]:
+    if not isinstance(values, dict) or not _is_numbers(values):
+        raise _refused(path, "its metrics are no object of numbers")
+    return values
+
+
+def _about(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def _told(values: dict, name: str, before: str) -> str:
+    """The text or whole number of this name after `before`; "" where the file has none."""
+    value = values.get(name)
+    return f"{before}{value}" if isinstance(value, str | int) else ""
+
+
+def _object(path: epath.Path) -> dict:
+    values = _parsed(path)
+    if not isinstance(values, dict):
+        raise _refused(path, "it is no object")
+    return values
+
+
+def _parsed(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _refused(path, str(error)) from None
+
+
+def _is_numbers(values: dict) -> bool:
+    return all(type(value) in (int, float) for value in values.values())
+
+
+def _is_part(part: Any) -> bool:
+    known = isinstance(part, dict) and environment.FROM_STEP in part
+    return known and all(type(x) in (str, int) for x in part.values())
+
+
+def _refused(path: epath.Path, reason: str) -> SetupError:
+    return SetupError(f"{path} cannot be used: {reason}. Repair it, or move it away.")

@@ -1,0 +1,250 @@
+"""The page of a run: what it shows, that it needs nothing else, and that it is safe to open."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from supmim_jax import checkpoint, program, sharding
+from supmim_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DecoderConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    PatchCodesConfig,
+    SetupError,
+    SupMIMConfig,
+    ViTConfig,
+    VQGANConfig,
+    VQGANObjectiveConfig,
+)
+from supmim_jax.data import pipeline
+from supmim_jax.report import files, pictures
+from supmim_jax.report.__main__ import gather, write
+from supmim_jax.report.page import render
+from supmim_jax.train import train
+
+HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/ onerror=alert(1)>'
+VOID = {"img", "link", "meta"}
+CHROMIUM = shutil.which("chromium")
+
+
+class Page(HTMLParser):
+    """Elements of a document in order, as (name, attributes, text inside)."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+        assert not self.open, "elements that are not closed"
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs), []))
+        if tag not in VOID:
+            self.open.append(self.found[-1])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for _, _, texts in self.open:
+            texts.append(data)
+
+    def all(self, tag: str, class_: str = "") -> list[tuple[dict, str]]:
+        return [
+            (attributes, "".join(texts))
+            for name, attributes, texts in self.found
+            if name == tag and class_ in attributes.get("class", "")
+        ]
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory) -> Path:
+    """A SupMIM run of 4 steps with its page, and a file of further evaluations."""
+    cfg = Config(
+        batch_size=16,
+        data=DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64),
+        model=ViTConfig(width=16, depth=1, mlp_dim=32),
+        objective=SupMIMConfig(
+            decoder=DecoderConfig(width=16, mlp_dim=32),
+            target=PatchCodesConfig(codes=16, fit_images=64),
+        ),
+        eval=EvalConfig(batch_size=64, every=2),
+        log=LogConfig(every=1),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    workdir = tmp_path_factory.mktemp("runs") / "a run"
+    train(cfg, workdir, devices=jax.devices()[:1])
+    (workdir / "evals").mkdir()
+    values = {"metrics": {"map@r": 12.345678}, "step": 4, "data": {"name": "d", "eval_split": "t"}}
+    (workdir / "evals" / "probe-4.json").write_text(json.dumps(values))
+    assert str(write(str(workdir))) == str(workdir / "report.html")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return gather(str(run))
+
+
+@pytest.fixture(scope="module")
+def html(run) -> str:
+    return (run / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(html, page):
+    assert len(html) < 3_000_000 and not re.search(r"https?:|@import|url\(", html)
+    for name, attributes, _ in page.found:
+        assert name not in ("script", "iframe", "object", "base", "form", "use"), name
+        assert not {key for key in attributes if key.startswith("on") or key == "style"}
+        target = attributes.get("src", attributes.get("href", "#"))
+        assert target.startswith("#" if name == "a" else ("data:", "#"))
+    policies = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
+    digest = base64.b64encode(hashlib.sha256(page.all("style")[0][1].encode()).digest()).decode()
+    assert policies == [
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; "
+        "form-action 'none'"
+    ]
+
+
+def test_sections_are_there_and_can_be_reached_and_read(page):
+    anchors = [a["href"].removeprefix("#") for a, _ in page.all("a")]
+    assert anchors == [a["id"] for a, _ in page.all("section")]
+    assert anchors == [
+        *("curves", "evaluations", "neighbours", "predictions", "tokens", "config", "environment")
+    ]
+    assert [text for _, text in page.all("h1")] == ["a run"]
+    assert all(len(a["alt"]) > 5 for a, _ in page.all("img"))
+    assert all(a["scope"] in ("row", "col") for a, _ in page.all("th"))
+    assert all(text for a, text in page.all("caption")) and len(page.all("polyline")) >= 8
+    titles = [text for _, text in page.all("h3")]
+    assert {"Loss and its terms", "Learning rate", "Images per second"} <= set(titles)
+
+
+def test_the_numbers_are_those_of_the_files(run, page):
+    results = json.loads((run / "results.json").read_text())
+    values = [float(a["value"]) for a, _ in page.all("data")]
+    top = [results["top1"], results["knn"]]
+    assert values == [*top, *top, 12.345678]
+    assert [text for _, text in page.all("data")] == [f"{value:.2f}" for value in values]
+    rows = [text for _, text in page.all("tr")]
+    assert f"map@r{12.345678:.2f}evals/probe-4.jsonstep 4, d, split t" in rows
+
+
+def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    inference = program.build_inference(report.cfg, 64, mesh)
+    params = checkpoint.restore_params(checkpoint.locate(str(run)), inference.params)
+    splits = [
+        next(pipeline.eval_dataset(report.cfg, s, mesh)) for s in ("validation", "train[:64]")
+    ]
+    queries, bank = (
+        np.asarray(inference.features(params, x.views[0]).pooled, np.float64) for x in splits
+    )
+    queries, bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries[:8], bank))
+    index = np.argsort(-(queries @ bank.T), axis=1)[:, :6]
+    same = (index % 30 == np.arange(8)[:, None]).ravel()  # record i of fractals has class i % 30
+    frames = [a["class"] for a, _ in page.all("div", "frame ")]
+    frames = [name == "frame same" for name in frames if name != "frame query"]
+    assert frames == same.tolist() and 0 < sum(frames) < 48
+    signs = [text for a, text in page.all("span") if a["class"] in ("tick", "cross")]
+    assert signs == ["✓" if x else "✗" for x in same]
+    assert f"{same.sum()} of 48 neighbours" in page.all("section")[2][1]
+    source = np.asarray(splits[1].views[0])
+    shown = [a["src"] for a, _ in page.all("img") if a["alt"].startswith("neighbour, ")]
+    assert shown == [pictures.data_uri(source[i]) for i in index.ravel()]
+
+
+def test_whatever_comes_from_outside_is_text(report, html):
+    data = dataclasses.replace(report.cfg.data, data_dir=HOSTILE, name=HOSTILE)
+    found = render(
+        dataclasses.replace(
+            report,
+            name=HOSTILE,
+            cfg=dataclasses.replace(report.cfg, data=data),
+            split=HOSTILE,
+            curves={HOSTILE: report.curves["loss"], f"eval/{HOSTILE}": [(1, 2.0)]},
+            evaluations=[files.Evaluation(HOSTILE, HOSTILE, {HOSTILE: 1.0})],
+            trained_on=[{key: HOSTILE for key in report.trained_on[0]}],
+            made_on={key: HOSTILE for key in report.made_on},
+            measured=report.measured._replace(classes=[HOSTILE] * 30),
+        )
+    )
+    page = Page(found)
+    assert not page.all("script") and not [a for _, a, _ in page.found if "onerror" in a]
+    assert {a["src"][:5] for a, _ in page.all("img")} == {"data:"}
+    assert len(page.all("img")) == len(Page(html).all("img"))
+    assert page.all("h1")[0][1] == HOSTILE and HOSTILE in [text for _, text in page.all("mark")]
+
+
+def test_a_tokenizer_run_has_its_reconstructions(data_dir, tmp_path):
+    tokenizer = VQGANConfig(
+        filters=4, multipliers=(1, 1, 1), res_blocks=1, groups=2, codes=8, code_dim=4
+    )
+    data = DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64)
+    cfg = Config(objective=VQGANObjectiveConfig(tokenizer=tokenizer), data=data)
+    train(cfg, tmp_path, devices=jax.devices()[:1])
+    page = Page(Path(write(str(tmp_path))).read_text())
+    anchors = [a["id"] for a, _ in page.all("section")]
+    assert anchors == ["curves", "evaluations", "predictions", "config", "environment"]
+    psnr = json.loads((tmp_path / "results.json").read_text())["psnr"]
+    assert float(page.all("data")[0][0]["value"]) == psnr and len(page.all("img")) == 16
+
+
+def test_what_is_missing_or_broken_is_refused_and_the_page_left_as_it_was(run, html, tmp_path):
+    with pytest.raises(SetupError, match="There is no checkpoint in"):
+        write(str(tmp_path))
+    with pytest.raises(SetupError, match="is in no directory"):
+        write(str(run), out=str(tmp_path / "none" / "report.html"))
+    assert list(tmp_path.iterdir()) == []
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name, text, message in (
+        ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n{"step": 2}\n', "line 2 is no object"),
+        ("results.json", '{"top1": "good"}', "its metrics are no object of numbers"),
+        ("evals/probe-4.json", "[]", "it is no object"),
+        ("environment.json", "{}", "it is no list"),
+    ):
+        before = (copy / name).read_text()
+        (copy / name).write_text(text)
+        with pytest.raises(SetupError, match=message):
+            write(str(copy))
+        (copy / name).write_text(before)
+    assert (copy / "report.html").read_text() == html and not list(copy.glob("*.part"))
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_a_browser_has_nothing_to_complain_about_and_a_phone_nothing_to_scroll(html, tmp_path):
+    def chromium(text: str, *arguments: str) -> subprocess.CompletedProcess:
+        (tmp_path / "page.html").write_text(text)
+        options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr")
+        command = (CHROMIUM, *options, f"--user-data-dir={tmp_path}/profile", *arguments)
+        page = (tmp_path / "page.html").as_uri()
+        return subprocess.run((*command, page), capture_output=True, text=True, timeout=120)
+
+    shot = ("--window-size=390,844", f"--screenshot={tmp_path}/shot.png")
+    out = chromium(html, *shot)
+    assert out.returncode == 0 and (tmp_path / "shot.png").stat().st_size > 10_000
+    assert "CONSOLE" not in out.stderr, out.stderr
+    assert "CONSOLE" in chromium(html.replace("</main>", "<script>1</script></main>"), *shot).stderr
+    measure = "<script>parent.document.title = document.documentElement.scrollWidth</script></main>"
+    free = re.sub("<meta http-equiv[^>]*>", "", html).replace("</main>", measure)
+    phone = f'<title></title><iframe width=360 srcdoc="{escape(free)}"></iframe>'
+    assert "<title>360</title>" in chromium(phone, "--hide-scrollbars", "--dump-dom").stdout
