@@ -11,7 +11,7 @@ from configs import base, debug_supervised
 from supmim_jax.config import Config, EvalConfig, OptimConfig, VQGANConfig, VQGANObjectiveConfig
 
 # Our choices, for 20-pixel images of one channel. The entropy weight is a tenth of MaskGIT's: at
-# 0.1 all codes are used more evenly and images come back worse (docs/results.md).
+# 0.1 all codes are used more evenly and images come back worse (docs/tokens.md).
 TOKENIZER = VQGANConfig(
     filters=32, multipliers=(1, 1, 2), res_blocks=1, groups=4, codes=64, code_dim=16
 )
