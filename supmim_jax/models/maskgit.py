@@ -76,7 +76,7 @@ def _read(path: epath.Path) -> dict:
         raise SetupError(f"The tokenizer {path} cannot be read: {error}") from None
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
         raise SetupError(
-            f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file: {error}. "
+            f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file ({error}). "
             f"Fetch it again; MaskGIT's is a Flax checkpoint in msgpack."
         ) from None
     if not isinstance(tree, dict):
