@@ -92,6 +92,8 @@ img { display: block; width: 100%; height: auto; border-radius: 2px; }
   main { padding: 1rem .8rem 3rem; }
   .neighbours th, .neighbours td { padding: .15rem; font-size: .68rem; }
   .frame { border-width: 2px; }
+  .values { font-size: .8rem; }
+  .values th:first-child { width: 36%; }
 }
 @media print {
   :root { --paper: #fff; --panel: #fff; --text: #000; --soft: #444; --line: #bbb;
