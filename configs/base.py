@@ -113,6 +113,8 @@ def debug(config: Config) -> Config:
             target=PatchCodesConfig(codes=64, normalize="luminance", fit_images=64),
         )
     elif objective.name == "vqgan":
+        size = min(data.image_size, 4 * objective.tokenizer.downsampling)
+        data = dataclasses.replace(data, image_size=size, eval_resize=size)
         objective = dataclasses.replace(
             objective,
             tokenizer=dataclasses.replace(objective.tokenizer, filters=32),
