@@ -15,6 +15,7 @@ from supmim_jax import checkpoint, program
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
 from supmim_jax.data import pipeline, token_cache
+from supmim_jax.metrics import write_json
 from supmim_jax.models import maskgit, patch_codes
 
 FILE = "tokenizer.npz"  # a fitted codebook, kept in the workdir and in token caches
@@ -71,7 +72,7 @@ def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
     if "target" in arrays and cfg.objective.target.name == "patch_codes":
         patch_codes.save(workdir / FILE, arrays["target"]["tokenizer"])
     if cfg.has_tokens:
-        (workdir / IDENTITY).write_text(json.dumps({"sha256": identity(arrays, cfg)}) + "\n")
+        write_json(workdir / IDENTITY, {"sha256": identity(arrays, cfg)})
 
 
 def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:

@@ -8,7 +8,6 @@ with the shards that are missing. Several processes (--distributed) share the sh
 """
 
 import dataclasses
-import json
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ from supmim_jax import commands, frozen, program, sharding
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import pipeline, token_cache
+from supmim_jax.metrics import write_json
 from supmim_jax.models import patch_codes
 
 # ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
@@ -111,9 +111,7 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
         if jax.process_index() == 0:
             if cfg.objective.target.name == "patch_codes":
                 patch_codes.save(directory / frozen.FILE, arrays)
-            part = manifest.with_suffix(".part")
-            part.write_text(json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
-            part.replace(manifest)
+            write_json(manifest, dataclasses.asdict(plan))
     except OSError as error:
         raise SetupError(
             f"--cache {directory} cannot be written: {error}. Choose a directory that you own."

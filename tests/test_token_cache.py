@@ -189,6 +189,12 @@ def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, cha
         pipeline.check(change(with_cache(cfg, cache)))
 
 
+def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
+    monkeypatch.setattr(token_cache.records, "version", lambda _: "9.9.9")
+    with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
+        pipeline.check(with_cache(cfg, cache))
+
+
 def test_what_does_not_touch_the_tokens_may_differ(cfg, cache):
     other = replaced(with_cache(cfg, cache), "objective", mask_ratio=0.7)
     pipeline.check(replaced(other, "optim", lr=0.5))

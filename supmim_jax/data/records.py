@@ -159,6 +159,11 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
         ) from None
 
 
+def version(cfg: DataConfig) -> str:
+    """Of the prepared data set, as tfds names it: another one may have other images."""
+    return str(_builder(cfg).version)
+
+
 def open_training_source(cfg: DataConfig) -> Records:
     """The training split.
 

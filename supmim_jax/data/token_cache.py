@@ -17,6 +17,7 @@ from etils import epath
 
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
+from supmim_jax.data import records
 
 VERSION = 1  # goes up when the same config gives other crops or tokens
 MANIFEST = "manifest.json"
@@ -38,7 +39,8 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
     found = {
         "version": VERSION,
         "seed": cfg.seed,
-        "data": {name: data[name] for name in ("name", "train_split", "train_examples")},
+        "data": {name: data[name] for name in ("name", "train_split", "train_examples")}
+        | {"version": records.version(cfg.data)},
         "augmentation": geometry | {"rand_augment": moves},
         "model": {"patch": cfg.model.patch},
         "tokenizer": tokenizer,

@@ -5,7 +5,6 @@ colours of (seed, epoch, id). A masked-token target is of the geometry alone, so
 a view can be computed once, before training.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -13,6 +12,7 @@ import numpy as np
 
 from supmim_jax.config import DataConfig, SetupError
 from supmim_jax.data import augment
+from supmim_jax.data.token_cache import TokenCache
 
 cv2.setNumThreads(0)  # parallelism is over images
 
@@ -155,7 +155,7 @@ class TrainExample:
     seed: int
     views: int  # that an image's geometry cycles through
     with_target: bool = False  # also the view before colour augmentation
-    tokens: Sequence | None = None  # (view, id) -> uint16 ids L
+    tokens: TokenCache | None = None
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
         epoch, example, record = drawn
