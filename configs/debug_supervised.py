@@ -9,7 +9,6 @@ from configs import base
 from supmim_jax.config import (
     ClassificationConfig,
     Config,
-    DataConfig,
     OptimConfig,
     SupervisedConfig,
     ViTConfig,
@@ -20,7 +19,7 @@ def experiment() -> Config:
     return Config(
         batch_size=64,
         epochs=640,  # 2400 steps
-        data=DataConfig(name="fractals/tiny"),
+        data=base.FRACTALS,
         model=ViTConfig(
             patch=4,
             width=64,

@@ -10,7 +10,7 @@ All values are our choices, made without a search.
 import dataclasses
 
 from configs import base, debug_supervised
-from supmim_jax.config import Config, DataConfig, InitConfig, OptimConfig
+from supmim_jax.config import Config, InitConfig, OptimConfig
 
 
 def experiment() -> Config:
@@ -18,7 +18,7 @@ def experiment() -> Config:
     return dataclasses.replace(
         config,
         epochs=64,  # 240 steps
-        data=DataConfig(name="fractals/tiny", image_size=24),
+        data=dataclasses.replace(config.data, image_size=24),
         model=dataclasses.replace(config.model, position_grid=5),  # of 20 px in patches of 4
         init=InitConfig(checkpoint="runs/supmim", head="keep"),
         optim=OptimConfig(lr=2e-4, weight_decay=0.05, warmup_epochs=5, layer_decay=0.75),

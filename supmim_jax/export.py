@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, commands, program, sharding
-from supmim_jax.config import MeshConfig
+from supmim_jax import checkpoint, commands, inference, sharding
+from supmim_jax.config import MeshConfig, SetupError
 from supmim_jax.formats import files, timm_vit, transformers_vit
 
 WRITERS = {"timm": timm_vit.write, "transformers": transformers_vit.write}
@@ -27,14 +27,19 @@ def export(location: str, to: str, out: Path) -> None:
     """Writes the checkpoint at `workdir` or `workdir@step` in the format `to`.
 
     Raises:
-      SetupError: the checkpoint is missing, or `out` is not free.
+      SetupError: the checkpoint is missing or has no classifier, or `out` is not free.
     """
     files.check_free(out)
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
+    if cfg.objective.name not in ("supervised", "supmim"):
+        raise SetupError(
+            f"--checkpoint {location} is of objective {cfg.objective.name!r}, which trains no "
+            f"classifier of images: export the run that it started from, or another."
+        )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    inference = program.build_inference(cfg, 1, mesh)
-    params = jax.tree.map(np.asarray, checkpoint.restore_params(directory, inference.params))
+    runner = inference.build_inference(cfg, 1, mesh)
+    params = jax.tree.map(np.asarray, checkpoint.restore_params(directory, runner.params))
     tensors, documents = WRITERS[to](params, cfg)
     files.write(out, tensors, documents)
 

@@ -11,7 +11,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, program
+from supmim_jax import checkpoint, inference
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
 from supmim_jax.data import pipeline, token_cache
@@ -111,7 +111,7 @@ def check_cache(cfg: Config, workdir: epath.Path, mesh: Mesh) -> None:
     Where the config names no file (a codebook that is fitted), there is nothing to compare.
     """
     if cfg.tokens.cache and cfg.objective.target.path:
-        like = program.build_tokenizer(cfg, mesh.size, mesh).arrays
+        like = inference.build_tokenizer(cfg, mesh.size, mesh).arrays
         token_cache.open_cache(cfg, digest(tokenizer(cfg, workdir, like)))
 
 

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, optim, program, sharding
+from supmim_jax import checkpoint, commands, inference, optim, sharding
 from supmim_jax.config import Config, MeshConfig, SetupError, SupervisedConfig
 from supmim_jax.configdict import from_configdict, to_configdict
 from supmim_jax.formats import augreg, equivalents, files, timm_vit, transformers_vit
@@ -42,7 +42,7 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
         found = READERS[source](documents, file)
     cfg = combine(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = program.build_inference(cfg, 1, mesh).params
+    like = inference.build_inference(cfg, 1, mesh).params
     params = from_foreign(arrays, found.layout, like, file)
     params = equivalents.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:

@@ -14,7 +14,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, commands, frozen, metrics, program, sharding
+from supmim_jax import checkpoint, commands, frozen, inference, metrics, program, sharding
 from supmim_jax.config import Config, MeshConfig, SetupError
 from supmim_jax.data import pipeline
 from supmim_jax.models.vit import patchify, pixels, unpatchify
@@ -26,7 +26,7 @@ class Restored:
     """A checkpoint with its tokenizer; no `objective` where the tokenizer is what was trained."""
 
     cfg: Config
-    tokenizer: program.BoundTokenizer
+    tokenizer: inference.BoundTokenizer
     objective: SupMIM | None
 
 
@@ -56,7 +56,7 @@ def restore(location: str) -> Restored:
     workdir, mesh = directory.parent.parent, one_device()
     if cfg.objective.name != "vqgan" and not cfg.has_tokens:
         raise SetupError(f"{location} is a {cfg.objective.name!r} run without image tokens.")
-    tokens = program.build_tokenizer(cfg, 1, mesh)
+    tokens = inference.build_tokenizer(cfg, 1, mesh)
     if cfg.objective.name == "vqgan":
         params = checkpoint.restore_params(directory, {"tokenizer": tokens.arrays})
         return Restored(cfg, tokens.bind(params), None)
@@ -65,7 +65,7 @@ def restore(location: str) -> Restored:
     params = checkpoint.restore_params(directory, prog.state.params)
     fixed = {"target": {"tokenizer": arrays}} if prog.frozen else {}
     objective = nnx.merge(prog.graph, params, {}, fixed)
-    return Restored(cfg, program.BoundTokenizer(tokens, arrays), objective)
+    return Restored(cfg, inference.BoundTokenizer(tokens, arrays), objective)
 
 
 def one_device() -> Mesh:

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, program, sharding
+from supmim_jax import checkpoint, commands, evals, inference, sharding
 from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
 from supmim_jax.configdict import from_configdict, section, to_configdict
 from supmim_jax.evals.results import Results
@@ -85,13 +85,14 @@ class Report:
 
 
 @dataclass(frozen=True)
-class WithoutClassifier:
-    """An encoder whose classifier is of other classes than the data it is measured on."""
+class WithoutHeads:
+    """An encoder with heads of other classes than the data that it is measured on."""
 
     encoder: Encoder
+    hidden: tuple[str, ...]  # fields of Features
 
     def features(self, images: jax.Array) -> Features:
-        return self.encoder.features(images)._replace(logits=None)
+        return self.encoder.features(images)._replace(**dict.fromkeys(self.hidden))
 
 
 def probe(
@@ -113,12 +114,12 @@ def probe(
     mesh = sharding.make_mesh(asked.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
-    subject = program.build_evaluation(run, batch_size, mesh)
+    subject = inference.build_evaluation(run, batch_size, mesh)
     model = subject.bind(checkpoint.restore_params(directory, subject.params))
 
     data = asked.data.over(run.data)
-    if classes_of(data) != classes_of(run.data):
-        model = WithoutClassifier(model)
+    if hidden := unknown_heads(run.data, data):
+        model = WithoutHeads(model, hidden)
     cfg = dataclasses.replace(
         run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
     )
@@ -126,9 +127,13 @@ def probe(
     return Report(directory, run, checkpoint.read_run(directory), asked, data, mesh, results)
 
 
-def classes_of(data: DataConfig) -> tuple:
-    """What must be equal for a classifier to know the classes of these data."""
-    return data.name, data.label_field, data.num_classes
+def unknown_heads(run: DataConfig, data: DataConfig) -> tuple[str, ...]:
+    """The outputs of the run's heads that say nothing about classes of `data`."""
+    classes = {
+        "logits": lambda cfg: (cfg.name, cfg.label_field, cfg.num_classes),
+        "masks": lambda cfg: (cfg.name, cfg.masks),
+    }
+    return tuple(output for output, of in classes.items() if of(run) != of(data))
 
 
 def own(run: Config) -> ProbeConfig:

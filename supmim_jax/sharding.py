@@ -27,6 +27,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"(^|/)(embed|head|output)/kernel$", ("fsdp", None)),
     # Convolutions (height, width, in, out): out, or in where out are the channels of an image.
     (r"(blocks/\d+/\w+|conv_in|upsample/\d+|layers/\d+)/kernel$", (None, None, None, "fsdp")),
+    (r"segmenter/conv\d/kernel$", (None, None, None, "fsdp")),
     (r"(^|/)(conv_out|logit)/kernel$", (None, None, "fsdp", None)),
     (r"(^|/)codebook$", ("fsdp", None)),
     (r"/(bias|scale|scale1|scale2)$", ()),

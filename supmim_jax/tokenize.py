@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, frozen, program, sharding
+from supmim_jax import commands, frozen, inference, sharding
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import pipeline, token_cache
@@ -54,7 +54,7 @@ def tokenize(
     cfg = dataclasses.replace(cfg, tokens=TokensConfig(views=views))
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
-    prog = program.build_tokenizer(cfg, batch_size, mesh)
+    prog = inference.build_tokenizer(cfg, batch_size, mesh)
     pipeline.check(cfg)
     arrays = frozen.tokenizer(cfg, directory, prog.arrays)
     plan = token_cache.Plan(
@@ -66,7 +66,7 @@ def tokenize(
         records_per_shard=records_per_shard,
     )
     _begin(directory, plan, cfg, arrays)
-    bound = program.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
+    bound = inference.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
     progress = Progress(plan, directory)
     for index in range(jax.process_index(), plan.shards, jax.process_count()):
         path, records = plan.path(directory, index), plan.shard(index)
@@ -76,7 +76,7 @@ def tokenize(
 
 
 def encoded(
-    bound: program.BoundTokenizer, cfg: Config, records: range, batch_size: int, mesh: Mesh
+    bound: inference.BoundTokenizer, cfg: Config, records: range, batch_size: int, mesh: Mesh
 ) -> Iterator[np.ndarray]:
     """uint16 ids L of each record in turn; the next batch is under way while one is handed out."""
     rows = jax.NamedSharding(mesh, sharding.BATCH)

@@ -18,6 +18,7 @@ from supmim_jax import (
     environment,
     evals,
     frozen,
+    inference,
     program,
     sharding,
     start,
@@ -36,11 +37,11 @@ MAY_CHANGE = (
     "config.tokens.cache:",  # the same tokens elsewhere, or made in the step: frozen.check_kept
     "config.objective.target.path:",
     "config.data.data_dir:",
-    "config.data.mask_field:",
     "config.data.workers:",
     "config.data.threads:",
     "config.data.prefetch:",
 )
+MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
 
 
 def train(
@@ -64,7 +65,7 @@ def train(
     """
     mesh = sharding.make_mesh(cfg.mesh, devices)
     prog = program.build(cfg, mesh)
-    subject = program.build_evaluation(cfg, cfg.eval.batch_size, mesh)
+    subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     pipeline.check(cfg)
     workdir = epath.Path(workdir)
     check_workdir(workdir, cfg)
@@ -151,7 +152,7 @@ def check_workdir(workdir: epath.Path, cfg: Config) -> None:
     changed = [
         difference
         for difference in differences(found, to_configdict(cfg).to_dict())
-        if not difference.startswith(MAY_CHANGE)
+        if not difference.startswith(MAY_CHANGE + (() if cfg.needs_masks else MASKS))
     ]
     if changed:
         raise SetupError(

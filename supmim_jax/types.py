@@ -28,7 +28,7 @@ class Batch:
     # crops without it, uint8 BxHxWxC.
     target: jax.Array | None = None
     tokens: jax.Array | None = None  # uint16 BxL, ids from a token cache
-    mask: jax.Array | None = None  # int32 BxHxW, a class per pixel as the data set numbers them
+    masks: jax.Array | None = None  # int32 BxHxW, a class per pixel, or IGNORED
 
 
 @struct.dataclass
@@ -42,11 +42,12 @@ class TrainState:
 
 
 class Features(NamedTuple):
-    """What evaluators see of an encoder; `logits` is None where there is no classifier."""
+    """What evaluators see of an encoder, and of the heads that were trained with it."""
 
     pooled: jax.Array  # float32 BxD
     tokens: jax.Array  # float32 BxHxWxD
-    logits: jax.Array | None  # float32 BxV, V classes
+    logits: jax.Array | None = None  # float32 BxV of a classifier of V classes
+    masks: jax.Array | None = None  # int32 BxHxW of a segmenter: the class of each pixel
 
 
 class Encoder(Protocol):

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from supmim_jax import checkpoint, program, sharding
+from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -129,7 +129,7 @@ def make_params(cfg: Config, seed: int = 0) -> dict:
             x *= 0.02
         return x.astype(np.float32)
 
-    params = program.build_inference(cfg, 1, mesh).params
+    params = inference.build_inference(cfg, 1, mesh).params
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
@@ -137,4 +137,4 @@ def make_features(cfg: Config, params: dict, images: np.ndarray):
     """What our inference program makes of uint8 images."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.default_matmul_precision("highest"):
-        return program.build_inference(cfg, len(images), mesh).features(params, images)
+        return inference.build_inference(cfg, len(images), mesh).features(params, images)

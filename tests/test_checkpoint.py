@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
 
-from supmim_jax import checkpoint, program, sharding
+from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import MeshConfig, SetupError
 
 
@@ -76,9 +76,9 @@ def test_another_architecture_is_refused(cfg, saved, one_device, changes, messag
     with pytest.raises(SetupError, match=message) as error:
         checkpoints.restore(1, program.build(other, one_device).state)
     assert "Use the config that is saved beside it" in str(error.value)
-    inference = program.build_inference(other, 16, one_device)
+    runner = inference.build_inference(other, 16, one_device)
     with pytest.raises(SetupError, match=message.replace("params/", "")):
-        checkpoint.restore_params(checkpoints.directory / "1", inference.params)
+        checkpoint.restore_params(checkpoints.directory / "1", runner.params)
 
 
 def test_a_misspelt_or_missing_subtree_is_refused(saved, one_device):
@@ -90,8 +90,8 @@ def test_a_misspelt_or_missing_subtree_is_refused(saved, one_device):
 
 def test_the_encoder_alone_is_restored_exactly(cfg, saved, one_device):
     _, state, checkpoints = saved
-    inference = program.build_inference(cfg, 16, one_device)
-    params = checkpoint.restore_params(checkpoints.directory / "1", inference.params)
+    runner = inference.build_inference(cfg, 16, one_device)
+    params = checkpoint.restore_params(checkpoints.directory / "1", runner.params)
     assert same(params, {name: state.params[name] for name in ("encoder", "head")})
 
 
@@ -118,7 +118,7 @@ def test_a_step_that_is_being_written_does_not_exist_yet(saved):
 
 def test_a_checkpoint_that_was_cut_off_is_named(cfg, saved, one_device):
     directory = saved[2].directory / "1"
-    like = program.build_inference(cfg, 16, one_device).params
+    like = inference.build_inference(cfg, 16, one_device).params
     arrays = sorted((directory / "state").glob("ocdbt.*/d"))[0].relative_to(directory)
     for name in (arrays, "state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
         path = directory / name

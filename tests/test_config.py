@@ -44,9 +44,13 @@ def test_a_config_comes_back_through_the_door(objective):
         ("seed", True, "config.seed is True of type bool; it must be int"),
         ("batch_size", 0, "config.batch_size is 0; it must be 1 or more"),
         ("model", 5, "config.model is 5, but it is a section (ViTConfig)"),
-        ("eval.which", ["knn", "top5"], "config.eval.which[1] is 'top5'; known are 'top1', 'knn'"),
+        (
+            "eval.which",
+            ["knn", "top5"],
+            "config.eval.which[1] is 'top5'; known are 'top1', 'miou', 'knn'",
+        ),
         ("eval.which", [], "config.eval.which is []; it must be a tuple of one or more entries"),
-        ("eval.which", ["segmentation"], "'segmentation', but data.mask_field is empty"),
+        ("eval.which", ["segmentation"], "'segmentation', but data.masks.field is empty"),
         ("eval.knn.ks", (5, 0), "config.eval.knn.ks[1] is 0; it must be 1 or more"),
     ],
 )

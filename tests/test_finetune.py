@@ -10,7 +10,7 @@ from conftest import make_batch, make_frozen
 from flax import nnx
 from PIL import Image
 
-from supmim_jax import checkpoint, program, sharding, start
+from supmim_jax import checkpoint, inference, program, sharding, start
 from supmim_jax.config import (
     Config,
     ConfigError,
@@ -80,10 +80,10 @@ def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source
     workdir, theirs = source
     images = make_batch(cfg).views[0]
     cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
-    inference = program.build_inference(cfg, 16, one_device)
+    runner = inference.build_inference(cfg, 16, one_device)
     state = start.state(cfg, program.build(cfg, one_device))
-    ours = inference.bind(state.params).features(images)
-    before = inference.features({name: theirs[name] for name in inference.params}, images)
+    ours = runner.bind(state.params).features(images)
+    before = runner.features({name: theirs[name] for name in runner.params}, images)
     assert same(ours, before) and np.ptp(ours.logits) > 0
 
 

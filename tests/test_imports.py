@@ -10,13 +10,14 @@ LAYERS = [
     {"config", "configdict", "types", "hlo", "environment"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "formats"},
-    {"program", "checkpoint", "evals", "commands"},
+    {"inference", "checkpoint", "evals", "commands"},
+    {"program"},
     {"frozen", "start"},
     {"train", "probe", "picture", "tokenize", "bench", "export", "import_weights"},
     {"report"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
-APART = {("evals", "objectives"), ("evals", "program")}
+APART = {("evals", "objectives"), ("evals", "inference")}
 
 
 def imports(path: Path) -> set[str]:

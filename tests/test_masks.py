@@ -13,13 +13,14 @@ from supmim_jax.config import (
     DataConfig,
     EvalConfig,
     HeadTrainingConfig,
+    MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
     RetrievalConfig,
     SegmentationConfig,
     SetupError,
 )
-from supmim_jax.data import fractals, pipeline, records, transforms
+from supmim_jax.data import crops, decode, fractals, pipeline, records
 
 ONE = jax.devices()[:1]
 
@@ -64,20 +65,21 @@ def shapes_dir(tmp_path_factory) -> str:
 
 def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
     """Twice the size, so that a mask that is not in place would show."""
-    data = dataclasses.replace(cfg.data, mask_field="segmentation", image_size=40, eval_resize=48)
+    masks = MasksConfig(field="segmentation")
+    data = dataclasses.replace(cfg.data, masks=masks, image_size=40, eval_resize=48)
     cfg = dataclasses.replace(cfg, data=data)
     (first, *_), (other, *_) = (
         list(pipeline.masked_dataset(cfg, "train[:70]", mesh))
         for mesh in (one_device, program.sharding.make_mesh(cfg.mesh))
     )
-    assert first.mask.shape == (64, 40, 40) and first.mask.dtype == np.int32
-    assert (np.asarray(first.mask) == np.asarray(other.mask)).all()
+    assert first.masks.shape == (64, 40, 40) and first.masks.dtype == np.int32
+    assert (np.asarray(first.masks) == np.asarray(other.masks)).all()
     expected = fractals.render(fractals.SPECS["tiny"], "train", range(64))["segmentation"]
     doubled = expected.repeat(2, axis=1).repeat(2, axis=2)[:, 4:-4, 4:-4]
-    assert (np.asarray(first.mask) == doubled).all()
+    assert (np.asarray(first.masks) == doubled).all()
     plain = next(pipeline.eval_dataset(cfg, "train[:70]", one_device))
     assert (np.asarray(first.views[0]) == np.asarray(plain.views[0])).all()
-    assert plain.mask is None
+    assert plain.masks is None
 
 
 @pytest.mark.parametrize(("height", "width", "resize"), [(60, 80, 30), (33, 50, 40), (90, 61, 35)])
@@ -85,9 +87,9 @@ def test_a_mask_is_moved_as_its_image_is(height, width, resize):
     cfg = DataConfig(channels=1, image_size=24, eval_resize=resize)
     mask = np.zeros((height, width), np.uint16)
     mask[height // 3 :, width // 4 : -width // 4] = 1000
-    moved = transforms.eval_mask(mask, cfg)
+    moved = crops.eval_mask(mask, cfg)
     assert moved.dtype == np.uint16 and set(np.unique(moved)) == {0, 1000}
-    image = transforms.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
+    image = crops.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
     sure = (image < 20) | (image > 180)
     assert ((image > 100) == (moved > 0))[sure].all() and sure.mean() > 0.8
     differs = np.flatnonzero(((image > 100) != (moved > 0)).any(axis=0))
@@ -95,11 +97,11 @@ def test_a_mask_is_moved_as_its_image_is(height, width, resize):
 
 
 def test_a_mask_that_is_none_is_refused():
-    image = np.zeros((10, 12, 1), np.uint8)
+    cfg = DataConfig(name="set", masks=MasksConfig(field="mask"))
     other = cv2.imencode(".png", np.zeros((12, 10), np.uint8))[1].tobytes()
     for encoded, message in ((b"x", "mask is 1 bytes, but"), (other, r"of shape \(12, 10\), but")):
         with pytest.raises(SetupError, match=rf"set record 3: the {message}|{message}"):
-            transforms.decode_mask(encoded, image, "set record 3")
+            decode.decode_mask({"mask": encoded}, (10, 12), cfg, 3)
 
 
 def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
@@ -111,7 +113,7 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
         eval_split="test",
         num_classes=6,
         label_field="class_id",
-        mask_field="annotation",
+        masks=MasksConfig(field="annotation", num_classes=2, ignore=0, offset=-1),
         eval_resize=20,
     )
     evaluations = EvalConfig(
@@ -119,9 +121,6 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
         which=("top1", "retrieval", "segmentation"),
         retrieval=RetrievalConfig(recalls=(1, 29)),
         segmentation=SegmentationConfig(
-            num_classes=2,
-            ignore=0,
-            offset=-1,
             heads=("linear",),
             training=HeadTrainingConfig(steps=150, learning_rate=0.03),
         ),
@@ -144,10 +143,6 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
     again = probe.probe(initial, unlabelled, devices=ONE).results
     assert again.metrics == pytest.approx({name: found[name] for name in again.metrics}, abs=0.1)
     assert len(again.metrics) == 2 and again.details["segmentation"]["trained_on"] == 48
-    wrong = dataclasses.replace(evaluations.segmentation, ignore=-1)
+    wrong = dataclasses.replace(data, masks=dataclasses.replace(data.masks, ignore=-1))
     with pytest.raises(SetupError, match=r"has pixels of \[0\]; expected are 1 to 2"):
-        probe.probe(
-            initial,
-            dataclasses.replace(asked, eval=dataclasses.replace(evaluations, segmentation=wrong)),
-            devices=ONE,
-        )
+        probe.probe(initial, dataclasses.replace(asked, data=wrong), devices=ONE)

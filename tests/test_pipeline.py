@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from supmim_jax import sharding
 from supmim_jax.config import ConfigError, DataConfig, MeshConfig, SetupError
-from supmim_jax.data import augment, pipeline, records, transforms
+from supmim_jax.data import augment, crops, decode, pipeline, records, transforms
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 PHOTO = cv2.resize(NOISE, (80, 60), interpolation=cv2.INTER_CUBIC) // 2 + 40  # low contrast
@@ -68,8 +68,8 @@ def test_batches_are_the_same_on_any_mesh_and_after_a_restart(cfg, one_device):
 
 def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device, monkeypatch):
     decoded = []
-    decode = transforms.decode
-    monkeypatch.setattr(transforms, "decode", lambda *a: (decoded.append(1), decode(*a))[1])
+    decoding = transforms.decode_image
+    monkeypatch.setattr(transforms, "decode_image", lambda *a: (decoded.append(1), decoding(*a))[1])
     cfg = dataclasses.replace(cfg, epochs=20)
     next(pipeline.train_dataset(cfg, one_device))
     time.sleep(1.0)
@@ -164,29 +164,30 @@ def test_colour_augmentation_does_not_move_the_geometry():
 
 def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
     cfg = DataConfig(channels=3, image_size=8, eval_resize=8, crop="inception", min_crop_area=0.5)
-    height, width = np.mgrid[0:60, 0:80]
-    places = np.stack([height * 4, width * 3, height * 0], -1).astype(np.uint8)
-    crops = [
-        transforms.inception_crop(places, cfg, transforms.generator(0, 0, i, transforms.GEOMETRY))
-        for i in range(300)
-    ]
-    rows = np.array([(c[-1, 0, 0].astype(int) - c[0, 0, 0]) / 4 * 8 / 7 for c in crops])
-    columns = np.array([(c[0, -1, 1].astype(int) - c[0, 0, 1]) / 3 * 8 / 7 for c in crops])
-    share = rows * columns / 4800
-    assert share.min() > 0.45 and share.max() > 0.85 and 0.6 < share.mean() < 0.8
-    assert min(c[0, 0, 0] for c in crops) < 20 and max(c[-1, -1, 0] for c in crops) > 215
+    boxes = []
+    for i in range(300):
+        rng = transforms.generator(0, 0, i, transforms.GEOMETRY)
+        extent, box = crops.inception_crop(60, 80, cfg, rng)
+        assert extent == (60, 80)
+        boxes.append(box)
+    top, left, height, width = np.array(boxes).T
+    share, aspect = height * width / 4800, width / height
+    assert 0.49 < share.min() < 0.55 and share.max() > 0.9 and 0.6 < share.mean() < 0.8
+    assert 0.72 < aspect.min() < 0.85 and 1.2 < aspect.max() < 1.36
+    assert (top.min(), left.min()) == (0, 0)
+    assert ((top + height).max(), (left + width).max()) == (60, 80)
 
 
 def test_eval_images_are_the_centre_of_the_resized_image():
     cfg = DataConfig(channels=3, image_size=20, eval_resize=30)
-    image = transforms.eval_image(PHOTO, cfg)
-    assert (image == transforms.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
+    image = crops.eval_image(PHOTO, cfg)
+    assert (image == crops.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
 
 
 def test_undecodable_bytes_are_named():
     for encoded in (b"", b"not an image"):
         with pytest.raises(SetupError, match=r"set record 7: \d+ bytes are not an image"):
-            transforms.decode(encoded, 3, "set record 7")
+            decode.decode_image({"image": encoded}, DataConfig(name="set"), 7)
 
 
 @pytest.mark.parametrize("name", [*augment.GEOMETRY, *augment.COLOUR])

@@ -21,6 +21,7 @@ from supmim_jax.config import (
     HeadTrainingConfig,
     KNNConfig,
     LinearProbeConfig,
+    MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
@@ -50,7 +51,7 @@ FITTED = {
 def run(cfg):
     """A run whose evaluation is all that there is."""
     data = dataclasses.replace(
-        cfg.data, eval_split="validation[:120]", mask_field="segmentation", flip=False
+        cfg.data, eval_split="validation[:120]", masks=MasksConfig(field="segmentation"), flip=False
     )
     return dataclasses.replace(cfg, data=data, eval=EVERYTHING)
 
@@ -75,7 +76,7 @@ def test_training_and_probes_on_1_and_8_devices_agree(run, tmp_path):
 def test_a_probe_measures_what_it_is_asked_for_and_writes_it_down(run, initial):
     fewer = dataclasses.replace(EVERYTHING, which=("linear", "segmentation", "few_shot"))
     data = ProbeDataConfig(
-        train_split="train[:64]", eval_split="test[:50]", mask_field="segmentation"
+        train_split="train[:64]", eval_split="test[:50]", masks=MasksConfig(field="segmentation")
     )
     report = probe.probe(initial, ProbeConfig(data=data, eval=fewer), devices=ONE)
     path = probe.save(report, "mine")
@@ -152,7 +153,7 @@ def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, d
         (["--config=configs/probes/cifar100.py:x"], "argument 'x' is unknown"),
         (
             ["--config=configs/probes/fractals.py", "--config.eval.which=('knn','lineer')"],
-            "config.eval.which[1] is 'lineer'; known are 'top1', 'knn'",
+            "config.eval.which[1] is 'lineer'; known are 'top1', 'miou', 'knn'",
         ),
     ],
 )
@@ -163,14 +164,18 @@ def test_a_mistake_is_answered_by_a_paragraph(arguments, message):
 
 REFUSED = (
     (
-        {"mask_field": "segmentation"},
-        {"segmentation": SegmentationConfig(num_classes=5)},
-        r"num_classes=5, offset=0 and ignore=-1, but 'segmentation' of 'fractals/tiny' has "
-        r"pixels of \[5, 6, .*; expected are 0 to 4",
+        {"masks": MasksConfig(field="segmentation", num_classes=5)},
+        {},
+        r"num_classes=5, offset=0 and ignore=-1, but 'segmentation' has "
+        r"pixels of \[\d.*; expected are 0 to 4",
     ),
-    ({}, {}, "eval.which has 'segmentation', but data.mask_field is empty"),
-    ({"mask_field": "label"}, {}, "mask_field is 'label', which is no image"),
-    ({"mask_field": "m"}, {}, "no feature 'm', the config.data.mask_field; it has id, image"),
+    ({}, {}, "eval.which has 'segmentation', but data.masks.field is empty"),
+    ({"masks": MasksConfig(field="label")}, {}, "masks.field is 'label', which is no image"),
+    (
+        {"masks": MasksConfig(field="m")},
+        {},
+        "no feature 'm', the config.data.masks.field; it has id, image",
+    ),
     ({"label_field": "c"}, {"which": ("knn",)}, "no feature 'c', the config.data.label_field"),
     ({"num_classes": 9}, {"which": ("knn",)}, r"num_classes is 9, but .* has 30 classes"),
     ({"eval_resize": 10}, {"which": ("knn",)}, "eval_resize is 10, but the centre crop needs"),
@@ -204,6 +209,6 @@ def test_every_probe_config_fits_its_data_set_and_any_run(name, cfg):
     dataclasses.replace(cfg, data=data, eval=asked.eval)  # raises what does not fit together
     features = dict(tfds.builder(data.name, data_dir=data.data_dir or None).info.features)
     if "segmentation" in asked.eval.which:
-        assert isinstance(features[data.mask_field], tfds.features.Image)
+        assert isinstance(features[data.masks.field], tfds.features.Image)
     if set(asked.eval.which) - {"segmentation"}:
         assert features[data.label_field].num_classes == data.num_classes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import make_frozen
 
-from supmim_jax import checkpoint, program, sharding
+from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import ConfigError, MeshConfig, OptimConfig
 from supmim_jax.data import pipeline
 from supmim_jax.types import Batch
@@ -111,15 +111,15 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
         checkpoints.save(state, run_cfg, {"position": 0, "seconds": 0.0})
         checkpoints.close()
         found = checkpoint.locate(str(directory))
-        inference = program.build_inference(checkpoint.read_config(found), 16, one_device)
-        params = checkpoint.restore_params(found, inference.params)
+        runner = inference.build_inference(checkpoint.read_config(found), 16, one_device)
+        params = checkpoint.restore_params(found, runner.params)
         assert set(params) == {"encoder", "head"}
-        lowered = inference.features.lower(params, inference.images)
+        lowered = runner.features.lower(params, runner.images)
         programs.append(canonical(lowered.compile().as_text()))
     assert "fusion" in programs[0] and "metadata" not in programs[0]
     assert programs[0] == programs[1]
     wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mlp_dim=96))
-    other = program.build_inference(wider, 16, one_device)
+    other = inference.build_inference(wider, 16, one_device)
     text = other.features.lower(other.params, other.images).compile().as_text()
     assert canonical(text) != programs[0]
 
@@ -127,6 +127,6 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
 def test_building_touches_no_device(cfg, one_device):
     live = {id(x) for x in jax.live_arrays()}
     program.build(cfg, one_device)
-    program.build_inference(cfg, 16, one_device)
+    inference.build_inference(cfg, 16, one_device)
     assert not [x for x in jax.live_arrays() if id(x) not in live and x.size > 1]
     assert isinstance(program.build(cfg, one_device).batch, Batch)

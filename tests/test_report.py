@@ -15,16 +15,20 @@ import jax
 import numpy as np
 import pytest
 
-from supmim_jax import checkpoint, program, sharding
+from supmim_jax import checkpoint, inference, sharding
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     DecoderConfig,
     EvalConfig,
+    HeadTrainingConfig,
     LogConfig,
+    MasksConfig,
     MeshConfig,
     PatchCodesConfig,
+    SegmentationConfig,
+    SegmentationObjectiveConfig,
     SetupError,
     SupMIMConfig,
     ViTConfig,
@@ -38,6 +42,7 @@ from supmim_jax.report.page import render
 from supmim_jax.train import train
 
 HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/ onerror=alert(1)>'
+QUICK = SegmentationConfig(heads=("linear",), training=HeadTrainingConfig(steps=20))
 VOID = {"img", "link", "meta"}
 CHROMIUM = shutil.which("chromium")
 
@@ -76,13 +81,18 @@ def run(data_dir, tmp_path_factory) -> Path:
     """A SupMIM run of 4 steps with its page, and a file of further evaluations."""
     cfg = Config(
         batch_size=16,
-        data=DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64),
+        data=DataConfig(
+            data_dir=data_dir,
+            train_split="train[:64]",
+            train_examples=64,
+            masks=MasksConfig(field="segmentation"),
+        ),
         model=ViTConfig(width=16, depth=1, mlp_dim=32),
         objective=SupMIMConfig(
             decoder=DecoderConfig(width=16, mlp_dim=32),
             target=PatchCodesConfig(codes=16, fit_images=64),
         ),
-        eval=EvalConfig(batch_size=64, every=2),
+        eval=EvalConfig(batch_size=64, every=2, segmentation=QUICK),
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=2),
     )
@@ -129,7 +139,8 @@ def test_sections_are_there_and_can_be_reached_and_read(page):
     anchors = [a["href"].removeprefix("#") for a, _ in page.all("a")]
     assert anchors == [a["id"] for a, _ in page.all("section")]
     assert anchors == [
-        *("curves", "evaluations", "neighbours", "predictions", "tokens", "config", "environment")
+        *("curves", "evaluations", "neighbours", "predictions", "tokens", "segmentation"),
+        *("config", "environment"),
     ]
     assert [text for _, text in page.all("h1")] == ["a run"]
     assert all(len(a["alt"]) > 5 for a, _ in page.all("img"))
@@ -151,13 +162,13 @@ def test_the_numbers_are_those_of_the_files(run, page):
 
 def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    inference = program.build_inference(report.cfg, 64, mesh)
-    params = checkpoint.restore_params(checkpoint.locate(str(run)), inference.params)
+    runner = inference.build_inference(report.cfg, 64, mesh)
+    params = checkpoint.restore_params(checkpoint.locate(str(run)), runner.params)
     splits = [
         next(pipeline.eval_dataset(report.cfg, s, mesh)) for s in ("validation", "train[:64]")
     ]
     queries, bank = (
-        np.asarray(inference.features(params, x.views[0]).pooled, np.float64) for x in splits
+        np.asarray(runner.features(params, x.views[0]).pooled, np.float64) for x in splits
     )
     queries, bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries[:8], bank))
     index = np.argsort(-(queries @ bank.T), axis=1)[:, :6]
@@ -207,6 +218,40 @@ def test_a_tokenizer_run_has_its_reconstructions(data_dir, tmp_path):
     assert anchors == ["curves", "evaluations", "predictions", "config", "environment"]
     psnr = json.loads((tmp_path / "results.json").read_text())["psnr"]
     assert float(page.all("data")[0][0]["value"]) == psnr and len(page.all("img")) == 16
+
+
+def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, tmp_path):
+    """Every picture of a prediction is the class that the restored model names, over the image."""
+    masks = MasksConfig(field="segmentation")
+    data = DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64, masks=masks)
+    cfg = Config(
+        batch_size=16,
+        data=data,
+        model=ViTConfig(width=16, depth=1, mlp_dim=32),
+        objective=SegmentationObjectiveConfig(head="linear"),
+        eval=EvalConfig(batch_size=64, which=("miou",)),
+    )
+    train(cfg, tmp_path, devices=jax.devices()[:1])
+    report = gather(str(tmp_path))
+    page = Page(render(report))
+    anchors = [a["id"] for a, _ in page.all("section")]
+    assert anchors == [
+        *("curves", "evaluations", "tokens", "segmentation", "config", "environment")
+    ]
+    found = report.measured.segmented
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    runner = inference.build_inference(cfg, 64, mesh)
+    params = checkpoint.restore_params(checkpoint.locate(str(tmp_path)), runner.params)
+    batch = next(pipeline.masked_dataset(cfg, "validation", mesh))
+    predicted = np.asarray(runner.bind(params).features(batch.views[0]).masks)[:8]
+    assert (found.predictions == predicted).all() and len(found.masks) == 8
+    assert (found.masks == np.asarray(batch.masks)[:8]).all()
+    text = " ".join(text for a, text in page.all("section") if a["id"] == "segmentation")
+    assert "the head that was trained with the encoder" in text
+    drawn = {a["src"] for a, _ in page.all("img")}
+    for image, mask in zip(found.images, predicted, strict=True):
+        picture = pictures.overlaid(image[None], mask[None], 0)[0]
+        assert pictures.image(picture, "").split('src="')[1].split('"')[0] in drawn
 
 
 def test_what_is_missing_or_broken_is_refused_and_the_page_left_as_it_was(run, html, tmp_path):

@@ -37,12 +37,12 @@ def test_components_are_those_of_the_covariance_with_fixed_signs():
 
 
 def test_segmentation_is_drawn_from_arrays():
-    masks = np.array([[[0, 1], [2, 255]]])
+    masks = np.array([[[0, 1], [2, -1]]])
     images = np.full((1, 2, 2, 3), 100, np.uint8)
-    found = Segmented(images, masks, np.array([[[0, 1], [1, 0]]]), ["ground", "<a>", "b"], 255)
+    found = Segmented(images, masks, np.array([[[0, 1], [1, 0]]]), ["ground", "<a>", "b"], "it")
     text = views.segmentation(found).content
     assert "67 % of pixels agree; &lt;a&gt;, b" in text and text.count("data:image/png") == 3
-    drawn = pictures.overlaid(images, masks, 255)[0]
+    drawn = pictures.overlaid(images, masks, 0)[0]
     assert (drawn[0, 0] == 100).all() and (drawn[1, 1] == 100).all()
     assert (drawn[0, 1] != drawn[1, 0]).any() and (drawn[0, 1] != 100).any()
 

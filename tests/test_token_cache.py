@@ -9,7 +9,7 @@ import pytest
 from conftest import make_frozen
 from etils import epath
 
-from supmim_jax import frozen, program, sharding, tokenize
+from supmim_jax import frozen, inference, program, sharding, tokenize
 from supmim_jax.config import ConfigError, SetupError, TokensConfig, VQGANConfig
 from supmim_jax.data import pipeline, token_cache
 from supmim_jax.train import train
@@ -44,7 +44,7 @@ def steps(cfg, device, codes) -> tuple[list, list]:
     """Losses and tokens of every step of the run."""
     built = program.build(cfg, device)
     state, losses, tokens = built.init(jax.random.key(0)), [], []
-    tokenizer = program.build_tokenizer(cfg, cfg.batch_size, device)
+    tokenizer = inference.build_tokenizer(cfg, cfg.batch_size, device)
     for batch in pipeline.train_dataset(cfg, device):
         if batch.tokens is None:
             image = batch.views[0] if batch.target is None else batch.target

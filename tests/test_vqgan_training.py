@@ -9,7 +9,7 @@ import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
 
-from supmim_jax import checkpoint, frozen, picture, probe, program, sharding
+from supmim_jax import checkpoint, frozen, inference, picture, probe, program, sharding
 from supmim_jax.config import (
     AdversarialConfig,
     ConfigError,
@@ -184,14 +184,14 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     arrays = frozen.arrays(run, tmp_path, built.frozen)
     state = built.init(jax.random.key(0))
     model = nnx.merge(built.graph, state.params, state.moving, arrays)
-    inference = program.build_inference(cfg, 16, one_device)
+    runner = inference.build_inference(cfg, 16, one_device)
     directory = checkpoint.locate(str(tmp_path / "encoder"))
-    params = checkpoint.restore_params(directory, inference.params)
+    params = checkpoint.restore_params(directory, runner.params)
     batch = make_batch(run)
     images = jnp.asarray(batch.views[0]) / 127.5 - 1.0
 
     def tokens(x):  # through uint8, as evaluators see images
-        grid = inference.features(params, x).tokens.reshape(16, 25, -1)
+        grid = runner.features(params, x).tokens.reshape(16, 25, -1)
         return grid / jnp.linalg.norm(grid, axis=-1, keepdims=True)
 
     fake = model.tokenizer.decode(model.tokenizer.encode(images))

@@ -10,9 +10,9 @@ from supmim_jax.config import (
     ConfigError,
     EvalConfig,
     FewShotConfig,
+    MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
-    SegmentationConfig,
 )
 from supmim_jax.data.fractals import SPECS
 
@@ -28,12 +28,11 @@ def get_config(arg: str = ""):
         eval_split="validation",
         num_classes=spec.num_classes,
         label_field="label",
-        mask_field="segmentation",
+        masks=MasksConfig(field="segmentation", num_classes=spec.num_classes + 1),  # 0: ground
     )
     evaluations = EvalConfig(
         which=("top1", "knn", "retrieval", "linear", "few_shot", "segmentation"),
         knn=base.KNN_SWEEP,
         few_shot=FewShotConfig(shots=5),  # tiny has 8 images of a class
-        segmentation=SegmentationConfig(num_classes=spec.num_classes + 1),  # 0 is the ground
     )
     return base.finish(ProbeConfig(data=data, eval=evaluations), "")

@@ -10,6 +10,7 @@ from configs.probes import base
 from supmim_jax.config import (
     EvalConfig,
     HeadTrainingConfig,
+    MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
@@ -23,14 +24,12 @@ def get_config(arg: str = ""):
         eval_split="test",
         num_classes=37,
         label_field="label",
-        mask_field="segmentation_mask",
+        masks=MasksConfig(field="segmentation_mask", num_classes=3, offset=-1),
     )
     evaluations = EvalConfig(
         which=("top1", "knn", "linear", "few_shot", "segmentation"),
         knn=base.KNN_SWEEP,
         segmentation=SegmentationConfig(
-            num_classes=3,
-            offset=-1,
             training=HeadTrainingConfig(steps=2300),  # 20 epochs; our choice
         ),
     )

@@ -12,6 +12,7 @@ from configs.probes import base
 from supmim_jax.config import (
     EvalConfig,
     HeadTrainingConfig,
+    MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
@@ -20,12 +21,12 @@ from supmim_jax.config import (
 
 def get_config(arg: str = ""):
     data = ProbeDataConfig(
-        name="scene_parse150", train_split="train", eval_split="test", mask_field="annotation"
+        name="scene_parse150",
+        train_split="train",
+        eval_split="test",
+        masks=MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
     )
     segmentation = SegmentationConfig(
-        num_classes=100,
-        ignore=0,
-        offset=-1,
         max_examples=20_210,  # all
         training=HeadTrainingConfig(steps=12_640),  # 20 epochs; our choice
     )

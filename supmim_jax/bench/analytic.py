@@ -27,6 +27,9 @@ class Work:
         return self.forward + self.backward
 
 
+OBJECTIVES = ("supervised", "supmim")
+
+
 def train(cfg: Config) -> dict[str, Work]:
     """The parts of a train step; names as in `flops.PARTS`."""
     model, objective = cfg.model, cfg.objective

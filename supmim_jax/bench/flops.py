@@ -134,6 +134,11 @@ def command() -> Callable[[], None]:
         if not isinstance(config.value, ConfigDict):
             raise SetupError("--config names no readable file; give the path of one in configs/.")
         cfg = from_configdict(config.value)
+        if cfg.objective.name not in analytic.OBJECTIVES:
+            raise SetupError(
+                f"--config is of objective {cfg.objective.name!r}; FLOPs are counted by hand, and "
+                f"so comparable, for {' and '.join(analytic.OBJECTIVES)} only."
+            )
         result = measure(cfg, sharding.make_mesh(cfg.mesh))
         print(report(result))
         by_scope = result.pop("scopes")

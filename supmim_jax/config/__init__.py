@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.data import DataConfig, ProbeDataConfig
+from supmim_jax.config.data import IGNORED, DataConfig, MasksConfig, ProbeDataConfig
 from supmim_jax.config.evaluation import (
     EvalConfig,
     FewShotConfig,
@@ -24,6 +24,7 @@ from supmim_jax.config.objective import (
     AdversarialConfig,
     ClassificationConfig,
     PerceptualConfig,
+    SegmentationObjectiveConfig,
     SupervisedConfig,
     SupMIMConfig,
     VQGANObjectiveConfig,
@@ -36,6 +37,7 @@ from supmim_jax.config.tokenizer import (
 )
 
 __all__ = [
+    "IGNORED",
     "INF",
     "VARIANTS",
     "AdversarialConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "KNNConfig",
     "LinearProbeConfig",
     "LogConfig",
+    "MasksConfig",
     "MeshConfig",
     "OptimConfig",
     "PatchCodesConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "ProbeDataConfig",
     "RetrievalConfig",
     "SegmentationConfig",
+    "SegmentationObjectiveConfig",
     "SetupError",
     "SupMIMConfig",
     "SupervisedConfig",
@@ -127,7 +131,9 @@ class Config:
     epochs: float = within(1.0, 0.0, INF)
     data: DataConfig = DataConfig()
     model: ViTConfig = ViTConfig()
-    objective: SupervisedConfig | SupMIMConfig | VQGANObjectiveConfig = SupMIMConfig()
+    objective: (
+        SupervisedConfig | SupMIMConfig | SegmentationObjectiveConfig | VQGANObjectiveConfig
+    ) = SupMIMConfig()
     tokens: TokensConfig = TokensConfig()
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
@@ -162,16 +168,36 @@ class Config:
                 f"tokens.cache is {self.tokens.cache!r}, but the objective predicts no tokens. "
                 f"Leave it empty, or choose objective.target 'patch_codes' or 'vqgan'."
             )
-        if "segmentation" in self.eval.which and not self.data.mask_field:
+        if "segmentation" in self.eval.which and not self.data.masks.field:
             raise ConfigError(
-                "eval.which has 'segmentation', but data.mask_field is empty: name the data set's "
+                "eval.which has 'segmentation', but data.masks.field is empty: name the data set's "
                 "feature that holds the masks, or leave segmentation out."
+            )
+        if "miou" in self.eval.which and not self.needs_masks:
+            raise ConfigError(
+                f"eval.which has 'miou', but objective {self.objective.name!r} trains no head that "
+                f"names pixels: take 'segmentation', which fits one, or leave it out."
+            )
+        if self.needs_masks and not self.data.masks.field:
+            raise ConfigError(
+                "data.masks.field is empty, but objective 'segmentation' learns from masks: name "
+                "the data set's feature that holds them."
+            )
+        if self.needs_masks and self.data.augment == "rand_augment":
+            raise ConfigError(
+                "data.augment is 'rand_augment', which moves pixels away from their masks: take "
+                "'three_augment' or 'none' with objective 'segmentation'."
             )
 
     @property
     def has_tokens(self) -> bool:
         """Whether image tokens are the target."""
         return self.objective.name == "supmim" and self.objective.target.name != "pixels"
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the step learns from a class per pixel; it then needs no class per image."""
+        return self.objective.name == "segmentation"
 
     @property
     def needs_target(self) -> bool:

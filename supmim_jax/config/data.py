@@ -6,6 +6,18 @@ from typing import Literal
 
 from supmim_jax.config.fields import INF, ConfigError, within
 
+IGNORED = -1  # the class of a pixel that doesn't count, once the others are 0, 1, ...
+
+
+@dataclass(frozen=True)
+class MasksConfig:
+    """The class of each pixel, in a feature that is an image of the same size."""
+
+    field: str = ""  # the data set's feature; "": there are none
+    num_classes: int = within(31, 2, INF)
+    ignore: int = within(-1, -1, INF)  # value that doesn't count; -1: there is none
+    offset: int = within(0, -(2**15), 2**15)  # added to the other values to make 0, 1, ...
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -16,7 +28,7 @@ class DataConfig:
     train_examples: int = within(240, 1, INF)  # checked against the data set when it is opened
     num_classes: int = within(30, 2, INF)
     label_field: str = "label"  # the data set's feature that is the class
-    mask_field: str = ""  # the feature with a class per pixel; only segmentation reads it
+    masks: MasksConfig = MasksConfig()  # only segmentation and the report read them
     image_size: int = within(20, 1, INF)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
     crop: Literal["inception", "random"] = "random"
@@ -53,7 +65,7 @@ class ProbeDataConfig:
     eval_split: str = ""
     num_classes: int = within(0, 0, INF)
     label_field: str = ""
-    mask_field: str = ""
+    masks: MasksConfig = MasksConfig()  # the run's, if its field is ""
     eval_resize: int = within(0, 0, INF)
     workers: int = within(-1, -1, 256)
     threads: int = within(0, 0, 256)
@@ -68,7 +80,7 @@ class ProbeDataConfig:
             eval_split=self.eval_split or run.eval_split,
             num_classes=self.num_classes or run.num_classes,
             label_field=self.label_field or run.label_field,
-            mask_field=self.mask_field or run.mask_field,
+            masks=self.masks if self.masks.field else run.masks,
             eval_resize=self.eval_resize or run.eval_resize,
             workers=run.workers if self.workers < 0 else self.workers,
             threads=self.threads or run.threads,

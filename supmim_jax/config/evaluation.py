@@ -5,8 +5,8 @@ from typing import Literal
 
 from supmim_jax.config.fields import INF, within
 
-# Of these, `top1` alone asks the run's own classifier; the others see frozen features.
-Evaluation = Literal["top1", "knn", "retrieval", "linear", "few_shot", "segmentation"]
+# `top1` and `miou` ask the run's own heads; the others see frozen features.
+Evaluation = Literal["top1", "miou", "knn", "retrieval", "linear", "few_shot", "segmentation"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,9 @@ class HeadTrainingConfig:
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """Heads on frozen tokens; the masks are the data section's `mask_field`."""
+    """Heads on frozen tokens, learning from the masks of the data section."""
 
     heads: tuple[Literal["linear", "conv"], ...] = ("linear", "conv")
-    num_classes: int = within(31, 2, INF)  # of pixels
-    ignore: int = within(-1, -1, INF)  # value in the masks that doesn't count; -1: there is none
-    offset: int = within(0, -(2**15), 2**15)  # added to the masks' other values to make 0, 1, ...
     # First images of the training split that the heads learn from. Their tokens stay in the host's
     # memory as float16: 0.4 MB an image for ViT-B/14 at 224 pixels.
     max_examples: int = within(20_000, 1, INF)

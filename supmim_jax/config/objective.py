@@ -42,6 +42,12 @@ class SupMIMConfig:
 
 
 @dataclass(frozen=True)
+class SegmentationObjectiveConfig:
+    name: Literal["segmentation"] = "segmentation"
+    head: Literal["linear", "conv"] = "conv"
+
+
+@dataclass(frozen=True)
 class PerceptualConfig:
     """Distance of a trained encoder's normalised patch tokens; 0 leaves the encoder out."""
 

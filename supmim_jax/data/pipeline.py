@@ -27,9 +27,10 @@ def check(cfg: Config) -> None:
     Raises:
       SetupError: a split or the token cache is missing or is not what the config says.
     """
-    records.open_training_source(cfg.data)
-    records.open_source(cfg.data, cfg.data.eval_split)
-    if "segmentation" in cfg.eval.which:
+    records.open_training_source(cfg.data, cfg.needs_masks)
+    if not cfg.needs_masks:
+        records.open_source(cfg.data, cfg.data.eval_split)
+    if {"segmentation", "miou"} & set(cfg.eval.which):
         records.open_masks(cfg.data, cfg.data.eval_split)
     if cfg.tokens.cache:
         token_cache.open_cache(cfg)
@@ -41,7 +42,7 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batc
     Raises:
       SetupError: the data set is missing or is not what the config says.
     """
-    source = records.open_training_source(cfg.data)
+    source = records.open_training_source(cfg.data, cfg.needs_masks)
     rows = local_rows(cfg.batch_size, mesh)
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
@@ -52,8 +53,10 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batc
     return _batches(examples, cfg, cfg.batch_size, rows, mesh)
 
 
-def train_example(cfg: Config) -> transforms.TrainExample:
+def train_example(cfg: Config) -> transforms.TrainExample | transforms.MaskedTrainExample:
     """What makes an example of a training record, tokens of the cache included."""
+    if cfg.needs_masks:
+        return transforms.MaskedTrainExample(cfg.data, cfg.seed)
     cache = token_cache.open_cache(cfg) if cfg.tokens.cache else None
     return transforms.TrainExample(cfg.data, cfg.seed, cfg.num_views, cfg.needs_target, cache)
 

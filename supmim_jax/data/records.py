@@ -119,11 +119,11 @@ def open_masks(cfg: DataConfig, split: str) -> Records:
       SetupError: the data set, its split or the masks are missing.
     """
     builder = _builder(cfg)
-    if not isinstance(_feature(builder, cfg, cfg.mask_field, "mask_field"), tfds.features.Image):
+    if not isinstance(_feature(builder, cfg, cfg.masks.field, "masks.field"), tfds.features.Image):
         raise SetupError(
-            f"config.data.mask_field is {cfg.mask_field!r}, which is no image in {cfg.name!r}."
+            f"config.data.masks.field is {cfg.masks.field!r}, which is no image in {cfg.name!r}."
         )
-    return _open(builder, cfg, split, {"image": "image", "mask": cfg.mask_field})
+    return _open(builder, cfg, split, {"image": "image", "mask": cfg.masks.field})
 
 
 def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, field: str):
@@ -164,13 +164,13 @@ def version(cfg: DataConfig) -> str:
     return str(_builder(cfg).version)
 
 
-def open_training_source(cfg: DataConfig) -> Records:
-    """The training split.
+def open_training_source(cfg: DataConfig, masks: bool = False) -> Records:
+    """The training split, with masks in place of labels if asked for.
 
     Raises:
       SetupError: as `open_source`, or its size is not config.data.train_examples.
     """
-    source = open_source(cfg, cfg.train_split)
+    source = (open_masks if masks else open_source)(cfg, cfg.train_split)
     if len(source) != cfg.train_examples:
         raise ConfigError(
             f"config.data.train_examples is {cfg.train_examples}, but {cfg.name!r} has "

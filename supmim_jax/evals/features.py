@@ -37,7 +37,7 @@ def extract_tokens(
     """Tokens float16 BxHxWxD (256 times the pooled features) and masks, without padding."""
     for batch in batches:
         tokens, mask, weight = on_host(
-            (encoder.features(batch.views[0]).tokens, batch.mask, batch.weight)
+            (encoder.features(batch.views[0]).tokens, batch.masks, batch.weight)
         )
         yield tokens[weight > 0].astype(np.float16), mask[weight > 0]
 

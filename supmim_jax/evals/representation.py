@@ -5,7 +5,7 @@ linear probe and few-shot learn from the training split; retrieval knows the eva
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,6 @@ from supmim_jax.evals import confusion, features, few_shot, knn, linear_probe, r
 from supmim_jax.evals import segmentation as heads
 from supmim_jax.evals.results import Results
 from supmim_jax.types import Encoder
-
-IGNORED = -1  # of a pixel that doesn't count, once classes are 0, 1, ...
 
 
 @dataclass(frozen=True)
@@ -42,25 +40,11 @@ class Subject:
         return features.extract(self.encoder, pipeline.eval_dataset(self.cfg, split, self.mesh))
 
     def masked(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tokens float16 NxHxWxD and masks NxYxX of classes or IGNORED, batch by batch.
-
-        Raises:
-          SetupError: the masks hold other classes than the config says.
-        """
-        cfg, data = self.cfg.eval.segmentation, self.cfg.data
+        """Tokens float16 NxHxWxD and masks NxYxX of classes or IGNORED, batch by batch."""
         batches = pipeline.masked_dataset(self.cfg, split, self.mesh)
-        for tokens, raw in features.extract_tokens(self.encoder, batches):
+        for tokens, masks in features.extract_tokens(self.encoder, batches):
             if not np.isfinite(tokens).all():
                 raise SetupError(f"Tokens of {split!r} have NaN or infinity. Has it diverged?")
-            masks = np.where(raw == cfg.ignore, IGNORED, raw + cfg.offset)
-            wrong = raw[(raw != cfg.ignore) & ((masks < 0) | (masks >= cfg.num_classes))]
-            if wrong.size:
-                raise SetupError(
-                    f"config.eval.segmentation has num_classes={cfg.num_classes}, "
-                    f"offset={cfg.offset} and ignore={cfg.ignore}, but {data.mask_field!r} of "
-                    f"{data.name!r} has pixels of {np.unique(wrong)[:8].tolist()}; expected are "
-                    f"{-cfg.offset} to {cfg.num_classes - 1 - cfg.offset}."
-                )
             yield tokens, masks
 
 
@@ -136,43 +120,66 @@ def least_squares(subject: Subject) -> Results:
     return Results({"few_shot": found["mean"]}, {"std": found["std"]})
 
 
+def own_masks(subject: Subject) -> Results:
+    """Of the head that was trained with the encoder; nothing where there is none."""
+    classes = subject.cfg.data.masks.num_classes
+    matrix = np.zeros((classes, classes), np.int64)
+    for batch in pipeline.masked_dataset(subject.cfg, subject.split, subject.mesh):
+        predicted = subject.encoder.features(batch.views[0]).masks
+        if predicted is None:
+            return Results({}, {})
+        truth, predicted, weight = features.on_host((batch.masks, predicted, batch.weight))
+        matrix += confusion.count(truth[weight > 0], predicted[weight > 0], classes)
+    score = confusion.score(matrix)
+    metrics = {"miou": score.miou, "pixel_accuracy": score.pixel_accuracy}
+    return Results(metrics, {"iou": per_class(score)})
+
+
 def segmented(subject: Subject) -> Results:
     """Each head learns from the first `max_examples`; all of the split is then read once."""
     cfg = subject.cfg.eval.segmentation
-    tokens, masks = features.first_rows(
-        subject.masked(subject.cfg.data.train_split), cfg.max_examples
-    )
-    segmenters = {
-        head: heads.fit(
-            tokens,
-            masks,
-            classes=cfg.num_classes,
-            head=head,
-            training=cfg.training,
-            ignore=IGNORED,
-            mesh=subject.mesh,
-        )
-        for head in cfg.heads
-    }
+    segmenters, count = fitted(subject, cfg.heads)
     matrices = dict.fromkeys(cfg.heads, 0)
     for batch in subject.masked(subject.split):
         for head, segmenter in segmenters.items():
             matrices[head] += heads.confusions(
-                segmenter, *batch, ignore=IGNORED, batch_size=cfg.training.batch_size
+                segmenter, *batch, batch_size=cfg.training.batch_size
             )
     scores = {head: confusion.score(matrix) for head, matrix in matrices.items()}
     metrics = {}
     for head, score in scores.items():
         metrics |= {f"miou/{head}": score.miou, f"pixel_accuracy/{head}": score.pixel_accuracy}
-    iou = {  # None: neither the masks nor the head have the class
-        head: [None if np.isnan(x) else float(x) for x in score.iou_V]
-        for head, score in scores.items()
+    iou = {head: per_class(score) for head, score in scores.items()}
+    return Results(metrics, {"iou": iou, "trained_on": count})
+
+
+def fitted(subject: Subject, names: Sequence[str]) -> tuple[dict[str, heads.Segmenter], int]:
+    """Heads on frozen tokens by name, and how many training images they learned from."""
+    cfg = subject.cfg.eval.segmentation
+    training_split = subject.masked(subject.cfg.data.train_split)
+    tokens, masks = features.first_rows(training_split, cfg.max_examples)
+    segmenters = {
+        head: heads.fit(
+            tokens,
+            masks,
+            classes=subject.cfg.data.masks.num_classes,
+            head=head,
+            training=cfg.training,
+            mesh=subject.mesh,
+        )
+        for head in names
     }
-    return Results(metrics, {"iou": iou, "trained_on": len(masks)})
+    return segmenters, len(masks)
+
+
+def per_class(score: confusion.Scores) -> list[float | None]:
+    """IoU by class; None: neither the masks nor the predictions have the class."""
+    return [None if np.isnan(x) else float(x) for x in score.iou_V]
 
 
 EVALUATIONS = {
     "top1": top1,
+    "miou": own_masks,
     "knn": nearest,
     "retrieval": retrieved,
     "linear": linear,

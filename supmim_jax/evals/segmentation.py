@@ -9,51 +9,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from supmim_jax import optim
-from supmim_jax.config import HeadTrainingConfig, SetupError
+from supmim_jax.config import IGNORED, HeadTrainingConfig, SetupError
 from supmim_jax.evals import confusion, rows
-
-
-class LinearHead(nnx.Module):
-    """One linear layer per token."""
-
-    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
-        self.output = nnx.Linear(width, classes, rngs=rngs)
-
-    def __call__(self, tokens_BxHxWxD) -> jax.Array:
-        return self.output(tokens_BxHxWxD)
-
-
-class ConvHead(nnx.Module):
-    """Twice 3x3 convolution, LayerNorm, GELU and doubling of the grid; then one linear layer.
-
-    The upsampling half of a semantic FPN head (arXiv 1901.02446), with LayerNorm per position
-    for its GroupNorm, so that nothing depends on the batch.
-    """
-
-    WIDTH = 128  # most channels of the convolutions
-
-    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
-        channels = min(width, self.WIDTH)
-        self.conv1 = nnx.Conv(width, channels, (3, 3), rngs=rngs)
-        self.norm1 = nnx.LayerNorm(channels, rngs=rngs)
-        self.conv2 = nnx.Conv(channels, channels, (3, 3), rngs=rngs)
-        self.norm2 = nnx.LayerNorm(channels, rngs=rngs)
-        self.output = nnx.Linear(channels, classes, rngs=rngs)
-
-    def __call__(self, tokens_BxHxWxD) -> jax.Array:
-        x = upsampled(nnx.gelu(self.norm1(self.conv1(tokens_BxHxWxD))), 2)
-        x = upsampled(nnx.gelu(self.norm2(self.conv2(x))), 2)
-        return self.output(x)
-
-
-HEADS = {"linear": LinearHead, "conv": ConvHead}
+from supmim_jax.models.segmentation import HEADS, pixel_cross_entropy
+from supmim_jax.models.segmentation import classes as classes_of
 
 
 class Segmenter(NamedTuple):
@@ -65,31 +30,6 @@ class Segmenter(NamedTuple):
     mesh: Mesh
 
 
-def upsampled(x_BxHxWxC, factor: int) -> jax.Array:
-    b, h, w, c = x_BxHxWxC.shape
-    return jax.image.resize(x_BxHxWxC, (b, h * factor, w * factor, c), "bilinear")
-
-
-def evaluate(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    *,
-    classes: int,
-    head: str,
-    training: HeadTrainingConfig,
-    ignore: int = 255,
-    mesh: Mesh | None = None,
-) -> confusion.Scores:
-    """Trains a head on `train` and scores it on `test`, each (tokens NxHxWxD, masks NxYxX).
-
-    Raises:
-      SetupError: as `fit`.
-    """
-    segmenter = fit(*train, classes=classes, head=head, training=training, ignore=ignore, mesh=mesh)
-    matrix = confusions(segmenter, *test, ignore=ignore, batch_size=training.batch_size)
-    return confusion.score(matrix)
-
-
 def fit(
     tokens_NxHxWxD: np.ndarray,
     masks_NxYxX: np.ndarray,
@@ -97,7 +37,6 @@ def fit(
     classes: int,
     head: str,
     training: HeadTrainingConfig,
-    ignore: int = 255,
     mesh: Mesh | None = None,
 ) -> Segmenter:
     """A head trained for exactly `training.steps` steps, the same on any mesh but for rounding.
@@ -105,13 +44,13 @@ def fit(
     Args:
       tokens_NxHxWxD: frozen features, any float dtype, the same on every process.
       masks_NxYxX: integer labels of the image's pixels (or of any other size), cropped as the
-        images were; `ignore` marks pixels without a label.
+        images were; IGNORED marks pixels that don't count.
       head: a key of HEADS.
 
     Raises:
       SetupError: the arrays don't fit together, or a mask has a label that is not a class.
     """
-    _check(tokens_NxHxWxD, masks_NxYxX, classes, ignore)
+    _check(tokens_NxHxWxD, masks_NxYxX, classes)
     if head not in HEADS:
         raise SetupError(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
     mesh = mesh or rows.everywhere()
@@ -123,7 +62,7 @@ def fit(
     @jax.jit
     def step(carry, tokens, masks):
         def loss(params):
-            return pixel_cross_entropy(apply(params, tokens), masks, ignore)
+            return pixel_cross_entropy(apply(params, tokens), masks)
 
         params, state = carry
         updates, state = solver.update(jax.grad(loss)(params), state, params)
@@ -135,12 +74,12 @@ def fit(
     carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
     for batch in order(len(tokens_NxHxWxD), training):
         tokens, masks = tokens_NxHxWxD[batch], masks_NxYxX[batch]
-        placed = _placed(tokens, masks, training.batch_size, ignore, mesh)
+        placed = _placed(tokens, masks, training.batch_size, mesh)
         # No queue of steps: simulated devices on few cores would wait for each other for ever.
         carry = step(jax.block_until_ready(carry), *placed)
 
     def classify(params, tokens, masks):
-        return _resized(apply(params, tokens), masks.shape[1:]).argmax(axis=-1).astype(jnp.int32)
+        return classes_of(apply(params, tokens), masks.shape[1:])
 
     return Segmenter(jax.jit(classify, out_shardings=whole), carry[0], classes, mesh)
 
@@ -162,19 +101,26 @@ def confusions(
     tokens_NxHxWxD: np.ndarray,
     masks_NxYxX: np.ndarray,
     *,
-    ignore: int = 255,
     batch_size: int = 32,
 ) -> np.ndarray:
     """Pixels by (true class, predicted class), int64 VxV, at the size of the masks."""
-    _check(tokens_NxHxWxD, masks_NxYxX, segmenter.classes, ignore)
+    _check(tokens_NxHxWxD, masks_NxYxX, segmenter.classes)
     matrix = np.zeros((segmenter.classes, segmenter.classes), np.int64)
     for first in range(0, len(tokens_NxHxWxD), batch_size):
         part = slice(first, first + batch_size)
         truth = masks_NxYxX[part]
-        placed = _placed(tokens_NxHxWxD[part], truth, batch_size, ignore, segmenter.mesh)
-        predicted = np.asarray(segmenter.classify(segmenter.params, *placed))[: len(truth)]
-        matrix += confusion.count(truth, predicted, segmenter.classes, ignore)
+        predicted = predict(segmenter, tokens_NxHxWxD[part], truth.shape[1:], batch_size)
+        matrix += confusion.count(truth, predicted, segmenter.classes)
     return matrix
+
+
+def predict(
+    segmenter: Segmenter, tokens_BxHxWxD: np.ndarray, size: tuple[int, int], batch_size: int
+) -> np.ndarray:
+    """The class of each pixel, int32 BxYxX, of at most `batch_size` images of `size`."""
+    nothing = np.zeros((len(tokens_BxHxWxD), *size), np.int32)
+    placed = _placed(tokens_BxHxWxD, nothing, batch_size, segmenter.mesh)
+    return np.asarray(segmenter.classify(segmenter.params, *placed))[: len(tokens_BxHxWxD)]
 
 
 def order(count: int, training: HeadTrainingConfig) -> np.ndarray:
@@ -186,20 +132,6 @@ def order(count: int, training: HeadTrainingConfig) -> np.ndarray:
     return sequence[:total].reshape(training.steps, training.batch_size)
 
 
-def pixel_cross_entropy(logits_BxHxWxV, masks_BxYxX, ignore: int) -> jax.Array:
-    """Mean cross-entropy over the labelled pixels of the batch, at the size of the masks."""
-    logits = _resized(logits_BxHxWxV, masks_BxYxX.shape[1:])
-    valid = masks_BxYxX != ignore
-    labels = jnp.where(valid, masks_BxYxX, 0)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return (loss * valid).sum() / jnp.maximum(valid.sum(), 1)
-
-
-def _resized(logits_BxHxWxV, size: tuple[int, int]) -> jax.Array:
-    b, _, _, v = logits_BxHxWxV.shape
-    return jax.image.resize(logits_BxHxWxV, (b, *size, v), "bilinear")
-
-
 def _schedule(training: HeadTrainingConfig) -> optax.Schedule:
     warmup = training.steps // 10
     return optax.warmup_cosine_decay_schedule(
@@ -207,25 +139,25 @@ def _schedule(training: HeadTrainingConfig) -> optax.Schedule:
     )
 
 
-def _placed(tokens, masks, batch_size: int, ignore: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """A batch on the mesh; the rows that fill it up have only ignored pixels."""
+def _placed(tokens, masks, batch_size: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """A batch on the mesh; the rows that fill it up have only pixels that are IGNORED."""
     size = rows.round_up(batch_size, mesh.size)
-    filler = np.full((size - len(masks), *masks.shape[1:]), ignore, np.int32)
+    filler = np.full((size - len(masks), *masks.shape[1:]), IGNORED, np.int32)
     masks = np.concatenate([masks.astype(np.int32), filler])
     return tuple(
         rows.spread(x, mesh) for x in (rows.padded(tokens.astype(np.float32), size), masks)
     )
 
 
-def _check(tokens: np.ndarray, masks: np.ndarray, classes: int, ignore: int) -> None:
+def _check(tokens: np.ndarray, masks: np.ndarray, classes: int) -> None:
     if tokens.ndim != 4 or masks.ndim != 3 or len(tokens) != len(masks) or not tokens.size:
         raise SetupError(
             f"Segmentation needs tokens NxHxWxD and masks NxYxX of as many examples, got "
             f"{tokens.shape} and {masks.shape}."
         )
-    wrong = masks[(masks != ignore) & ((masks < 0) | (masks >= classes))]
+    wrong = masks[(masks != IGNORED) & ((masks < 0) | (masks >= classes))]
     if wrong.size:
         raise SetupError(
             f"Masks have labels {np.unique(wrong)[:8].tolist()}; known are 0 to {classes - 1}, and "
-            f"{ignore} for pixels to ignore."
+            f"{IGNORED} for pixels that don't count."
         )

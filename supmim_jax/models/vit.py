@@ -101,6 +101,12 @@ class ViT(nnx.Module):
         ends = [sum(segments[: i + 1]) for i in range(len(segments) - 1)]
         return tuple(jnp.split(x, ends, axis=1))
 
+    def features(self, images, key=None) -> Features:
+        """Features of float BxHxWxC images; `key` switches DropPath on."""
+        (tokens,) = self.encode((self.embed(images),), key)
+        grid = tokens[:, self.prefix :].astype(jnp.float32)
+        return Features(self.pool(tokens), grid.reshape(len(grid), self.side, self.side, -1))
+
     def pool(self, tokens_BxNxD) -> jax.Array:
         """The image's embedding, float32 BxD: CLS token or mean over patches."""
         x = tokens_BxNxD.astype(jnp.float32)
@@ -123,9 +129,5 @@ class Classifier(nnx.Module):
 
     def features(self, images) -> Features:
         """Features of uint8 BxHxWxC images."""
-        encoder = self.encoder
-        (tokens,) = encoder.encode((encoder.embed(pixels(images)),))
-        pooled = encoder.pool(tokens)
-        grid = tokens[:, encoder.prefix :].astype(jnp.float32)
-        grid = grid.reshape(grid.shape[0], encoder.side, encoder.side, -1)
-        return Features(pooled, grid, self.head(pooled))
+        features = self.encoder.features(pixels(images))
+        return features._replace(logits=self.head(features.pooled))

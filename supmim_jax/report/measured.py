@@ -9,14 +9,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, picture, program, sharding
+from supmim_jax import checkpoint, inference, picture, sharding
 from supmim_jax.config import Config, MeshConfig
 from supmim_jax.data import pipeline, records, transforms
-from supmim_jax.evals import features, knn
-from supmim_jax.types import Features
+from supmim_jax.evals import features, knn, representation, segmentation
 
 SHOWN = 8  # images of the split, its first, so that nobody can have chosen them
 NEIGHBOURS = 6  # per image
+GROUND = "ground"  # what 0 in a mask means by custom; it stays clear
 Panels = dict[str, np.ndarray]  # uint8 images BxHxWxC by the name of the row
 
 
@@ -36,13 +36,13 @@ class Neighbourhood(NamedTuple):
 
 
 class Segmented(NamedTuple):
-    """Examples whose pixels have classes; 0 is the ground."""
+    """Examples whose pixels have classes."""
 
     images: np.ndarray  # uint8 BxHxWxC
     masks: np.ndarray  # int BxHxW
     predictions: np.ndarray  # int BxHxW
-    classes: list[str]  # of pixels
-    ignore: int  # in masks: no class is known
+    classes: list[str]  # of pixels; one may be the ground
+    head: str  # what predicted
 
 
 class Measured(NamedTuple):
@@ -68,35 +68,46 @@ def measure(location: str, cfg: Config, split: str) -> Measured:
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
-    batch = next(pipeline.eval_dataset(cfg, split, mesh))
+    read = pipeline.masked_dataset if cfg.needs_masks else pipeline.eval_dataset
+    batch = next(read(cfg, split, mesh))
     images, labels, weight = features.on_host((batch.views[0], batch.label, batch.weight))
     shown = Examples(*(x[weight > 0][:SHOWN] for x in (images, labels)))
+    if cfg.needs_masks:
+        shown = shown._replace(labels=np.arange(len(shown.images), dtype=np.int32))
     found = Measured(class_names(cfg, split), shown)
     if cfg.objective.name != "vqgan":
         encoder = restored(checkpoint.locate(location), cfg, mesh)
-        of_batch = Features(*features.on_host(encoder.features(batch.views[0])))
-        found = found._replace(
-            tokens=of_batch.tokens[: len(shown.images)],
-            neighbours=neighbourhood(encoder, of_batch.pooled[: len(shown.images)], cfg, mesh),
-        )
+        of_batch = encoder.features(batch.views[0])
+        pooled, tokens = features.on_host((of_batch.pooled, of_batch.tokens))
+        found = found._replace(tokens=tokens[: len(shown.images)])
+        if not cfg.needs_masks:
+            near = neighbourhood(encoder, pooled[: len(shown.images)], cfg, mesh)
+            found = found._replace(neighbours=near)
+        if cfg.data.masks.field:
+            found = found._replace(segmented=segmented(encoder, cfg, split, mesh))
     if cfg.has_tokens or cfg.objective.name == "vqgan":
         found = found._replace(panels=panels(location, shown.images, cfg.seed))
     return found
 
 
 def class_names(cfg: Config, split: str) -> list[str]:
-    """Those of the data set; a class that is only a number is called "class 7"."""
-    names = records.open_source(cfg.data, split).features["label"].names
+    """Those of the data set; a class that is only a number is called "class 7".
+
+    Without labels, each of the images that are shown is a class of its own.
+    """
+    if cfg.needs_masks:
+        return [f"image {i + 1}" for i in range(SHOWN)]
+    names = records.open_source(cfg.data, split).features[cfg.data.label_field].names
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
 
-def restored(directory: epath.Path, cfg: Config, mesh: Mesh) -> program.BoundEncoder:
-    inference = program.build_inference(cfg, cfg.eval.batch_size, mesh)
-    return program.BoundEncoder(inference, checkpoint.restore_params(directory, inference.params))
+def restored(directory: epath.Path, cfg: Config, mesh: Mesh) -> inference.BoundEncoder:
+    runner = inference.build_inference(cfg, cfg.eval.batch_size, mesh)
+    return inference.BoundEncoder(runner, checkpoint.restore_params(directory, runner.params))
 
 
 def neighbourhood(
-    encoder: program.BoundEncoder, queries_BxD: np.ndarray, cfg: Config, mesh: Mesh
+    encoder: inference.BoundEncoder, queries_BxD: np.ndarray, cfg: Config, mesh: Mesh
 ) -> Neighbourhood:
     """The nearest images of the training split, exactly."""
     bank = features.extract(encoder, pipeline.eval_dataset(cfg, cfg.data.train_split, mesh))
@@ -106,6 +117,28 @@ def neighbourhood(
     make = transforms.EvalExample(cfg.data)
     images = np.stack([[make((int(i), source[i]))["image"] for i in row] for row in index])
     return Neighbourhood(images, bank.label[index], similarity)
+
+
+def segmented(encoder: inference.BoundEncoder, cfg: Config, split: str, mesh: Mesh) -> Segmented:
+    """The first images with masks, and what a head makes of them: the run's, or one fitted now."""
+    batch = next(pipeline.masked_dataset(cfg, split, mesh))
+    found = encoder.features(batch.views[0])
+    images, masks, tokens, weight = (
+        x[:SHOWN] for x in features.on_host((*batch.views, batch.masks, found.tokens, batch.weight))
+    )
+    if cfg.needs_masks:
+        (predictions,) = features.on_host((found.masks,))
+        head = "the head that was trained with the encoder"
+    else:
+        name = cfg.eval.segmentation.heads[-1]
+        subject = representation.Subject(encoder, cfg, split, mesh)
+        segmenters, count = representation.fitted(subject, (name,))
+        predictions = segmentation.predict(segmenters[name], tokens, masks.shape[1:], SHOWN)
+        head = f"a {name} head, fitted to the frozen tokens of {count} training images,"
+    values = range(-cfg.data.masks.offset, cfg.data.masks.num_classes - cfg.data.masks.offset)
+    names = [f"class {value}" if value else GROUND for value in values]
+    real = weight > 0
+    return Segmented(images[real], masks[real], predictions[:SHOWN][real], names, head)
 
 
 def panels(location: str, images_uint8: np.ndarray, seed: int) -> Panels:

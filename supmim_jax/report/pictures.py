@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
+from supmim_jax.config import IGNORED
 from supmim_jax.report.markup import Markup, element
 
 LARGEST = 112  # pixels of a side on the page; larger images are reduced to that
@@ -72,10 +73,12 @@ def enlarged(images: np.ndarray, height: int, width: int) -> np.ndarray:
     return images[:, down][:, :, right]
 
 
-def overlaid(images_uint8: np.ndarray, masks_BxHxW: np.ndarray, ignore: int) -> np.ndarray:
-    """Images with the colours of their masks' classes over them; 0 and `ignore` stay clear."""
+def overlaid(
+    images_uint8: np.ndarray, masks_BxHxW: np.ndarray, ground: int | None = None
+) -> np.ndarray:
+    """Images with the colours of their masks' classes; the ground and IGNORED stay clear."""
     grey = images_uint8.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-    hidden = (masks_BxHxW == 0) | (masks_BxHxW == ignore)
+    hidden = (masks_BxHxW == ground) | (masks_BxHxW == IGNORED)
     tinted = 0.4 * grey + 0.6 * class_colours(masks_BxHxW)
     return np.where(hidden[..., None], grey, tinted).round().astype(np.uint8)
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from supmim_jax.config import IGNORED
 from supmim_jax.report import pictures
 from supmim_jax.report.markup import Markup, Section, element, join, note, section, table
-from supmim_jax.report.measured import Examples, Neighbourhood, Panels, Segmented
+from supmim_jax.report.measured import GROUND, Examples, Neighbourhood, Panels, Segmented
 
 
 def neighbours(examples: Examples, found: Neighbourhood, classes: Sequence[str]) -> Section:
@@ -78,17 +79,17 @@ def components(examples: Examples, tokens_BxHxWxD: np.ndarray, classes: Sequence
 
 def segmentation(found: Segmented) -> Section:
     """Masks and predictions over their images."""
-    titles = []
+    titles, ground = [], found.classes.index(GROUND) if GROUND in found.classes else None
     for mask, prediction in zip(found.masks, found.predictions, strict=True):
-        counted = mask != found.ignore
+        counted = mask != IGNORED
         agree = 100 * (mask == prediction)[counted].mean() if counted.any() else 0.0
         there = np.union1d(mask[counted], prediction[counted])
-        names = ", ".join(found.classes[c] for c in there if c)
-        titles.append(f"{agree:.0f} % of pixels agree; {names or 'ground only'}")
+        names = ", ".join(found.classes[c] for c in there if c != ground)
+        titles.append(f"{agree:.0f} % of pixels agree; {names or f'{GROUND} only'}")
     rows = {
         "image": found.images,
-        "mask": pictures.overlaid(found.images, found.masks, found.ignore),
-        "prediction": pictures.overlaid(found.images, found.predictions, found.ignore),
+        "mask": pictures.overlaid(found.images, found.masks, ground),
+        "prediction": pictures.overlaid(found.images, found.predictions, ground),
     }
-    text = "The masks of the data set and what the head predicts, a colour per class."
+    text = f"The masks of the data set and what {found.head} predicts, a colour per class."
     return section("Segmentation", "segmentation", note(text), pictures.cards(titles, rows))

@@ -1,0 +1,27 @@
+"""Fine-tunes the encoder of configs/debug.py to name the class of each pixel of the built-in data.
+
+  python -m supmim_jax.train --config configs/debug.py --workdir runs/supmim
+  python -m supmim_jax.train --config configs/finetune_segmentation_debug.py --workdir runs/masks
+
+Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workdir>[@step].
+All values are our choices, made without a search.
+"""
+
+import dataclasses
+
+from configs import base, finetune_debug
+from supmim_jax.config import Config, EvalConfig, InitConfig, SegmentationObjectiveConfig
+
+
+def experiment() -> Config:
+    config = finetune_debug.experiment()
+    return dataclasses.replace(
+        config,
+        objective=SegmentationObjectiveConfig(head="conv"),
+        init=InitConfig(checkpoint="runs/supmim"),
+        eval=EvalConfig(which=("miou",)),
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

@@ -1,0 +1,121 @@
+"""Crops of images and of their masks: which part, and how it is brought to the encoder's size."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from supmim_jax.config import DataConfig
+
+cv2.setNumThreads(0)  # parallelism is over images
+
+
+class Box(NamedTuple):
+    """A part of an image, in its pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, image: np.ndarray) -> np.ndarray:
+        return image[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+class Crop(NamedTuple):
+    """An image is brought to `extent`; `box` of that to image_size, and perhaps mirrored."""
+
+    extent: tuple[int, int]  # height, width
+    box: Box
+    mirrored: bool
+
+
+def draw_crop(height: int, width: int, cfg: DataConfig, rng: np.random.Generator) -> Crop:
+    """The crop of an image of this size."""
+    draw = {"inception": inception_crop, "random": random_crop}[cfg.crop]
+    extent, box = draw(height, width, cfg, rng)
+    return Crop(extent, box, cfg.flip and rng.random() < 0.5)
+
+
+def cropped(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The crop of an image as uint8 size x size x C."""
+    image = resize(crop.box.of(resize(image, *crop.extent)), size, size)
+    return np.ascontiguousarray(image[:, ::-1] if crop.mirrored else image)
+
+
+def cropped_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
+    """The crop of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
+    mask = resize_mask(crop.box.of(resize_mask(mask, *crop.extent)), size, size)
+    return np.ascontiguousarray(mask[:, ::-1] if crop.mirrored else mask)
+
+
+def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
+    """Shorter side to eval_resize, then the centre crop: uint8 image_size x image_size x C."""
+    return _centre(resize(image, *_eval_extent(image, cfg)), cfg.image_size)
+
+
+def eval_mask(mask: np.ndarray, cfg: DataConfig) -> np.ndarray:
+    """`eval_image` of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
+    return _centre(resize_mask(mask, *_eval_extent(mask, cfg)), cfg.image_size)
+
+
+def _eval_extent(image: np.ndarray, cfg: DataConfig) -> tuple[int, int]:
+    """Height and width with the shorter side at eval_resize."""
+    height, width = image.shape[:2]
+    scale = cfg.eval_resize / min(height, width)
+    return (
+        max(round(height * scale), cfg.eval_resize),
+        max(round(width * scale), cfg.eval_resize),
+    )
+
+
+def _centre(image: np.ndarray, size: int) -> np.ndarray:
+    top, left = ((extent - size) // 2 for extent in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def inception_crop(
+    height: int, width: int, cfg: DataConfig, rng: np.random.Generator
+) -> tuple[tuple[int, int], Box]:
+    """A box of random area and aspect of the image as it is (Szegedy et al., arXiv 1409.4842).
+
+    Area uniform in [min_crop_area, 1] of the image, aspect log-uniform in [3/4, 4/3]; after ten
+    misses the largest square, in the centre.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(cfg.min_crop_area, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return (height, width), Box(int(top), int(left), h, w)
+    side = min(height, width)
+    return (height, width), Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+def random_crop(
+    height: int, width: int, cfg: DataConfig, rng: np.random.Generator
+) -> tuple[tuple[int, int], Box]:
+    """A box of image_size at a uniform place; smaller images are enlarged first."""
+    size = cfg.image_size
+    if min(height, width) < size:
+        scale = size / min(height, width)
+        height, width = max(round(height * scale), size), max(round(width * scale), size)
+    top, left = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    return (height, width), Box(int(top), int(left), size, size)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pixel-area average of sides that shrink, then bicubic for those that grow; uint8 HxWxC."""
+    smaller = min(height, image.shape[0]), min(width, image.shape[1])
+    for size, method in ((smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_CUBIC)):
+        if image.shape[:2] != size:
+            image = cv2.resize(image, size[::-1], interpolation=method).reshape(*size, -1)
+    return image
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each pixel of the new size, HxW, has the value of the nearest."""
+    if mask.shape == (height, width):
+        return mask
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

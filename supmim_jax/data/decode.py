@@ -1,0 +1,53 @@
+"""From the bytes of a record to an image and the classes of its pixels."""
+
+import cv2
+import numpy as np
+
+from supmim_jax.config import IGNORED, DataConfig, SetupError
+
+
+def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
+    """uint8 HxWxC (RGB or grey) from JPEG, PNG or any format of OpenCV.
+
+    Raises:
+      SetupError: the bytes are no image; the message says which record they are.
+    """
+    encoded = record["image"]
+    flag = cv2.IMREAD_GRAYSCALE if cfg.channels == 1 else cv2.IMREAD_COLOR_RGB
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    if image is None:
+        raise SetupError(
+            f"{cfg.name} record {example}: {len(encoded)} bytes are not an image that can be "
+            f"decoded."
+        )
+    return image.reshape(*image.shape[:2], cfg.channels)
+
+
+def decode_mask(record: dict, shape: tuple[int, int], cfg: DataConfig, example: int) -> np.ndarray:
+    """int16 HxW: the class of each pixel of the image, or IGNORED; of a colour mask, of its red.
+
+    Raises:
+      SetupError: the bytes are no image, or one of another size than `shape` or of other classes.
+    """
+    encoded, masks, name = record["mask"], cfg.masks, f"{cfg.name} record {example}"
+    mask = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+    if mask is None or mask.shape[:2] != shape:
+        found = f"{len(encoded)} bytes" if mask is None else f"of shape {mask.shape[:2]}"
+        raise SetupError(f"{name}: the mask is {found}, but should be an image of {shape} pixels.")
+    raw = (mask if mask.ndim == 2 else mask[..., 2]).astype(np.int32)  # OpenCV: blue, green, red
+    classes = np.where(raw == masks.ignore, IGNORED, raw + masks.offset)
+    wrong = raw[(raw != masks.ignore) & ((classes < 0) | (classes >= masks.num_classes))]
+    if wrong.size:
+        raise SetupError(
+            f"{name}: config.data.masks has num_classes={masks.num_classes}, "
+            f"offset={masks.offset} and ignore={masks.ignore}, but {masks.field!r} has pixels of "
+            f"{np.unique(wrong)[:8].tolist()}; expected are {-masks.offset} to "
+            f"{masks.num_classes - 1 - masks.offset}."
+        )
+    return classes.astype(np.int16)
+
+
+def decode_both(record: dict, cfg: DataConfig, example: int) -> tuple[np.ndarray, np.ndarray]:
+    """The image uint8 HxWxC and the classes of its pixels int16 HxW."""
+    image = decode_image(record, cfg, example)
+    return image, decode_mask(record, image.shape[:2], cfg, example)

@@ -1,0 +1,201 @@
+"""Fine-tuning on masks: crops of masks, the loss, and a run from a checkpoint to its scores."""
+
+import dataclasses
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch
+from flax import nnx
+from test_masks import shapes_dir  # noqa: F401
+
+from supmim_jax import checkpoint, probe, program, sharding
+from supmim_jax.config import (
+    IGNORED,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    MasksConfig,
+    MeshConfig,
+    OptimConfig,
+    ProbeConfig,
+    SegmentationObjectiveConfig,
+    SetupError,
+    SupervisedConfig,
+    ViTConfig,
+)
+from supmim_jax.data import pipeline, transforms
+from supmim_jax.objectives.segmentation import Segmentation
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+FIGURES = MasksConfig(field="segmentation", num_classes=31)
+
+
+@pytest.fixture
+def masked(cfg, initial) -> Config:
+    """A run on masks that starts from a checkpoint."""
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, masks=FIGURES, eval_split="validation[:70]"),
+        objective=SegmentationObjectiveConfig(head="linear"),
+        init=InitConfig(checkpoint=initial),
+        eval=EvalConfig(batch_size=64, which=("miou",)),
+    )
+
+
+@pytest.mark.parametrize("size", [16, 90])
+@pytest.mark.parametrize("crop", ["inception", "random"])
+def test_masks_are_cropped_as_their_images(crop, size):
+    """The image is its mask, so that both stay alike but for what is mixed along edges."""
+    cfg = DataConfig(image_size=size, eval_resize=size, crop=crop, masks=MasksConfig(field="m"))
+    image = np.zeros((60, 80), np.uint8)
+    image[7:33, 11:52] = image[40:55, 60:75] = 30
+    encoded = cv2.imencode(".png", image)[1].tobytes()
+    make, found = transforms.MaskedTrainExample(cfg, 0), []
+    for epoch in range(40):
+        example = make((epoch, 3, {"image": encoded, "mask": encoded}))
+        pixels, masks = example["image"][..., 0], example["masks"]
+        assert masks.dtype == np.int32 and masks.shape == (size, size)
+        assert set(np.unique(masks)) <= {0, 30}
+        sure = (pixels == 0) | (pixels == 30)
+        assert ((pixels == masks)[sure]).mean() > 0.97 and sure.mean() > 0.6
+        found.append(masks)
+    assert 0.1 < np.mean(np.array(found) > 0) < 0.4
+    again = make((5, 3, {"image": encoded, "mask": encoded}))["masks"]
+    assert (again == found[5]).all() and (found[5] != found[6]).any()
+    plain = transforms.TrainExample(cfg, 0, 100)((5, 3, {"image": encoded, "label": 0}))["image"]
+    assert (plain == make((5, 3, {"image": encoded, "mask": encoded}))["image"]).all()
+
+
+def test_the_loss_is_that_of_pencil_and_paper():
+    """Blocks that add nothing, 2x2 tokens, masks of 4x4 pixels of which some don't count."""
+    cfg = Config(
+        batch_size=2,
+        data=DataConfig(image_size=4, eval_resize=4, masks=MasksConfig(field="m", num_classes=3)),
+        model=ViTConfig(patch=2, width=8, depth=1, mlp_dim=8, heads=1),
+        objective=SegmentationObjectiveConfig(head="linear"),
+    )
+    model = Segmentation(cfg, rngs=nnx.Rngs(0))
+    blocks = model.encoder.transformer.blocks
+    for layer in (blocks.out, blocks.fc2):
+        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    random = np.random.default_rng(0)
+    masks = random.integers(0, 3, (2, 4, 4))
+    masks[0, 1:3] = IGNORED
+    batch = dataclasses.replace(make_batch(cfg), masks=jnp.asarray(masks, jnp.int32))
+    loss, metrics = model.loss(batch, jax.random.key(0))
+
+    w = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
+    x = np.asarray(batch.views[0], np.float64)[..., 0] / 127.5 - 1
+    patches = x.reshape(2, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(2, 4, 4)
+    encoder, head = w["encoder"], w["segmenter"]["output"]
+    t = patches @ encoder["patches"]["kernel"] + encoder["patches"]["bias"] + encoder["positions"]
+    t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
+    t = t * encoder["norm"]["scale"] + encoder["norm"]["bias"]
+    logits = (t @ head["kernel"] + head["bias"]).reshape(2, 2, 2, 3)
+    up = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])  # bilinear, pixels' centres
+    logits = np.einsum("yi,xj,bijv->byxv", up, up, logits)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    counted = masks != IGNORED
+    terms = [-log_p[b, y, x, masks[b, y, x]] for b, y, x in zip(*np.nonzero(counted))]
+    assert float(loss) == pytest.approx(np.mean(terms), rel=1e-5)
+    right = (logits.argmax(-1) == masks)[counted].mean()
+    assert float(metrics["accuracy"]) == pytest.approx(right)
+
+
+@pytest.mark.parametrize("head", ["linear", "conv"])
+def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
+    cfg = dataclasses.replace(
+        masked,
+        epochs=10,
+        objective=SegmentationObjectiveConfig(head=head),
+        optim=OptimConfig(lr=3e-3, warmup_epochs=1, layer_decay=0.9),
+        model=dataclasses.replace(masked.model, drop_path=0.0),
+    )
+    batch = next(pipeline.train_dataset(cfg, sharding.make_mesh(MeshConfig(), ONE)))
+    found = []
+    for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=4)):
+        mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
+        built = program.build(cfg, mesh)
+        state = built.init(jax.random.key(0))
+        placed = jax.tree.map(
+            lambda x, like: jax.device_put(np.asarray(x), like.sharding), batch, built.batch
+        )
+        losses = []
+        for _ in range(20):
+            state, metrics = built.step(state, placed, {})
+            losses.append(float(metrics["loss"]))  # one step at a time
+        found.append(losses)
+    assert found[0][-1] < 0.6 * found[0][0]
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
+
+
+def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, initial, tmp_path):
+    built = program.build(masked, sharding.make_mesh(MeshConfig(), ONE))
+    assert set(built.state.params) == {"encoder", "segmenter"}
+    interrupted = tmp_path / "masks"
+    train(masked, interrupted, stop_at=5, devices=ONE)
+    results = train(masked, interrupted, devices=ONE)
+    whole = train(masked, tmp_path / "whole", devices=ONE)
+    assert whole["miou"] == results["miou"] and 0 < results["miou"] < 100
+    assert set(results) >= {"miou", "pixel_accuracy"} and "top1" not in results
+    both = [probe.probe(str(interrupted), devices=d).results for d in (ONE, None)]
+    for found in both:
+        assert found.metrics["miou"] == pytest.approx(results["miou"], abs=0.01)
+        assert len(found.details["miou"]["iou"]) == 31
+    wanted = ProbeConfig(eval=EvalConfig(batch_size=64, which=("top1", "knn", "miou")))
+    found = probe.probe(str(interrupted), wanted, devices=ONE).results.metrics
+    assert set(found) == {"knn", "miou", "pixel_accuracy"}
+    with pytest.raises(ConfigError, match="'miou', but objective 'supmim' trains no head"):
+        probe.probe(initial, wanted, devices=ONE)
+    data = dataclasses.replace(masked.data, masks=MasksConfig("image"))
+    with pytest.raises(SetupError, match=r"config.data.masks.field: 'segmentation'; 'image'"):
+        train(dataclasses.replace(masked, data=data), interrupted, devices=ONE)
+
+
+def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_path):
+    still = dataclasses.replace(masked, optim=OptimConfig(lr=0.0))
+    train(still, tmp_path / "still", stop_at=1, devices=ONE)
+    params = program.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
+    like = {"encoder": params["encoder"]}
+    there = checkpoint.restore_params(checkpoint.locate(initial), like)
+    here = checkpoint.restore_params(checkpoint.locate(str(tmp_path / "still")), like)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (there, here))))
+
+
+def test_data_without_labels_of_images_can_be_trained_on(masked, shapes_dir, tmp_path):  # noqa: F811
+    data = DataConfig(
+        name="shapes",
+        data_dir=shapes_dir,
+        train_examples=48,
+        eval_split="test",
+        label_field="none",
+        masks=MasksConfig(field="annotation", num_classes=2, ignore=0, offset=-1),
+    )
+    cfg = dataclasses.replace(
+        masked, data=data, epochs=10, optim=OptimConfig(lr=3e-3, warmup_epochs=1)
+    )
+    found = train(cfg, tmp_path / "shapes", devices=ONE)
+    assert found["miou"] > 60 and found["pixel_accuracy"] > 80
+
+
+@pytest.mark.parametrize(
+    ("data", "objective", "which", "message"),
+    [
+        ({"masks": MasksConfig()}, None, ("miou",), "masks.field is empty, but objective"),
+        ({"augment": "rand_augment", "channels": 3}, None, ("miou",), "moves pixels away"),
+        ({}, SupervisedConfig(), ("miou",), "eval.which has 'miou', but objective 'supervised'"),
+    ],
+)
+def test_what_masks_cannot_be_learned_with_is_refused(masked, data, objective, which, message):
+    data = dataclasses.replace(masked.data, **data)
+    changed = {"data": data, "eval": EvalConfig(which=which)}
+    if objective:
+        changed |= {"objective": objective}
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(masked, **changed)
