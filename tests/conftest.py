@@ -86,6 +86,10 @@ def make_batch(cfg: Config, seed: int = 0) -> Batch:
     images = random.integers(0, 256, (cfg.batch_size, size, size, cfg.data.channels), np.uint8)
     ids = np.arange(cfg.batch_size, dtype=np.int32)
     batch = Batch((images,), ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
+    if cfg.needs_masks:
+        shape = (cfg.batch_size, size, size)
+        masks = random.integers(0, cfg.data.masks.num_classes, shape, np.int32)
+        return dataclasses.replace(batch, masks=masks)
     return dataclasses.replace(batch, target=images) if cfg.needs_target else batch
 
 
