@@ -20,6 +20,8 @@ from supmim_jax.optim import path_name
 from supmim_jax.types import TrainState
 
 NAMES = ("state", "run", "config")
+# Numbers of a run that has not begun: examples read, seconds of training, records replaced.
+BEGIN = {"position": 0, "seconds": 0.0, "broken_records": 0}
 UNREADABLE = (
     "{} is not a readable checkpoint: its `state` is missing or incomplete. Choose another step "
     "with @step, or another --checkpoint."
@@ -40,7 +42,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, state: TrainState, cfg: Config, run: dict) -> None:
-        """Starts to save the state; `run` holds plain numbers such as the data position."""
+        """Starts to save the state; `run` holds plain numbers under the names of BEGIN."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(plain(state)),
             run=ocp.args.JsonSave(run),
@@ -61,7 +63,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore()
         )
         found = self.manager.restore(step, args=items)
-        return serialization.from_state_dict(like, found["state"]), found["run"]
+        return serialization.from_state_dict(like, found["state"]), BEGIN | found["run"]
 
     def close(self) -> None:
         """Waits for a save under way; raises what it raised."""
@@ -112,7 +114,7 @@ def read_config(directory: epath.Path) -> Config:
 
 def read_run(directory: epath.Path) -> dict:
     """The `run` numbers that were saved with the state."""
-    return _read_json(directory / "run" / "metadata")
+    return BEGIN | _read_json(directory / "run" / "metadata")
 
 
 def restore_params(directory: epath.Path, like: dict) -> dict:

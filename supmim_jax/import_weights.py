@@ -79,7 +79,7 @@ def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
         text = json.dumps(to_configdict(cfg).to_dict(), indent=1)
         (workdir / "config.json").write_text(text + "\n")
-        checkpoints.save(state, cfg, {"position": 0, "seconds": 0.0})
+        checkpoints.save(state, cfg, checkpoint.BEGIN)
         checkpoints.close()
     except OSError as error:
         raise SetupError(f"--workdir {workdir} cannot be written: {error}.") from None

@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "config.data.workers:",
     "config.data.threads:",
     "config.data.prefetch:",
+    "config.data.max_broken:",
 )
 MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
 
@@ -85,7 +86,7 @@ def train(
     if newest is not None:  # 0: imported weights
         state, run = checkpoints.restore(newest, prog.state)
     else:
-        state, run = start.state(cfg, prog), {"seconds": 0.0}
+        state, run = start.state(cfg, prog), checkpoint.BEGIN
     last = min(stop_at or cfg.total_steps, cfg.total_steps)
 
     record_environment(workdir, first, mesh)
@@ -93,7 +94,7 @@ def train(
     line, finite = ProgressLine(cfg), FiniteCheck()
     if first:
         line.say(f"Resuming {workdir} from step {first} of {cfg.total_steps}.")
-    batches = pipeline.train_dataset(cfg, mesh, first)
+    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"])
     clock = Clock(run["seconds"])
     for step in range(first + 1, last + 1):
         with clock.waiting():
@@ -105,6 +106,7 @@ def train(
         if step % cfg.log.every == 0 or step == last:
             finite.flush()
             values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)
+            values["broken_records"] = batches.broken(step)
             writer.write(step, values)
             line.show(step, values)
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
@@ -112,7 +114,11 @@ def train(
                 evaluate(subject, state, cfg, mesh, step, writer, line)
         if step % cfg.checkpoint.every == 0 or step == last:
             finite.flush()
-            run = {"position": step * cfg.batch_size, "seconds": clock.seconds}
+            run = {
+                "position": step * cfg.batch_size,
+                "seconds": clock.seconds,
+                "broken_records": batches.broken(step),
+            }
             checkpoints.save(state, cfg, run)
     checkpoints.close()
     if last < cfg.total_steps:

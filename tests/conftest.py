@@ -74,7 +74,7 @@ def initial(cfg, one_device, tmp_path) -> str:
     """The --workdir of a run that has not begun to learn."""
     state = program.build(cfg, one_device).init(jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
-    checkpoints.save(state, cfg, {"position": 0, "seconds": 0.0})
+    checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
     return str(tmp_path / "run")
 

@@ -110,7 +110,7 @@ def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_pat
     placed = sharding.put(params, {name: built.state.params[name] for name in params})
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
     checkpoints.save(
-        state.replace(params=state.params | placed), cfg, {"position": 0, "seconds": 0.0}
+        state.replace(params=state.params | placed), cfg, checkpoint.BEGIN
     )
     checkpoints.close()
 
@@ -133,7 +133,7 @@ def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_pat
     imported = checkpoint.locate(str(workdir))
     found = checkpoint.read_config(imported)
     assert found.model == with_model(cfg).model and found.objective.name == "supervised"
-    assert checkpoint.read_run(imported) == {"position": 0, "seconds": 0.0}
+    assert checkpoint.read_run(imported) == checkpoint.BEGIN
     like = program.build(found, one_device).state
     state, _ = checkpoint.Checkpoints(workdir, found.checkpoint).restore(0, like)
     assert_same(state.params, params)

@@ -108,7 +108,7 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
         state = program.build(run_cfg, one_device).init(jax.random.key(0))
         directory = tmp_path / run_cfg.objective.name
         checkpoints = checkpoint.Checkpoints(directory, run_cfg.checkpoint)
-        checkpoints.save(state, run_cfg, {"position": 0, "seconds": 0.0})
+        checkpoints.save(state, run_cfg, checkpoint.BEGIN)
         checkpoints.close()
         found = checkpoint.locate(str(directory))
         runner = inference.build_inference(checkpoint.read_config(found), 16, one_device)

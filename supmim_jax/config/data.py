@@ -38,7 +38,11 @@ class DataConfig:
     augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image
     augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most
     color_jitter: float = within(0.3, 0.0, 1.0)  # three_augment: brightness, contrast, saturation
+    erasing: float = within(0.0, 0.0, 1.0)  # probability of random erasing, after all else
     eval_resize: int = within(24, 1, INF)  # pixels of the shorter side before the centre crop
+    # Broken records that training may replace by others, as a share of those read (in the first
+    # epoch: of the data set); above it the run stops.
+    max_broken: float = within(0.001, 0.0, 1.0)
     workers: int = within(0, 0, 256)  # decoding processes per host, a batch each; 0: threads
     threads: int = within(2, 1, 256)  # reading (and, with 0 workers, decoding) threads
     prefetch: int = within(4, 1, 1024)  # batches kept ready; at least one per thread

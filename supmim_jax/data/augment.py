@@ -57,6 +57,28 @@ def three_augment(image: np.ndarray, jitter: float, rng: np.random.Generator) ->
     return image
 
 
+def erased(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Random erasing (arXiv 1708.04896): noise in one rectangle, with this probability.
+
+    Area uniform in [0.02, 1/3] of the image and aspect log-uniform in [0.3, 3.3], drawn anew up to
+    ten times until the rectangle fits; normal noise, grey on average, as in timm's "pixel" mode.
+    """
+    if not probability or rng.random() >= probability:
+        return image
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < h < height and 0 < w < width:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            image = image.copy()
+            noise = 127.5 + 63.75 * rng.standard_normal((h, w, image.shape[2]), np.float32)
+            image[top : top + h, left : left + w] = np.clip(noise, 0, 255)
+            return image
+    return image
+
+
 def blend(low, image: np.ndarray, factor: float) -> np.ndarray:
     """low + factor * (image - low), clipped to uint8."""
     return np.clip(low + factor * (image.astype(np.float32) - low), 0, 255).astype(np.uint8)

@@ -6,17 +6,21 @@ import numpy as np
 from supmim_jax.config import IGNORED, DataConfig, SetupError
 
 
+class BrokenRecord(Exception):
+    """A record that cannot be read or has no image; training goes on without it."""
+
+
 def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
     """uint8 HxWxC (RGB or grey) from JPEG, PNG or any format of OpenCV.
 
     Raises:
-      SetupError: the bytes are no image; the message says which record they are.
+      BrokenRecord: the bytes are no image; the message says which record they are.
     """
     encoded = record["image"]
     flag = cv2.IMREAD_GRAYSCALE if cfg.channels == 1 else cv2.IMREAD_COLOR_RGB
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
     if image is None:
-        raise SetupError(
+        raise BrokenRecord(
             f"{cfg.name} record {example}: {len(encoded)} bytes are not an image that can be "
             f"decoded."
         )

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import grain
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supmim_jax.config import Config, TokensConfig
-from supmim_jax.data import records, token_cache, transforms
+from supmim_jax.config import Config, SetupError, TokensConfig
+from supmim_jax.data import records, token_cache, transforms, worker
 from supmim_jax.types import Batch
 
 ROWS = PartitionSpec(("data", "fsdp"))  # the mesh axes that share a batch
@@ -36,8 +37,14 @@ def check(cfg: Config) -> None:
         token_cache.open_cache(cfg)
 
 
-def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batch]:
+def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0, broken: int = 0) -> "Training":
     """Training batches from `first_step` to the last step.
+
+    Args:
+      cfg: the experiment.
+      mesh: what the batches are put on.
+      first_step: steps that are done.
+      broken: records that were replaced in these, on all processes.
 
     Raises:
       SetupError: the data set is missing or is not what the config says.
@@ -47,10 +54,63 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0) -> Iterator[Batc
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
         .map(records.LocalPosition(rows, cfg.batch_size, first_step))
-        .map(records.TrainingRecord(source, cfg.seed))
-        .map(train_example(cfg))
+        .map(records.TrainingOrder(len(source), cfg.seed))
+        .map(records.Intact(source, train_example(cfg)))
     )
-    return _batches(examples, cfg, cfg.batch_size, rows, mesh)
+    tally = BrokenRecords(cfg.data.name, cfg.data.train_split, "another record stands in for it")
+    batches = _batches(examples, cfg, cfg.batch_size, rows, mesh, tally)
+    return Training(batches, cfg, tally, broken)
+
+
+class Training(Iterator[Batch]):
+    """The batches of a run, and how many of its records were broken."""
+
+    def __init__(self, batches: Iterator[Batch], cfg: Config, tally: "BrokenRecords", before: int):
+        self.batches, self.cfg, self.tally, self.before = batches, cfg, tally, before
+
+    def __next__(self) -> Batch:
+        return next(self.batches)
+
+    def broken(self, step: int) -> int:
+        """Records that were replaced up to this step, on all processes; all must call this.
+
+        Raises:
+          SetupError: they are more than config.data.max_broken allows.
+        """
+        found = self.before + self.tally.total()
+        read = max(step * self.cfg.batch_size, self.cfg.data.train_examples)
+        if found > self.cfg.data.max_broken * read:
+            raise SetupError(
+                f"{found} of {step * self.cfg.batch_size} records of {self.cfg.data.name!r} "
+                f"were broken, more than config.data.max_broken = {self.cfg.data.max_broken:g} "
+                f"allows. Their ids are in the log: prepare the data set again, or allow more."
+            )
+        return found
+
+
+class BrokenRecords:
+    """Counts the broken records of this process, and logs each id once."""
+
+    def __init__(self, name: str, split: str, remedy: str):
+        self.name, self.split, self.remedy = name, split, remedy
+        self.count, self.known = 0, set()
+
+    def add(self, ids: np.ndarray) -> None:
+        """Ids of broken records, or NONE."""
+        for example in ids[ids != records.NONE].tolist():
+            self.count += 1
+            if example not in self.known:
+                self.known.add(example)
+                logging.error(
+                    "Record %d of %s, split %s, is broken; %s.",
+                    *(example, self.name, self.split, self.remedy),
+                )
+
+    def total(self) -> int:
+        """The count of all processes, each of which must call this."""
+        if jax.process_count() == 1:
+            return self.count
+        return int(multihost_utils.process_allgather(np.int32(self.count)).sum())
 
 
 def train_example(cfg: Config) -> transforms.TrainExample | transforms.MaskedTrainExample:
@@ -67,12 +127,11 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
     Record v * examples + i is view v of example i; the last batch may be smaller.
     """
     source = records.open_training_source(cfg.data)
+    make = train_example(dataclasses.replace(cfg, tokens=TokensConfig()))
     examples = (
         grain.MapDataset.range(first, stop)
-        .map(records.ViewRecord(source))
-        .map(
-            transforms.TargetExample(train_example(dataclasses.replace(cfg, tokens=TokensConfig())))
-        )
+        .map(records.ViewOrder(len(source)))
+        .map(records.Intact(source, transforms.TargetExample(make)))
     )
     for arrays in _decoded(examples.batch(batch_size), cfg):
         yield arrays["image"]
@@ -81,16 +140,16 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
 def eval_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
     """Every example of `split` once, in order; padding at the end has weight 0 and id -1."""
     source = records.open_source(cfg.data, split)
-    return _evaluation(source, transforms.EvalExample(cfg.data), cfg, mesh)
+    return _evaluation(source, split, transforms.EvalExample(cfg.data), cfg, mesh)
 
 
 def masked_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
     """`eval_dataset` with masks in place of labels, cropped as the images are."""
     source = records.open_masks(cfg.data, split)
-    return _evaluation(source, transforms.MaskedExample(cfg.data), cfg, mesh)
+    return _evaluation(source, split, transforms.MaskedExample(cfg.data), cfg, mesh)
 
 
-def _evaluation(source, transform, cfg: Config, mesh: Mesh) -> Iterator[Batch]:
+def _evaluation(source, split: str, transform, cfg: Config, mesh: Mesh) -> Iterator[Batch]:
     rows = local_rows(cfg.eval.batch_size, mesh)
     steps = math.ceil(len(source) / cfg.eval.batch_size)
     examples = (
@@ -99,7 +158,8 @@ def _evaluation(source, transform, cfg: Config, mesh: Mesh) -> Iterator[Batch]:
         .map(records.EvaluationRecord(source))
         .map(transform)
     )
-    return _batches(examples, cfg, cfg.eval.batch_size, rows, mesh)
+    tally = BrokenRecords(cfg.data.name, split, "a grey image stands for it")
+    return _batches(examples, cfg, cfg.eval.batch_size, rows, mesh, tally)
 
 
 def first_images(cfg: Config, count: int) -> np.ndarray:
@@ -116,9 +176,12 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
     return tuple(row for start, stop in sorted(spans) for row in range(start, stop))
 
 
-def _batches(examples, cfg: Config, batch_size: int, rows, mesh: Mesh) -> Iterator[Batch]:
+def _batches(
+    examples, cfg: Config, batch_size: int, rows, mesh: Mesh, tally: BrokenRecords
+) -> Iterator[Batch]:
     """Global batches, put on the mesh."""
     for arrays in _decoded(examples.batch(len(rows), drop_remainder=True), cfg):
+        tally.add(arrays.pop("broken"))
         yield _global_batch(arrays, batch_size, rows, mesh)
 
 
@@ -130,6 +193,7 @@ def _decoded(batches, cfg: Config) -> Iterator[dict]:
     if cfg.data.workers:
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
             flags.FLAGS.mark_as_parsed()
+        worker.keep_light()
         local = local.mp_prefetch(grain.MultiprocessingOptions(num_workers=cfg.data.workers))
     return iter(local)
 

@@ -4,18 +4,24 @@ The training sequence is one infinite list, epoch after epoch, each a permutatio
 position in it is one number, and nothing in it depends on hosts, devices or workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from google.protobuf.message import DecodeError
 from grain.experimental import index_shuffle
 
 from supmim_jax.config import ConfigError, DataConfig, SetupError
 from supmim_jax.data import fractals
+from supmim_jax.data.decode import BrokenRecord
 
+NONE = -1  # no id
+MOST_BROKEN = 16  # records in a row; more is no accident
+# What ArrayRecord raises for a wrong checksum, and a parser for a record of another form.
+UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
 SHUFFLE_ROUNDS = 4  # of the block cipher in index_shuffle, as in Grain's own shuffle
 
 
@@ -33,27 +39,56 @@ class LocalPosition:
 
 
 @dataclass(frozen=True)
-class TrainingRecord:
-    """Maps a position of the training sequence to (epoch, id, record)."""
+class TrainingOrder:
+    """Maps a position of the training sequence to (epoch, id)."""
 
-    source: Any
+    examples: int
     seed: int
 
-    def __call__(self, position: int) -> tuple[int, int, dict]:
-        epoch, place = divmod(position, len(self.source))
-        example = shuffled(place, len(self.source), self.seed, epoch)
-        return epoch, example, self.source[example]
+    def __call__(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.examples)
+        return epoch, shuffled(place, self.examples, self.seed, epoch)
 
 
 @dataclass(frozen=True)
-class ViewRecord:
-    """Maps the index of a token cache's record to (view, id, record)."""
+class ViewOrder:
+    """Maps the index of a token cache's record to (view, id)."""
 
-    source: Any
+    examples: int
 
-    def __call__(self, index: int) -> tuple[int, int, dict]:
-        view, example = divmod(index, len(self.source))
-        return view, example, self.source[example]
+    def __call__(self, index: int) -> tuple[int, int]:
+        return divmod(index, self.examples)
+
+
+@dataclass(frozen=True)
+class Intact:
+    """Makes an example of the record with an id, or of the next one that is not broken.
+
+    `make` is given (epoch or view, id, record); what it makes gets "broken", int32: the id that
+    was wanted, where another record stands in for it, else NONE.
+
+    Raises:
+      SetupError: MOST_BROKEN records in a row are broken.
+    """
+
+    source: Sequence[dict]
+    make: Callable[[tuple[int, int, dict]], dict]
+
+    def __call__(self, drawn: tuple[int, int]) -> dict:
+        number, wanted = drawn
+        reasons = []
+        for offset in range(min(MOST_BROKEN, len(self.source))):
+            example = (wanted + offset) % len(self.source)
+            try:
+                found = self.make((number, example, self.source[example]))
+            except BrokenRecord as error:
+                reasons.append(str(error))
+            else:
+                return found | {"broken": np.int32(wanted if offset else NONE)}
+        raise SetupError(
+            f"{len(reasons)} records in a row are broken, the first and the last: {reasons[0]}; "
+            f"{reasons[-1]}. Prepare the data set again."
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +104,10 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class Records(Sequence):
-    """Random access to {"image": encoded bytes, ...}; features that `fields` lacks stay unread."""
+    """Random access to {"image": encoded bytes, ...}; features that `fields` lacks stay unread.
+
+    Reading raises BrokenRecord where the file's checksums or the record's form are wrong.
+    """
 
     raw: Sequence[bytes]
     features: tfds.features.FeaturesDict
@@ -80,9 +118,12 @@ class Records(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         encoded = [name for ours, name in self.fields.items() if ours in ("image", "mask")]
-        found = self.features.deserialize_example_np(
-            self.raw[index], decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
-        )
+        try:
+            found = self.features.deserialize_example_np(
+                self.raw[index], decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
+            )
+        except UNREADABLE as error:
+            raise BrokenRecord(f"Record {index} cannot be read: {error}") from None
         return {ours: found[name] for ours, name in self.fields.items()}
 
 
@@ -144,7 +185,8 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
         raw = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        return Records(raw, tfds.features.FeaturesDict(features), fields)
+        # The files alone: tfds's own source would bring the builder's module into every worker.
+        return Records(raw.data_source, tfds.features.FeaturesDict(features), fields)
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
         raise SetupError(

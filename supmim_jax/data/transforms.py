@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supmim_jax.config import DataConfig
+from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.data import augment
+from supmim_jax.data.augment import erased
 from supmim_jax.data.crops import cropped, cropped_mask, draw_crop, eval_image, eval_mask
-from supmim_jax.data.decode import decode_both, decode_image
+from supmim_jax.data.decode import BrokenRecord, decode_both, decode_image
+from supmim_jax.data.records import NONE
 from supmim_jax.data.token_cache import TokenCache
 
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
@@ -61,7 +63,7 @@ class TrainExample:
         view = epoch % self.views
         target, layers = self.target(view, example, record)
         colours = generator(self.seed, epoch, example, COLOURS)
-        image = coloured(target, layers, self.cfg, colours)
+        image = erased(coloured(target, layers, self.cfg, colours), self.cfg.erasing, colours)
         found = packed(image, record["label"], example, 1.0)
         if self.with_target:
             found["target"] = target
@@ -93,8 +95,16 @@ class EvalExample:
 
     def __call__(self, drawn: tuple[int, dict]) -> dict:
         example, record = drawn
-        image = decode_image(record, self.cfg, example)
-        return packed(eval_image(image, self.cfg), record["label"], example, float(example >= 0))
+        image, broken = self.image(record, example)
+        found = packed(image, record["label"], example, float(example >= 0))
+        return found | {"broken": np.int32(broken)}
+
+    def image(self, record: dict, example: int) -> tuple[np.ndarray, int]:
+        """The image and NONE, or a grey one and the id: a broken example counts, as unknown."""
+        try:
+            return eval_image(decode_image(record, self.cfg, example), self.cfg), NONE
+        except BrokenRecord:
+            return grey_image(self.cfg), example
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,7 @@ class MaskedTrainExample:
         crop = draw_crop(*mask.shape, self.cfg, rng)
         colours = generator(self.seed, epoch, example, COLOURS)
         image = coloured(cropped(image, crop, size), 0, self.cfg, colours)
+        image = erased(image, self.cfg.erasing, colours)
         masks = cropped_mask(mask, crop, size)
         return packed(image, 0, example, 1.0) | {"masks": masks.astype(np.int32)}
 
@@ -123,9 +134,20 @@ class MaskedExample:
 
     def __call__(self, drawn: tuple[int, dict]) -> dict:
         example, record = drawn
-        image, mask = decode_both(record, self.cfg, example)
-        found = packed(eval_image(image, self.cfg), 0, example, float(example >= 0))
-        return found | {"masks": eval_mask(mask, self.cfg).astype(np.int32)}
+        broken = NONE
+        try:
+            image, mask = decode_both(record, self.cfg, example)
+            image, mask = eval_image(image, self.cfg), eval_mask(mask, self.cfg)
+        except BrokenRecord:
+            image, broken = grey_image(self.cfg), example
+            mask = np.full(image.shape[:2], IGNORED)
+        found = packed(image, 0, example, float(example >= 0))
+        return found | {"masks": mask.astype(np.int32), "broken": np.int32(broken)}
+
+
+def grey_image(cfg: DataConfig) -> np.ndarray:
+    """What stands for an image that cannot be decoded, where another may not."""
+    return np.full((cfg.image_size, cfg.image_size, cfg.channels), 128, np.uint8)
 
 
 def packed(image: np.ndarray, label: int, example: int, weight: float) -> dict:

@@ -1,0 +1,176 @@
+"""Records that cannot be read or decoded: what stands in for them, and who is told."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from supmim_jax import evals, inference, sharding
+from supmim_jax.config import DataConfig, MeshConfig, SetupError
+from supmim_jax.data import pipeline, records
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+EXAMPLES, BROKEN = 40, (3, 4, 17, 39)
+STAND_IN = {3: 5, 4: 5, 17: 18, 39: 0}
+
+
+class Damaged(tfds.core.GeneratorBasedBuilder):
+    """Plain images whose brightness is their id; those of BROKEN are no images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=30),
+            "segmentation": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(EXAMPLES):
+            image = cv2.imencode(".png", np.full((24, 24), i, np.uint8))[1].tobytes()
+            mask = cv2.imencode(".png", np.full((24, 24), i % 4, np.uint8))[1].tobytes()
+            encoded = io.BytesIO(b"no image" if i in BROKEN else image)
+            yield i, {"image": encoded, "label": i % 30, "segmentation": io.BytesIO(mask)}
+
+
+@pytest.fixture(scope="module")
+def damaged_dir(tmp_path_factory) -> str:
+    directory = str(tmp_path_factory.mktemp("damaged"))
+    Damaged(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory
+
+
+@pytest.fixture
+def run(cfg, damaged_dir):
+    data = DataConfig(
+        name="damaged", data_dir=damaged_dir, train_examples=EXAMPLES, max_broken=0.2, flip=False
+    )
+    return dataclasses.replace(cfg, data=data, epochs=4, batch_size=8)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    found = []
+    monkeypatch.setattr(logging, "error", lambda text, *args: found.append(text % args))
+    return found
+
+
+def sequence(cfg, mesh, first: int = 0):
+    """(id, label, brightness) of each example, in order."""
+    found = []
+    for batch in pipeline.train_dataset(cfg, mesh, first):
+        pixels = np.asarray(batch.views[0])
+        assert (pixels == pixels[:, :1, :1]).all()
+        found += zip(*(np.asarray(x).tolist() for x in (batch.id, batch.label, pixels[:, 0, 0, 0])))
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_record_that_is_whole_stands_in_for_a_broken_one(run, one_device, workers):
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, workers=workers))
+    found = sequence(run, one_device)
+    order = records.TrainingOrder(EXAMPLES, run.seed)
+    wanted = [order(i)[1] for i in range(4 * EXAMPLES)]
+    ids = [STAND_IN.get(i, i) for i in wanted]
+    assert found == [(i, i % 30, i) for i in ids] and set(BROKEN) <= set(wanted)
+    assert sequence(run, sharding.make_mesh(MeshConfig()), first=7) == found[7 * 8 :]
+
+
+def test_they_are_counted_and_named_once_and_a_resumed_run_goes_on_counting(run, tmp_path, said):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(run, whole, devices=ONE)
+    of_training = [line for line in said if "stands in" in line]
+    assert sorted(int(line.split()[1]) for line in of_training) == list(BROKEN)
+    assert "Record 17 of damaged, split train, is broken; another record" in " ".join(said)
+    train(run, parts, stop_at=13, devices=ONE)
+    train(run, parts, devices=ONE)
+    counts = [
+        [json.loads(line).get("broken_records") for line in (d / "metrics.jsonl").open()]
+        for d in (whole, parts)
+    ]
+    order = records.TrainingOrder(EXAMPLES, run.seed)
+    expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
+    assert counts[0][:10] == expected[1::2].tolist() and expected[-1] == 16
+    last = [[n for n in count if n is not None][-1] for count in counts]
+    assert last == [16, 16]
+
+
+def test_a_run_stops_above_the_rate_and_keeps_its_checkpoint(run, tmp_path):
+    strict = dataclasses.replace(run, data=dataclasses.replace(run.data, max_broken=0.09))
+    with pytest.raises(SetupError, match=r"4 of \d+ records of 'damaged' were broken, more than"):
+        train(strict, tmp_path, devices=ONE)
+    saved = [p.name for p in Path(tmp_path, "checkpoints").iterdir()]
+    train(run, tmp_path, devices=ONE)  # what is allowed may change
+    assert all(name.isdecimal() for name in saved)
+    assert json.loads((tmp_path / "results.json").read_text())["epochs"] == 4
+
+
+def test_an_evaluation_counts_a_broken_image_as_an_unknown_one(run, one_device, said):
+    batch = next(pipeline.eval_dataset(run, "validation", one_device))
+    pixels, ids = np.asarray(batch.views[0]), np.asarray(batch.id)
+    assert ids[:EXAMPLES].tolist() == list(range(EXAMPLES)) and batch.weight.sum() == EXAMPLES
+    for i in range(EXAMPLES):
+        assert (pixels[i] == (128 if i in BROKEN else i)).all()
+    assert len(said) == len(BROKEN) and all("a grey image stands for it" in x for x in said)
+    runner = inference.build_inference(run, 64, one_device)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), runner.params)
+    found = evals.run_all(runner.bind(params), run, "validation", one_device).metrics
+    assert found["top1"] == pytest.approx(100 * 2 / EXAMPLES)  # class 0: ids 0 and 30
+    masks = dataclasses.replace(run.data.masks, field="segmentation", num_classes=4)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, masks=masks))
+    masked = np.asarray(next(pipeline.masked_dataset(run, "validation", one_device)).masks)
+    for i in range(EXAMPLES):
+        assert (masked[i] == (-1 if i in BROKEN else i % 4)).all()
+
+
+def test_a_flipped_bit_in_a_file_is_a_broken_record(run, one_device, tmp_path):
+    """ArrayRecord's checksums find it; in these files each record has its own."""
+    whole = Path(run.data.data_dir, "damaged", "1.0.0")
+    copy = tmp_path / "damaged" / "1.0.0"
+    copy.mkdir(parents=True)
+    for path in whole.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (file,) = copy.glob("*train*")
+    contents = ArrayRecordReader(str(file)).read_all()
+    writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+    for record in contents:
+        writer.write(record)
+    writer.close()
+    content = bytearray(file.read_bytes())
+    content[content.index(contents[10]) + 20] ^= 16
+    file.write_bytes(bytes(content))
+    damaged = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=str(tmp_path)))
+    source = records.open_training_source(damaged.data)
+    with pytest.raises(records.BrokenRecord, match="Record 10 cannot be read: .* hash mismatch"):
+        source[10]
+    assert [source[i]["label"] for i in range(EXAMPLES) if i != 10][9:11] == [9, 11]
+    found = sequence(damaged, one_device)
+    assert len(found) == 160 and {i for i, _, _ in found} == {*range(EXAMPLES)} - {10, *BROKEN}
+
+
+def test_no_end_of_broken_records_is_an_error(run):
+    class Nothing:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            raise records.BrokenRecord(f"record {index} is gone")
+
+    with pytest.raises(SetupError, match="16 records in a row are broken, .* record 2 is gone"):
+        records.Intact(Nothing(), lambda drawn: {})((0, 2))
