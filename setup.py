@@ -35,6 +35,7 @@ setup(
         # Only for TensorBoard events; the CPU build can never take an accelerator from JAX.
         f"tensorflow-cpu; {HAS_TENSORFLOW_CPU}",
         f"tensorflow; {HAS_NOT}",
+        "tqdm",
     ],
     extras_require={
         "test": ["pytest", "hypothesis", "ruff"],

@@ -11,10 +11,14 @@ for flag in (
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from etils import epath
+from pictures import CLASSES, ToyPictures, encoded, put
 
 from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import (
@@ -77,6 +81,40 @@ def initial(cfg, one_device, tmp_path) -> str:
     checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
     return str(tmp_path / "run")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Training and validation images of three classes; deep, in both formats and any case."""
+    root = tmp_path / "photos"
+    for label, name in enumerate(CLASSES):
+        for i in range(12):
+            ending = (".png", ".JPG", ".jpeg")[i % 3]
+            sub = "" if i % 2 else "deep/er/"
+            put(root / "train" / name / f"{sub}{i:02d}{ending}", encoded(100 * label + i, ending))
+        for i in range(3):
+            put(root / "val" / name / f"{i}.Png", encoded(1000 + 10 * label + i))
+    put(root / "train" / "ape" / "notes.txt", "no image")
+    put(root / "train" / "ape" / ".hidden.png", "no image either")
+    return root
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory):
+    """A TFRecord copy in four shards of train."""
+    root = tmp_path_factory.mktemp("tfrecord")
+    builder = ToyPictures(data_dir=root, file_format="tfrecord")
+    config = tfds.download.DownloadConfig(num_shards=4, try_download_gcs=False)
+    builder.download_and_prepare(download_config=config)
+    return root
+
+
+@pytest.fixture
+def toy(toys, tmp_path):
+    """Its version's directory, to be broken."""
+    copy = tmp_path / "tfrecord" / "toy_pictures" / "2.3.4"
+    shutil.copytree(toys / "toy_pictures" / "2.3.4", copy)
+    return epath.Path(copy)
 
 
 def make_batch(cfg: Config, seed: int = 0) -> Batch:

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from supmim_jax import evals, inference, sharding
 from supmim_jax.config import DataConfig, MeshConfig, SetupError
-from supmim_jax.data import pipeline, records
+from supmim_jax.data import pipeline, records, sequence
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -71,7 +71,7 @@ def said(monkeypatch) -> list[str]:
     return found
 
 
-def sequence(cfg, mesh, first: int = 0):
+def drawn(cfg, mesh, first: int = 0):
     """(id, label, brightness) of each example, in order."""
     found = []
     for batch in pipeline.train_dataset(cfg, mesh, first):
@@ -84,12 +84,12 @@ def sequence(cfg, mesh, first: int = 0):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_record_that_is_whole_stands_in_for_a_broken_one(run, one_device, workers):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, workers=workers))
-    found = sequence(run, one_device)
-    order = records.TrainingOrder(EXAMPLES, run.seed)
+    found = drawn(run, one_device)
+    order = sequence.TrainingOrder(EXAMPLES, run.seed)
     wanted = [order(i)[1] for i in range(4 * EXAMPLES)]
     ids = [STAND_IN.get(i, i) for i in wanted]
     assert found == [(i, i % 30, i) for i in ids] and set(BROKEN) <= set(wanted)
-    assert sequence(run, sharding.make_mesh(MeshConfig()), first=7) == found[7 * 8 :]
+    assert drawn(run, sharding.make_mesh(MeshConfig()), first=7) == found[7 * 8 :]
 
 
 def test_they_are_counted_and_named_once_and_a_resumed_run_goes_on_counting(run, tmp_path, said):
@@ -104,7 +104,7 @@ def test_they_are_counted_and_named_once_and_a_resumed_run_goes_on_counting(run,
         [json.loads(line).get("broken_records") for line in (d / "metrics.jsonl").open()]
         for d in (whole, parts)
     ]
-    order = records.TrainingOrder(EXAMPLES, run.seed)
+    order = sequence.TrainingOrder(EXAMPLES, run.seed)
     expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
     assert counts[0][:10] == expected[1::2].tolist() and expected[-1] == 16
     last = [[n for n in count if n is not None][-1] for count in counts]
@@ -157,10 +157,10 @@ def test_a_flipped_bit_in_a_file_is_a_broken_record(run, one_device, tmp_path):
     file.write_bytes(bytes(content))
     damaged = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=str(tmp_path)))
     source = records.open_training_source(damaged.data)
-    with pytest.raises(records.BrokenRecord, match="Record 10 cannot be read: .* hash mismatch"):
+    with pytest.raises(records.BrokenRecord, match=r"Record 10 cannot be read: .* hash mismatch"):
         source[10]
     assert [source[i]["label"] for i in range(EXAMPLES) if i != 10][9:11] == [9, 11]
-    found = sequence(damaged, one_device)
+    found = drawn(damaged, one_device)
     assert len(found) == 160 and {i for i, _, _ in found} == {*range(EXAMPLES)} - {10, *BROKEN}
 
 
@@ -172,5 +172,5 @@ def test_no_end_of_broken_records_is_an_error(run):
         def __getitem__(self, index):
             raise records.BrokenRecord(f"record {index} is gone")
 
-    with pytest.raises(SetupError, match="16 records in a row are broken, .* record 2 is gone"):
-        records.Intact(Nothing(), lambda drawn: {})((0, 2))
+    with pytest.raises(SetupError, match=r"16 records in a row are broken, .* record 2 is gone"):
+        sequence.Intact(Nothing(), lambda given: {})((0, 2))

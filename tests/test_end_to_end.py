@@ -129,7 +129,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config.model.patch=3"], "not a multiple of model.patch = 3; 18 or 21 would do"),
         (
             ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere"],
-            "tfds build imagenet2012 --file_format=array_record",
+            "python -m supmim_jax.data.prepare --name imagenet2012 --data_dir /nowhere",
         ),
         (["--config=configs/debug.py:dbug"], "argument 'dbug' is unknown"),
         (["--config=configs/none.py"], "--config names no readable file"),

@@ -109,9 +109,7 @@ def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_pat
     state = built.init(jax.random.key(0))
     placed = sharding.put(params, {name: built.state.params[name] for name in params})
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
-    checkpoints.save(
-        state.replace(params=state.params | placed), cfg, checkpoint.BEGIN
-    )
+    checkpoints.save(state.replace(params=state.params | placed), cfg, checkpoint.BEGIN)
     checkpoints.close()
 
     def command(*arguments):

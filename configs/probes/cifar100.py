@@ -2,7 +2,7 @@
 
   python -m supmim_jax.probe --config configs/probes/cifar100.py --checkpoint runs/b14
 
-Hardware: one GPU; not run by us. Prepare `tfds build cifar100 --file_format=array_record` first.
+Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --name cifar100`.
 """
 
 from configs.probes import base

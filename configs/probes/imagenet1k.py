@@ -3,7 +3,7 @@
   python -m supmim_jax.probe --config configs/probes/imagenet1k.py --checkpoint runs/b14
 
 Hardware: a GPU or a TPU slice (ViT-B's features of 1.28 million images are 3.9 GB on the devices
-together); not run by us. Prepare `tfds build imagenet2012 --file_format=array_record` first.
+together); not run by us. First `python -m supmim_jax.data.prepare --name imagenet2012`.
 """
 
 from configs.probes import base

@@ -2,8 +2,8 @@
 
   python -m supmim_jax.probe --config configs/probes/pets.py --checkpoint runs/b14
 
-Hardware: one GPU; not run by us. Prepare `tfds build oxford_iiit_pet --file_format=array_record`
-first. The masks have 1 for the animal, 2 for the ground and 3 for the border between; all count.
+Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --name oxford_iiit_pet`.
+The masks have 1 for the animal, 2 for the ground and 3 for the border between; all count.
 """
 
 from configs.probes import base

@@ -2,10 +2,11 @@
 
   python -m supmim_jax.probe --config configs/probes/segmentation_ade20k.py --checkpoint runs/b14
 
-Hardware: one GPU, 16 GB of host memory (tokens of ViT-B/14); not run by us. Prepare `tfds build
-scene_parse150 --file_format=array_record` first. What tfds prepares are the masks of the instance
-challenge, whose red channel has 100 categories of objects and 0 elsewhere: its mIoU is not that of
-the 150 classes of scene parsing. For those, name a data set with their masks and num_classes=150.
+Hardware: one GPU, 16 GB of host memory (tokens of ViT-B/14); not run by us. First
+`python -m supmim_jax.data.prepare --name scene_parse150`. What tfds prepares are the masks of the
+instance challenge, whose red channel has 100 categories of objects and 0 elsewhere: its mIoU is not
+that of the 150 classes of scene parsing. For those, name a data set with their masks and
+num_classes=150.
 """
 
 from configs.probes import base

@@ -3,8 +3,8 @@
   python -m supmim_jax.probe --config configs/probes/stanford_online_products.py \
       --checkpoint runs/b14
 
-Hardware: one GPU; not run by us. Prepare `tfds build stanford_online_products
---file_format=array_record` first. The test split's 11,316 products search each other.
+Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --name
+stanford_online_products`. The test split's 11,316 products search each other.
 """
 
 from configs.probes import base

@@ -16,28 +16,38 @@ def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
     Raises:
       BrokenRecord: the bytes are no image; the message says which record they are.
     """
-    encoded = record["image"]
-    flag = cv2.IMREAD_GRAYSCALE if cfg.channels == 1 else cv2.IMREAD_COLOR_RGB
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    image = pixels(record["image"], cfg.channels)
     if image is None:
         raise BrokenRecord(
-            f"{cfg.name} record {example}: {len(encoded)} bytes are not an image that can be "
-            f"decoded."
+            f"{cfg.name} record {example}: {len(record['image'])} bytes are not an image that can "
+            f"be decoded."
         )
-    return image.reshape(*image.shape[:2], cfg.channels)
+    return image
+
+
+def pixels(encoded: bytes, channels: int) -> np.ndarray | None:
+    """uint8 HxWxC of an encoded image; None where it cannot be decoded."""
+    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    return None if image is None else image.reshape(*image.shape[:2], channels)
 
 
 def decode_mask(record: dict, shape: tuple[int, int], cfg: DataConfig, example: int) -> np.ndarray:
     """int16 HxW: the class of each pixel of the image, or IGNORED; of a colour mask, of its red.
 
     Raises:
-      SetupError: the bytes are no image, or one of another size than `shape` or of other classes.
+      BrokenRecord: the bytes are no image.
+      SetupError: it is an image of another size than `shape`, or of other classes.
     """
     encoded, masks, name = record["mask"], cfg.masks, f"{cfg.name} record {example}"
     mask = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
-    if mask is None or mask.shape[:2] != shape:
-        found = f"{len(encoded)} bytes" if mask is None else f"of shape {mask.shape[:2]}"
-        raise SetupError(f"{name}: the mask is {found}, but should be an image of {shape} pixels.")
+    if mask is None:
+        raise BrokenRecord(f"{name}: the mask is {len(encoded)} bytes that cannot be decoded.")
+    if mask.shape[:2] != shape:
+        raise SetupError(
+            f"{name}: the mask has {mask.shape[:2]} pixels, but its image {shape}. Name the "
+            f"feature with the masks in config.data.masks.field."
+        )
     raw = (mask if mask.ndim == 2 else mask[..., 2]).astype(np.int32)  # OpenCV: blue, green, red
     classes = np.where(raw == masks.ignore, IGNORED, raw + masks.offset)
     wrong = raw[(raw != masks.ignore) & ((classes < 0) | (classes >= masks.num_classes))]

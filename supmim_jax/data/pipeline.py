@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supmim_jax.config import Config, SetupError, TokensConfig
-from supmim_jax.data import records, token_cache, transforms, worker
+from supmim_jax.data import records, sequence, token_cache, transforms, worker
 from supmim_jax.types import Batch
 
 ROWS = PartitionSpec(("data", "fsdp"))  # the mesh axes that share a batch
@@ -53,9 +53,9 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0, broken: int = 0)
     rows = local_rows(cfg.batch_size, mesh)
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
-        .map(records.LocalPosition(rows, cfg.batch_size, first_step))
-        .map(records.TrainingOrder(len(source), cfg.seed))
-        .map(records.Intact(source, train_example(cfg)))
+        .map(sequence.LocalPosition(rows, cfg.batch_size, first_step))
+        .map(sequence.TrainingOrder(len(source), cfg.seed))
+        .map(sequence.Intact(source, train_example(cfg)))
     )
     tally = BrokenRecords(cfg.data.name, cfg.data.train_split, "another record stands in for it")
     batches = _batches(examples, cfg, cfg.batch_size, rows, mesh, tally)
@@ -97,7 +97,7 @@ class BrokenRecords:
 
     def add(self, ids: np.ndarray) -> None:
         """Ids of broken records, or NONE."""
-        for example in ids[ids != records.NONE].tolist():
+        for example in ids[ids != sequence.NONE].tolist():
             self.count += 1
             if example not in self.known:
                 self.known.add(example)
@@ -130,8 +130,8 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
     make = train_example(dataclasses.replace(cfg, tokens=TokensConfig()))
     examples = (
         grain.MapDataset.range(first, stop)
-        .map(records.ViewOrder(len(source)))
-        .map(records.Intact(source, transforms.TargetExample(make)))
+        .map(sequence.ViewOrder(len(source)))
+        .map(sequence.Intact(source, transforms.TargetExample(make)))
     )
     for arrays in _decoded(examples.batch(batch_size), cfg):
         yield arrays["image"]
@@ -154,8 +154,8 @@ def _evaluation(source, split: str, transform, cfg: Config, mesh: Mesh) -> Itera
     steps = math.ceil(len(source) / cfg.eval.batch_size)
     examples = (
         grain.MapDataset.range(len(rows) * steps)
-        .map(records.LocalPosition(rows, cfg.eval.batch_size))
-        .map(records.EvaluationRecord(source))
+        .map(sequence.LocalPosition(rows, cfg.eval.batch_size))
+        .map(sequence.EvaluationRecord(source))
         .map(transform)
     )
     tally = BrokenRecords(cfg.data.name, split, "a grey image stands for it")

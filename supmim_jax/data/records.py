@@ -1,105 +1,19 @@
-"""The records of a tfds data set in training or evaluation order, as worker processes read them.
+"""The records of tfds data sets: found, checked against the config, and read at random."""
 
-The training sequence is one infinite list, epoch after epoch, each a permutation of all ids. A
-position in it is one number, and nothing in it depends on hosts, devices or workers.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from google.protobuf.message import DecodeError
-from grain.experimental import index_shuffle
 
 from supmim_jax.config import ConfigError, DataConfig, SetupError
 from supmim_jax.data import fractals
 from supmim_jax.data.decode import BrokenRecord
 
-NONE = -1  # no id
-MOST_BROKEN = 16  # records in a row; more is no accident
 # What ArrayRecord raises for a wrong checksum, and a parser for a record of another form.
 UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
-SHUFFLE_ROUNDS = 4  # of the block cipher in index_shuffle, as in Grain's own shuffle
-
-
-@dataclass(frozen=True)
-class LocalPosition:
-    """Maps an index into this process's examples to a position of the global sequence."""
-
-    rows: Sequence[int]  # of the global batch that this process feeds
-    batch_size: int  # global
-    first_step: int = 0
-
-    def __call__(self, index: int) -> int:
-        step, row = divmod(index, len(self.rows))
-        return (self.first_step + step) * self.batch_size + self.rows[row]
-
-
-@dataclass(frozen=True)
-class TrainingOrder:
-    """Maps a position of the training sequence to (epoch, id)."""
-
-    examples: int
-    seed: int
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.examples)
-        return epoch, shuffled(place, self.examples, self.seed, epoch)
-
-
-@dataclass(frozen=True)
-class ViewOrder:
-    """Maps the index of a token cache's record to (view, id)."""
-
-    examples: int
-
-    def __call__(self, index: int) -> tuple[int, int]:
-        return divmod(index, self.examples)
-
-
-@dataclass(frozen=True)
-class Intact:
-    """Makes an example of the record with an id, or of the next one that is not broken.
-
-    `make` is given (epoch or view, id, record); what it makes gets "broken", int32: the id that
-    was wanted, where another record stands in for it, else NONE.
-
-    Raises:
-      SetupError: MOST_BROKEN records in a row are broken.
-    """
-
-    source: Sequence[dict]
-    make: Callable[[tuple[int, int, dict]], dict]
-
-    def __call__(self, drawn: tuple[int, int]) -> dict:
-        number, wanted = drawn
-        reasons = []
-        for offset in range(min(MOST_BROKEN, len(self.source))):
-            example = (wanted + offset) % len(self.source)
-            try:
-                found = self.make((number, example, self.source[example]))
-            except BrokenRecord as error:
-                reasons.append(str(error))
-            else:
-                return found | {"broken": np.int32(wanted if offset else NONE)}
-        raise SetupError(
-            f"{len(reasons)} records in a row are broken, the first and the last: {reasons[0]}; "
-            f"{reasons[-1]}. Prepare the data set again."
-        )
-
-
-@dataclass(frozen=True)
-class EvaluationRecord:
-    """Maps a position of an evaluation pass to (id, record); past the end the id is -1."""
-
-    source: Any
-
-    def __call__(self, position: int) -> tuple[int, dict]:
-        inside = position < len(self.source)
-        return (position, self.source[position]) if inside else (-1, self.source[0])
+PREPARE = "python -m supmim_jax.data.prepare"
 
 
 @dataclass(frozen=True)
@@ -125,14 +39,6 @@ class Records(Sequence):
         except UNREADABLE as error:
             raise BrokenRecord(f"Record {index} cannot be read: {error}") from None
         return {ours: found[name] for ours, name in self.fields.items()}
-
-
-def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:
-    """The id at `place` of the epoch's permutation of range(examples); O(1) time and memory."""
-    if examples == 1:
-        return 0
-    key = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return index_shuffle(place, examples - 1, key, SHUFFLE_ROUNDS)
 
 
 def open_source(cfg: DataConfig, split: str) -> Records:
@@ -196,8 +102,8 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
     except NotImplementedError:
         raise SetupError(
             f"{cfg.name!r} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
-            f"which has no random access. Prepare it as ArrayRecord: `tfds build {cfg.name} "
-            f"--file_format=array_record`."
+            f"which has no random access. Convert it: `{PREPARE} --from_tfrecord "
+            f"{builder.data_dir} --data_dir <another directory>`."
         ) from None
 
 
@@ -231,7 +137,8 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     except (ValueError, tfds.core.DatasetNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SetupError(
-            f"config.data.name is {cfg.name!r}, which tfds does not know: {reason}"
+            f"config.data.name is {cfg.name!r}, which tfds does not know: {reason}. A folder of "
+            f"images becomes a data set with `{PREPARE} --image_folder`."
         ) from None
     except OSError as error:
         raise SetupError(
@@ -240,9 +147,10 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
             f"to a directory that you own."
         ) from None
     if not epath.Path(builder.data_dir).exists():
+        where = f" --data_dir {cfg.data_dir}" if cfg.data_dir else ""
         raise SetupError(
             f"The data set {cfg.name!r} is not in {builder.data_dir}. Prepare it there with "
-            f"`tfds build {cfg.name} --file_format=array_record`, or set config.data.data_dir to "
-            f"where it is. config.data.name='fractals/tiny' needs no preparation."
+            f"`{PREPARE} --name {cfg.name}{where}`, or set config.data.data_dir to where it is. "
+            f"config.data.name='fractals/tiny' needs no preparation."
         )
     return builder

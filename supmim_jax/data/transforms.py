@@ -14,7 +14,7 @@ from supmim_jax.data import augment
 from supmim_jax.data.augment import erased
 from supmim_jax.data.crops import cropped, cropped_mask, draw_crop, eval_image, eval_mask
 from supmim_jax.data.decode import BrokenRecord, decode_both, decode_image
-from supmim_jax.data.records import NONE
+from supmim_jax.data.sequence import NONE
 from supmim_jax.data.token_cache import TokenCache
 
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers

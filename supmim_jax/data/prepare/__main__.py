@@ -1,0 +1,80 @@
+"""Prepares the images that training reads: a data set of tfds, a copy of one, or a folder.
+
+  python -m supmim_jax.data.prepare --name imagenet2012 --manual_dir /archives --data_dir /data
+  python -m supmim_jax.data.prepare --from_tfrecord /tfds/imagenet2012/5.1.0 --data_dir /data
+  python -m supmim_jax.data.prepare --image_folder /photos --as birds --data_dir /data
+
+Add --dry_run to see what would be written, and whether there is room. What is written can be opened
+when it is complete, not before. Killed, the same command goes on with the shards that are missing
+(the first form begins anew: its builder is tfds's own). The last lines say how to train on it.
+"""
+
+from absl import flags
+from etils import epath
+
+from supmim_jax import commands
+from supmim_jax.config import SetupError
+from supmim_jax.data.prepare import catalogue, folder, tfrecords
+
+# What each form takes beside --data_dir and --dry_run.
+FORMS = {
+    "name": ("manual_dir", "verify"),
+    "from_tfrecord": (),
+    "image_folder": ("as", "val_fraction", "no_decode", "skip_broken"),
+}
+
+
+def main() -> None:
+    given = flags.FLAGS.flag_values_dict()
+    _check(given)
+    where = {"data_dir": given["data_dir"], "dry_run": given["dry_run"]}
+    try:
+        if given["name"]:
+            said = catalogue.prepare(
+                given["name"], manual_dir=given["manual_dir"], verify=given["verify"], **where
+            )
+        elif given["from_tfrecord"]:
+            said = tfrecords.prepare(epath.Path(given["from_tfrecord"]), **where)
+        else:
+            said = folder.prepare(
+                epath.Path(given["image_folder"]),
+                given["as"],
+                val_fraction=given["val_fraction"],
+                decode=not given["no_decode"],
+                skip_broken=given["skip_broken"],
+                **where,
+            )
+    except OSError as error:
+        raise SetupError(f"Cannot be read or written: {error}.") from None
+    print(said)
+
+
+def _check(given: dict) -> None:
+    """Raises SetupError unless the flags are of one form."""
+    forms = [form for form in FORMS if given[form]]
+    if len(forms) != 1:
+        found = ", ".join(f"--{form}" for form in forms) or "none"
+        raise SetupError(f"Give one of {', '.join(f'--{form}' for form in FORMS)}; found {found}.")
+    for form, own in FORMS.items():
+        for flag in own:
+            if given[flag] and form != forms[0]:
+                raise SetupError(f"--{flag} belongs to --{form}, and --{forms[0]} was given.")
+    if forms == ["image_folder"] and not given["as"]:
+        raise SetupError("--image_folder needs --as <name>: what the data set is to be called.")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("name", "", "A data set of tfds: <name>[/<config>][:<version>].")
+    flags.DEFINE_string("from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.")
+    flags.DEFINE_string("image_folder", "", "Directory with train/<class>/ and val/<class>/.")
+    flags.DEFINE_string("data_dir", "", "Where data sets go; tfds's default if empty.")
+    flags.DEFINE_string("manual_dir", "", "--name: files that you downloaded yourself.")
+    flags.DEFINE_bool("verify", False, "--name imagenet2012: also the archives' MD5.")
+    flags.DEFINE_string("as", "", "--image_folder: name of the data set.")
+    flags.DEFINE_float(
+        "val_fraction", 0.0, "--image_folder: of each class.", lower_bound=0.0, upper_bound=0.9
+    )
+    flags.DEFINE_bool("no_decode", False, "--image_folder: look at first bytes only.")
+    flags.DEFINE_bool("skip_broken", False, "--image_folder: leave out what is no image.")
+    flags.DEFINE_bool("dry_run", False, "Say what would be written, and write nothing.")
+    commands.start(main)

@@ -1,0 +1,125 @@
+"""Where a data set goes: <data_dir>/<name>/<version>, which appears when it is complete.
+
+Until then it grows in <version>.incomplete.prepare beside it, which tfds takes for no version, and
+a command that was killed goes on there. The last step is one rename: atomic on a local disk; a
+bucket copies object by object, so wait there for the command to end before training.
+"""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from supmim_jax.config import SetupError
+from supmim_jax.data.prepare import progress
+from supmim_jax.metrics import write_json
+
+MANIFEST = "prepared.json"  # what the data were made of; stays beside them
+UNFINISHED = ".incomplete.prepare"
+LOCK = "lock"
+
+
+def data_dir(given: str) -> epath.Path:
+    """--data_dir; where it is empty, tfds's own default."""
+    return epath.Path(given or tfds.core.constants.DATA_DIR).expanduser()
+
+
+def unfinished(final: epath.Path) -> epath.Path:
+    return final.with_name(final.name + UNFINISHED)
+
+
+def manifest(directory: epath.Path) -> dict:
+    """What prepared.json in the directory says; {} if there is none, or half of one."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_done(final: epath.Path, made_of: dict) -> bool:
+    """Whether the data set is there and was made of this.
+
+    Raises:
+      SetupError: something else is there.
+    """
+    if not final.exists():
+        return False
+    found = manifest(final)
+    if found.get("fingerprint") != made_of["fingerprint"]:
+        origin = f"made of {found['source']}" if found else f"without {MANIFEST}"
+        raise SetupError(
+            f"{final} already holds a data set ({origin}), and not of {made_of['source']} as it "
+            f"is now, with these options. Remove that directory, or choose another name (--as) "
+            f"or --data_dir."
+        )
+    return True
+
+
+@contextlib.contextmanager
+def writing(final: epath.Path, made_of: dict) -> Iterator[epath.Path]:
+    """The directory to write in; it becomes `final` if all goes well.
+
+    Shards of an earlier run are kept if they were made of the same.
+
+    Raises:
+      SetupError: another process is writing there.
+    """
+    part = unfinished(final)
+    part.mkdir(parents=True, exist_ok=True)
+    with _locked(part):
+        found = manifest(part)
+        if found.get("fingerprint") != made_of["fingerprint"]:
+            if found:
+                progress.say(f"{made_of['source']} or the options changed: starting anew.")
+            for path in part.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            write_json(part / MANIFEST, made_of)
+        yield part
+        for path in part.iterdir():
+            if path.name == LOCK or path.name.endswith(".part"):
+                path.unlink()
+        part.rename(final)
+
+
+@contextlib.contextmanager
+def _locked(directory: epath.Path) -> Iterator[None]:
+    """One process at a time; the system frees the lock of a process that died."""
+    if is_remote(directory):
+        yield
+        return
+    with open(directory / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SetupError(
+                f"Another process is writing to {directory}. Wait for it, or end it first."
+            ) from None
+        yield
+
+
+def is_remote(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def free_bytes(path: epath.Path) -> int | None:
+    """Of the disk that the path is on or will be on; None for a bucket."""
+    if is_remote(path):
+        return None
+    local = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (local, *local.parents) if p.exists())).free
+
+
+def check_space(path: epath.Path, needed: int) -> None:
+    """Raises SetupError if a local disk has fewer bytes free."""
+    free = free_bytes(path)
+    if free is not None and needed > free:
+        raise SetupError(
+            f"{path} needs {progress.size(needed)}, and its disk has {progress.size(free)} free. "
+            f"Free some, or choose another --data_dir."
+        )
