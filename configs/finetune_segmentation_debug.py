@@ -4,7 +4,9 @@
   python -m supmim_jax.train --config configs/finetune_segmentation_debug.py --workdir runs/masks
 
 Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workdir>[@step].
-All values are our choices, made without a search.
+Validation mIoU, measured here from seed 0 of configs/debug.py: 23.6, 36.6 and 37.2 % with a
+learning rate of 2e-4, 1e-3 and 3e-3 (one run each; a convolutional head on its frozen tokens:
+36.2 %, by configs/probes/fractals.py). The other values are our choices, made without a search.
 """
 
 import dataclasses
@@ -19,6 +21,7 @@ def experiment() -> Config:
         config,
         objective=SegmentationObjectiveConfig(head="conv"),
         init=InitConfig(checkpoint="runs/supmim"),
+        optim=dataclasses.replace(config.optim, lr=3e-3),
         eval=EvalConfig(which=("miou",)),
     )
 

@@ -27,7 +27,7 @@ from supmim_jax.evals.results import Results
 from supmim_jax.metrics import write_json
 from supmim_jax.types import Encoder, Features
 
-TITLES = {"top1": "top-1 %", "knn": "kNN %"}  # of the table; other metrics keep their names
+TITLES = {"top1": "top-1 %", "knn": "kNN %", "miou": "mIoU %"}  # others keep their names
 SWEEP = "knn/k="  # metrics that would make the table too wide; the file has them
 
 

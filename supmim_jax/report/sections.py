@@ -16,6 +16,8 @@ METRICS = {
     "psnr": "PSNR dB",
     "codes_used": "codes used %",
     "perplexity": "perplexity",
+    "miou": "mIoU %",
+    "pixel_accuracy": "pixel accuracy %",
 }
 CHARTS = {  # by title; what metrics.jsonl has besides gets a chart of its own
     "Loss and its terms": (
