@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from supmim_jax import checkpoint, inference
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
-from supmim_jax.data import pipeline, token_cache
+from supmim_jax.data import feed, token_cache
 from supmim_jax.metrics import write_json
 from supmim_jax.models import maskgit, patch_codes
 
@@ -60,7 +60,7 @@ def tokenizer(cfg: Config, workdir: epath.Path, like: dict) -> dict:
     path = epath.Path(target.path) if target.path else next(filter(_exists, kept), None)
     if path:
         return patch_codes.load(path, target, cfg.model.patch, cfg.data.channels)
-    images = pipeline.first_images(cfg, target.fit_images)
+    images = feed.first_images(cfg, target.fit_images)
     codes = patch_codes.fit(target, cfg.model.patch, images, cfg.seed)
     if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
         codes = multihost_utils.broadcast_one_to_all(codes)

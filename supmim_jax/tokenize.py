@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from supmim_jax import commands, frozen, inference, sharding
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
-from supmim_jax.data import pipeline, token_cache
+from supmim_jax.data import feed, token_cache
 from supmim_jax.metrics import write_json
 from supmim_jax.models import patch_codes
 
@@ -55,7 +55,7 @@ def tokenize(
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
     prog = inference.build_tokenizer(cfg, batch_size, mesh)
-    pipeline.check(cfg)
+    feed.check(cfg)
     arrays = frozen.tokenizer(cfg, directory, prog.arrays)
     plan = token_cache.Plan(
         fingerprint=token_cache.fingerprint(cfg, frozen.digest(arrays)),
@@ -81,7 +81,7 @@ def encoded(
     """uint16 ids L of each record in turn; the next batch is under way while one is handed out."""
     rows = jax.NamedSharding(mesh, sharding.BATCH)
     pending: tuple[jax.Array, int] | None = None
-    for images in pipeline.target_images(cfg, records.start, records.stop, batch_size):
+    for images in feed.target_images(cfg, records.start, records.stop, batch_size):
         count = len(images)
         padded = np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
         ids = bound.encode(jax.device_put(padded, rows))

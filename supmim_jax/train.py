@@ -25,7 +25,7 @@ from supmim_jax import (
 )
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
-from supmim_jax.data import pipeline
+from supmim_jax.data import feed, pipeline
 from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine, write_json
 
 # Where a run goes on, how it reads, logs and saves may change between its parts.
@@ -67,7 +67,7 @@ def train(
     mesh = sharding.make_mesh(cfg.mesh, devices)
     prog = program.build(cfg, mesh)
     subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
-    pipeline.check(cfg)
+    feed.check(cfg)
     workdir = epath.Path(workdir)
     check_workdir(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete

@@ -1,8 +1,14 @@
 """Every test runs on simulated CPU devices and on images that it makes."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs that several tests, or the commands that they start, compile alike are compiled once.
+COMPILED = tempfile.TemporaryDirectory(prefix="supmim_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 for flag in (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",  # compiles in half the time; the programs are tiny
@@ -37,6 +43,21 @@ from supmim_jax.config import (
 from supmim_jax.types import Batch
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the long soak tests")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a long soak test; a short form of it always runs")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long; run with --slow"))
 
 
 @pytest.fixture(scope="session")

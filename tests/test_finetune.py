@@ -159,7 +159,7 @@ REFUSED = [  # of a run whose checkpoint has the defaults of `cfg`
 def test_what_is_not_the_same_encoder_is_refused_first(
     supervised, source, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr("supmim_jax.data.pipeline.check", lambda cfg: None)  # not its turn
+    monkeypatch.setattr("supmim_jax.data.feed.check", lambda cfg: None)  # not its turn
     cfg = changed(changed(supervised, init={"checkpoint": source[0]}), **changes)
     with pytest.raises(SetupError, match=message):
         train(cfg, tmp_path / "run", devices=ONE)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from supmim_jax import sharding
 from supmim_jax.config import ConfigError, DataConfig, MeshConfig, SetupError
-from supmim_jax.data import augment, crops, decode, pipeline, records, sequence, transforms
+from supmim_jax.data import augment, crops, decode, feed, pipeline, records, sequence, transforms
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 PHOTO = cv2.resize(NOISE, (80, 60), interpolation=cv2.INTER_CUBIC) // 2 + 40  # low contrast
@@ -203,7 +203,7 @@ def test_each_operation_changes_the_image_and_more_with_strength(name):
 def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
     def opened(**changes):
         data = dataclasses.replace(cfg.data, **changes)
-        return pipeline.check(dataclasses.replace(cfg, data=data))
+        return feed.check(dataclasses.replace(cfg, data=data))
 
     opened()
     with pytest.raises(ConfigError, match=r"train_examples is 60, but .* has 64 examples"):

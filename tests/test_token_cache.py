@@ -11,7 +11,7 @@ from etils import epath
 
 from supmim_jax import frozen, inference, program, sharding, tokenize
 from supmim_jax.config import ConfigError, SetupError, TokensConfig, VQGANConfig
-from supmim_jax.data import pipeline, token_cache
+from supmim_jax.data import feed, pipeline, token_cache
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -186,18 +186,18 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
 )
 def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, message):
     with pytest.raises(SetupError, match=message + ".*there; here"):
-        pipeline.check(change(with_cache(cfg, cache)))
+        feed.check(change(with_cache(cfg, cache)))
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
     monkeypatch.setattr(token_cache.records, "version", lambda _: "9.9.9")
     with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
-        pipeline.check(with_cache(cfg, cache))
+        feed.check(with_cache(cfg, cache))
 
 
 def test_what_does_not_touch_the_tokens_may_differ(cfg, cache):
     other = replaced(with_cache(cfg, cache), "objective", mask_ratio=0.7)
-    pipeline.check(replaced(other, "optim", lr=0.5))
+    feed.check(replaced(other, "optim", lr=0.5))
 
 
 def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path):
@@ -235,7 +235,7 @@ def test_too_few_views_are_refused(cfg, cache):
     with pytest.raises(
         SetupError, match=r"3 views .* wants 9\. Set config.tokens.views=3 to cycle"
     ):
-        pipeline.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
+        feed.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
 
 
 def test_damage_is_named(cfg, cache, tmp_path):
@@ -249,18 +249,18 @@ def test_damage_is_named(cfg, cache, tmp_path):
     directory, shard = copied("missing")
     shard.unlink()
     with pytest.raises(SetupError, match=r"lacks 1 of 4 shards: tokens-00002-of-00004"):
-        pipeline.check(with_cache(cfg, directory))
+        feed.check(with_cache(cfg, directory))
     for cut in (1000, 70_000):
         directory, shard = copied(f"cut{cut}")
         shard.write_bytes(shard.read_bytes()[:cut])
         with pytest.raises(
             SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord (is cut|has 0)"
         ):
-            pipeline.check(with_cache(cfg, directory))
+            feed.check(with_cache(cfg, directory))
     directory, shard = copied("fewer")
     token_cache.write_shard(shard, iter(np.zeros((7, 25), np.uint16)))
     with pytest.raises(SetupError, match=r"tokens-00002.* has 7 records, expected 50"):
-        pipeline.check(with_cache(cfg, directory))
+        feed.check(with_cache(cfg, directory))
     directory, shard = copied("range")
     token_cache.write_shard(shard, iter(np.full((50, 25), 16, np.uint16)))
     opened = token_cache.open_cache(with_cache(cfg, directory))
@@ -269,9 +269,9 @@ def test_damage_is_named(cfg, cache, tmp_path):
     directory, _ = copied("manifest")
     (directory / token_cache.MANIFEST).write_text("{")
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read"):
-        pipeline.check(with_cache(cfg, directory))
+        feed.check(with_cache(cfg, directory))
     with pytest.raises(SetupError, match=r"There is no token cache in .*nowhere"):
-        pipeline.check(with_cache(cfg, tmp_path / "nowhere"))
+        feed.check(with_cache(cfg, tmp_path / "nowhere"))
 
 
 def test_a_cache_in_use_is_not_written_over(cfg, cache):

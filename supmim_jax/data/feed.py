@@ -1,0 +1,138 @@
+"""What one host feeds its devices: decoded examples in batches, made by Grain. Knows no JAX.
+
+The global batch of step s is entries [s * B, (s + 1) * B) of the training sequence, on every
+topology; `rows` are those of it that this host's devices hold, and nothing else is read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from supmim_jax.config import Config, DataConfig, TokensConfig
+from supmim_jax.data import records, sequence, token_cache, transforms, worker
+
+Arrays = dict[str, np.ndarray]  # of the examples of a batch, by the fields of types.Batch
+
+
+def check(cfg: Config) -> None:
+    """Opens both splits, making `fractals` if need be, before anything else is written.
+
+    Raises:
+      SetupError: a split or the token cache is missing or is not what the config says.
+    """
+    records.open_training_source(cfg.data, cfg.needs_masks)
+    if not cfg.needs_masks:
+        records.open_source(cfg.data, cfg.data.eval_split)
+    if {"segmentation", "miou"} & set(cfg.eval.which):
+        records.open_masks(cfg.data, cfg.data.eval_split)
+    if cfg.tokens.cache:
+        token_cache.open_cache(cfg)
+
+
+class Feed(Iterator[Arrays]):
+    """Batches of one host, and how many of their records were broken; each is logged once."""
+
+    def __init__(self, batches: Iterator[Arrays], data: DataConfig, split: str, remedy: str):
+        self.batches, self.remedy = batches, remedy
+        self.where = f"{data.name}, split {split},"
+        self.broken, self.known = 0, set()
+
+    def __next__(self) -> Arrays:
+        arrays = next(self.batches)
+        ids = arrays.pop("broken")
+        for example in ids[ids != sequence.NONE].tolist():
+            self.broken += 1
+            if example not in self.known:
+                self.known.add(example)
+                logging.error("Record %d of %s is broken; %s.", example, self.where, self.remedy)
+        return arrays
+
+
+def training(cfg: Config, rows: Sequence[int], first_step: int = 0) -> Feed:
+    """Training batches from `first_step` to the last step.
+
+    Raises:
+      SetupError: the data set is missing or is not what the config says.
+    """
+    source = records.open_training_source(cfg.data, cfg.needs_masks)
+    examples = (
+        grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
+        .map(sequence.LocalPosition(rows, cfg.batch_size, first_step))
+        .map(sequence.TrainingOrder(len(source), cfg.seed))
+        .map(sequence.Intact(source, train_example(cfg)))
+    )
+    batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
+    return Feed(batches, cfg.data, cfg.data.train_split, "another record stands in for it")
+
+
+def evaluation(cfg: Config, split: str, rows: Sequence[int]) -> Feed:
+    """Every example of `split` once, in order; padding at the end has weight 0 and id -1."""
+    source = records.open_source(cfg.data, split)
+    return _once(source, transforms.EvalExample(cfg.data), cfg, split, rows)
+
+
+def masked(cfg: Config, split: str, rows: Sequence[int]) -> Feed:
+    """`evaluation` with masks in place of labels, cropped as the images are."""
+    source = records.open_masks(cfg.data, split)
+    return _once(source, transforms.MaskedExample(cfg.data), cfg, split, rows)
+
+
+def _once(source, make, cfg: Config, split: str, rows: Sequence[int]) -> Feed:
+    steps = math.ceil(len(source) / cfg.eval.batch_size)
+    examples = (
+        grain.MapDataset.range(len(rows) * steps)
+        .map(sequence.LocalPosition(rows, cfg.eval.batch_size))
+        .map(sequence.EvaluationRecord(source))
+        .map(make)
+    )
+    batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
+    return Feed(batches, cfg.data, split, "a grey image stands for it")
+
+
+def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
+    """The images of records [first, stop) of a token cache, uint8 BxHxWxC in batches.
+
+    Record v * examples + i is view v of example i; the last batch may be smaller.
+    """
+    source = records.open_training_source(cfg.data)
+    make = train_example(dataclasses.replace(cfg, tokens=TokensConfig()))
+    examples = (
+        grain.MapDataset.range(first, stop)
+        .map(sequence.ViewOrder(len(source)))
+        .map(sequence.Intact(source, transforms.TargetExample(make)))
+    )
+    for arrays in _decoded(examples.batch(batch_size), cfg.data):
+        yield arrays["image"]
+
+
+def train_example(cfg: Config) -> Any:
+    """What makes an example of a training record, tokens of the cache included."""
+    if cfg.needs_masks:
+        return transforms.MaskedTrainExample(cfg.data, cfg.seed)
+    cache = token_cache.open_cache(cfg) if cfg.tokens.cache else None
+    return transforms.TrainExample(cfg.data, cfg.seed, cfg.num_views, cfg.needs_target, cache)
+
+
+def first_images(cfg: Config, count: int) -> np.ndarray:
+    """The first `count` training images as evaluation sees them: uint8 NxHxWxC."""
+    source = records.open_training_source(cfg.data)
+    make = transforms.EvalExample(cfg.data)
+    return np.stack([make((i, source[i]))["image"] for i in range(min(count, len(source)))])
+
+
+def _decoded(batches: grain.MapDataset, data: DataConfig) -> Iterator[Arrays]:
+    """Batches decoded ahead, each by one thread or process."""
+    threads, ahead = data.threads, max(data.prefetch, data.threads)
+    options = grain.ReadOptions(1, 1) if data.workers else grain.ReadOptions(threads, ahead)
+    local = batches.to_iter_dataset(options)
+    if data.workers:
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
+            flags.FLAGS.mark_as_parsed()
+        worker.keep_light()
+        local = local.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+    return iter(local)
