@@ -162,6 +162,34 @@ def test_colour_augmentation_does_not_move_the_geometry():
         assert abs(difference) > 0.8  # blurred in place, not shifted
 
 
+def test_random_erasing_puts_noise_into_one_rectangle_of_the_image_and_not_of_its_target():
+    encoded = cv2.imencode(".png", np.full((40, 50, 3), 200, np.uint8))[1].tobytes()
+    cfg = DataConfig(channels=3, image_size=32, eval_resize=32, erasing=0.25)
+    shares, values = [], []
+    for example in range(400):
+        make = transforms.TrainExample(cfg, 0, 100, with_target=True)
+        found = make((7, example, {"image": encoded, "label": 0}))
+        assert (found["target"] == 200).all()
+        changed = (found["image"] != 200).any(-1)
+        if not changed.any():
+            continue
+        rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
+        box = found["image"][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        outside = (
+            changed.sum() - changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].sum()
+        )
+        assert outside == 0 and changed.sum() > 0.95 * box[..., 0].size
+        shares.append(box[..., 0].size / 32**2)
+        values.append(box.ravel())
+    assert 70 < len(shares) < 130  # a quarter of 400, 3.5 standard deviations
+    assert min(shares) > 0.01 and 0.25 < max(shares) < 0.36 and 0.12 < np.mean(shares) < 0.22
+    noise = np.concatenate(values).astype(float)
+    assert 124 < noise.mean() < 131 and 55 < noise.std() < 65
+    again = transforms.TrainExample(cfg, 0, 100)((7, 3, {"image": encoded, "label": 0}))["image"]
+    same = transforms.TrainExample(cfg, 0, 100)((7, 3, {"image": encoded, "label": 0}))["image"]
+    assert (again == same).all()
+
+
 def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
     cfg = DataConfig(channels=3, image_size=8, eval_resize=8, crop="inception", min_crop_area=0.5)
     boxes = []
