@@ -120,6 +120,7 @@ def train(
                 "broken_records": batches.broken(step),
             }
             checkpoints.save(state, cfg, run)
+    batches.close()
     checkpoints.close()
     if last < cfg.total_steps:
         return {}

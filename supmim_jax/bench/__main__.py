@@ -1,11 +1,16 @@
-"""Measures: python -m supmim_jax.bench flops|knn|tokens [flags]; --help lists a bench's flags."""
+"""Measures: python -m supmim_jax.bench data|flops|knn|tokens; --help lists a bench's flags."""
 
 import sys
 
 from supmim_jax import commands
-from supmim_jax.bench import flops, knn, tokens
+from supmim_jax.bench import data, flops, knn, tokens
 
-BENCHES = {"flops": flops.command, "knn": knn.command, "tokens": tokens.command}
+BENCHES = {
+    "data": data.command,
+    "flops": flops.command,
+    "knn": knn.command,
+    "tokens": tokens.command,
+}
 
 
 def main() -> None:

@@ -33,6 +33,8 @@ class DataConfig:
     channels: Literal[1, 3] = 1
     crop: Literal["inception", "random"] = "random"
     min_crop_area: float = within(0.05, 0.0, 1.0)  # inception crop: least share of the area
+    # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
+    resize: Literal["area", "linear"] = "area"
     flip: bool = True
     augment: Literal["none", "rand_augment", "three_augment"] = "none"
     augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image

@@ -37,10 +37,17 @@ def draw_crop(height: int, width: int, cfg: DataConfig, rng: np.random.Generator
     return Crop(extent, box, cfg.flip and rng.random() < 0.5)
 
 
-def cropped(image: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The crop of an image as uint8 size x size x C."""
-    image = resize(crop.box.of(resize(image, *crop.extent)), size, size)
-    return np.ascontiguousarray(image[:, ::-1] if crop.mirrored else image)
+def cropped(image: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
+    """The crop of an image as uint8 image_size x image_size x C."""
+    return finished(crop.box.of(resize(image, *crop.extent, cfg.resize)), crop, cfg)
+
+
+def finished(part: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
+    """The crop, given what its box holds."""
+    part = resize(part, cfg.image_size, cfg.image_size, cfg.resize)
+    if crop.mirrored:
+        part = cv2.flip(part, 1).reshape(part.shape)
+    return np.ascontiguousarray(part)
 
 
 def cropped_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
@@ -51,7 +58,7 @@ def cropped_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
 
 def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
     """Shorter side to eval_resize, then the centre crop: uint8 image_size x image_size x C."""
-    return _centre(resize(image, *_eval_extent(image, cfg)), cfg.image_size)
+    return _centre(resize(image, *_eval_extent(image, cfg), cfg.resize), cfg.image_size)
 
 
 def eval_mask(mask: np.ndarray, cfg: DataConfig) -> np.ndarray:
@@ -105,13 +112,26 @@ def random_crop(
     return (height, width), Box(int(top), int(left), size, size)
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixel-area average of sides that shrink, then bicubic for those that grow; uint8 HxWxC."""
+def resize(image: np.ndarray, height: int, width: int, how: str = "area") -> np.ndarray:
+    """uint8 HxWxC of another size.
+
+    "area": pixel-area average of sides that shrink, then bicubic for those that grow. "linear":
+    bilinear without smoothing, as TensorFlow's default, unless a side shrinks to less than half;
+    then as "area".
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    if how == "linear" and image.shape[0] <= 2 * height and image.shape[1] <= 2 * width:
+        return _resized(image, (height, width), cv2.INTER_LINEAR)
     smaller = min(height, image.shape[0]), min(width, image.shape[1])
     for size, method in ((smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_CUBIC)):
         if image.shape[:2] != size:
-            image = cv2.resize(image, size[::-1], interpolation=method).reshape(*size, -1)
+            image = _resized(image, size, method)
     return image
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], method: int) -> np.ndarray:
+    return cv2.resize(image, size[::-1], interpolation=method).reshape(*size, -1)
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:

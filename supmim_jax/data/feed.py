@@ -37,10 +37,14 @@ def check(cfg: Config) -> None:
 class Feed(Iterator[Arrays]):
     """Batches of one host, and how many of their records were broken; each is logged once."""
 
-    def __init__(self, batches: Iterator[Arrays], data: DataConfig, split: str, remedy: str):
+    def __init__(self, batches: grain.DatasetIterator, data: DataConfig, split: str, remedy: str):
         self.batches, self.remedy = batches, remedy
         self.where = f"{data.name}, split {split},"
         self.broken, self.known = 0, set()
+
+    def close(self) -> None:
+        """Ends the threads or processes that decode."""
+        self.batches.close()
 
     def __next__(self) -> Arrays:
         arrays = next(self.batches)
@@ -125,7 +129,7 @@ def first_images(cfg: Config, count: int) -> np.ndarray:
     return np.stack([make((i, source[i]))["image"] for i in range(min(count, len(source)))])
 
 
-def _decoded(batches: grain.MapDataset, data: DataConfig) -> Iterator[Arrays]:
+def _decoded(batches: grain.MapDataset, data: DataConfig) -> grain.DatasetIterator:
     """Batches decoded ahead, each by one thread or process."""
     threads, ahead = data.threads, max(data.prefetch, data.threads)
     options = grain.ReadOptions(1, 1) if data.workers else grain.ReadOptions(threads, ahead)

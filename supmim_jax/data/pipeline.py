@@ -36,6 +36,10 @@ class Training(Iterator[Batch]):
     def __init__(self, batches: Iterator[Batch], fed: feed.Feed, cfg: Config, before: int):
         self.batches, self.feed, self.cfg, self.before = batches, fed, cfg, before
 
+    def close(self) -> None:
+        """Ends the threads or processes that decode."""
+        self.feed.close()
+
     def __next__(self) -> Batch:
         return next(self.batches)
 

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 # each record of its group: 16 and shards of 65536 are near the optimum (bench tokens).
 WRITER = "group_size:16,zstd"
 RECORDS_PER_SHARD = 2**16
-GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "flip")
+GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
 RANDOM_GEOMETRY = ("augment_layers", "augment_magnitude")  # of rand_augment alone
 
 

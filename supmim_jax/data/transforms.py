@@ -10,9 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from supmim_jax.config import IGNORED, DataConfig
-from supmim_jax.data import augment
-from supmim_jax.data.augment import erased
-from supmim_jax.data.crops import cropped, cropped_mask, draw_crop, eval_image, eval_mask
+from supmim_jax.data import augment, jpeg
+from supmim_jax.data.crops import (
+    cropped,
+    cropped_mask,
+    draw_crop,
+    eval_image,
+    eval_mask,
+    finished,
+)
 from supmim_jax.data.decode import BrokenRecord, decode_both, decode_image
 from supmim_jax.data.sequence import NONE
 from supmim_jax.data.token_cache import TokenCache
@@ -28,24 +34,42 @@ def generator(seed: int, number: int, example: int, stream: int) -> np.random.Ge
 
 
 def crop_and_move(
-    image: np.ndarray, cfg: DataConfig, rng: np.random.Generator
+    record: dict, cfg: DataConfig, example: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
     """A view: uint8 image_size x image_size x C, and how many colour operations are left to do."""
-    image = cropped(image, draw_crop(*image.shape[:2], cfg, rng), cfg.image_size)
+    image = decoded_crop(record, cfg, example, rng)
     if cfg.augment == "rand_augment":
         return augment.rand_geometry(image, cfg.augment_layers, cfg.augment_magnitude, rng)
     return image, 0
 
 
-def coloured(
-    view: np.ndarray, layers: int, cfg: DataConfig, rng: np.random.Generator
+def decoded_crop(
+    record: dict, cfg: DataConfig, example: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The view with colour augmentation, which moves no pixel."""
+    """A random crop of the record's image; of a JPEG only that part is decoded, if possible."""
+    shape = jpeg.size(record["image"]) if cfg.channels == 3 else None
+    if shape:
+        crop = draw_crop(*shape, cfg, rng)
+        part = jpeg.region(record["image"], crop.box, shape) if crop.extent == shape else None
+        if part is not None:
+            return finished(part, crop, cfg)
+        return cropped(decode_image(record, cfg, example), crop, cfg)
+    image = decode_image(record, cfg, example)
+    return cropped(image, draw_crop(*image.shape[:2], cfg, rng), cfg)
+
+
+def coloured(
+    view: np.ndarray, layers: int, cfg: DataConfig, seed: int, epoch: int, example: int
+) -> np.ndarray:
+    """The view with colour augmentation, which moves no pixel, and random erasing."""
+    if cfg.augment == "none" and not cfg.erasing:
+        return view
+    rng = generator(seed, epoch, example, COLOURS)
     if cfg.augment == "rand_augment":
-        return augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
-    if cfg.augment == "three_augment":
-        return augment.three_augment(view, cfg.color_jitter, rng)
-    return view
+        view = augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
+    elif cfg.augment == "three_augment":
+        view = augment.three_augment(view, cfg.color_jitter, rng)
+    return augment.erased(view, cfg.erasing, rng)
 
 
 @dataclass(frozen=True)
@@ -62,8 +86,7 @@ class TrainExample:
         epoch, example, record = drawn
         view = epoch % self.views
         target, layers = self.target(view, example, record)
-        colours = generator(self.seed, epoch, example, COLOURS)
-        image = erased(coloured(target, layers, self.cfg, colours), self.cfg.erasing, colours)
+        image = coloured(target, layers, self.cfg, self.seed, epoch, example)
         found = packed(image, record["label"], example, 1.0)
         if self.with_target:
             found["target"] = target
@@ -73,8 +96,8 @@ class TrainExample:
 
     def target(self, view: int, example: int, record: dict) -> tuple[np.ndarray, int]:
         """What tokens are computed of, and the number of colour operations that would follow."""
-        image = decode_image(record, self.cfg, example)
-        return crop_and_move(image, self.cfg, generator(self.seed, view, example, GEOMETRY))
+        rng = generator(self.seed, view, example, GEOMETRY)
+        return crop_and_move(record, self.cfg, example, rng)
 
 
 @dataclass(frozen=True)
@@ -119,9 +142,7 @@ class MaskedTrainExample:
         image, mask = decode_both(record, self.cfg, example)
         size, rng = self.cfg.image_size, generator(self.seed, epoch, example, GEOMETRY)
         crop = draw_crop(*mask.shape, self.cfg, rng)
-        colours = generator(self.seed, epoch, example, COLOURS)
-        image = coloured(cropped(image, crop, size), 0, self.cfg, colours)
-        image = erased(image, self.cfg.erasing, colours)
+        image = coloured(cropped(image, crop, self.cfg), 0, self.cfg, self.seed, epoch, example)
         masks = cropped_mask(mask, crop, size)
         return packed(image, 0, example, 1.0) | {"masks": masks.astype(np.int32)}
 

@@ -1,13 +1,17 @@
-"""Keeps JAX out of the processes that decode images.
+"""Keeps JAX out of the processes that decode images, and ends them with their parent.
 
 A spawned process first imports, under the name __mp_main__, the module that its parent ran as a
 script: `supmim_jax.train`, and so all of JAX, Flax and Orbax. Here it imports this one, which bars
 JAX, as Grain works without it: a worker is smaller and starts sooner (docs/data.md). TensorFlow is
-not imported by anything that a worker needs.
+not imported by anything that a worker needs. And it ends the process with its parent: Grain's
+workers would outlive one that was killed.
 """
 
 import importlib.util
+import os
 import sys
+import threading
+import time
 
 NAME = "supmim_jax.data.worker"
 
@@ -20,5 +24,13 @@ def keep_light() -> None:
     sys.modules["__main__"].__spec__ = importlib.util.find_spec(NAME)
 
 
+def end_with(parent: int) -> None:
+    """Ends this process when its parent has died, which may have had no time to say so."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if __name__ == "__mp_main__":
     sys.modules["jax"] = None  # importing it raises ImportError
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()

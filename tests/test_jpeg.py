@@ -1,0 +1,139 @@
+"""Decoding a part of a JPEG against OpenCV's decoding of the whole."""
+
+import io
+from importlib import metadata
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from supmim_jax.config import DataConfig
+from supmim_jax.data import crops, decode, jpeg, transforms
+
+needs_library = pytest.mark.skipif(jpeg.library() is None, reason="needs libjpeg-turbo 3: [fast]")
+CFG = DataConfig(channels=3, image_size=32, eval_resize=32, crop="inception", resize="linear")
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    noise = random.integers(-12, 13, smooth.shape)
+    return np.clip(smooth + noise, 0, 255).astype(np.uint8)
+
+
+def encoded(image: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", **({"quality": 92} | options))
+    return file.getvalue()
+
+
+@needs_library
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+def test_a_region_is_bit_for_bit_that_of_the_whole(subsampling, progressive):
+    random = np.random.default_rng(1)
+    for height, width in ((61, 83), (128, 96), (17, 200), (8, 8)):
+        image = photograph(height, width)
+        file = encoded(image, subsampling=subsampling, progressive=progressive)
+        assert jpeg.size(file) == (height, width)
+        whole = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
+        for _ in range(60):
+            top, left = random.integers(height), random.integers(width)
+            box = crops.Box(
+                int(top),
+                int(left),
+                int(random.integers(1, height - top + 1)),
+                int(random.integers(1, width - left + 1)),
+            )
+            assert np.array_equal(jpeg.region(file, box, (height, width)), box.of(whole)), box
+
+
+@needs_library
+def test_training_crops_do_not_depend_on_the_library(monkeypatch):
+    files = [encoded(photograph(60 + i, 90 - i, i), subsampling="4:2:0") for i in range(12)]
+    decoded = []
+    region = jpeg.region
+    monkeypatch.setattr(jpeg, "region", lambda *a: decoded.append(1) or region(*a))
+    make = transforms.TrainExample(CFG, 5, 10)
+
+    def views() -> list[np.ndarray]:
+        found = [make((i, i, {"image": file, "label": 0})) for i, file in enumerate(files)]
+        return [example["image"] for example in found]
+
+    with_library = views()
+    assert len(decoded) == len(files)
+    monkeypatch.setattr(jpeg, "library", lambda: None)
+    for a, b in zip(with_library, views(), strict=True):
+        assert np.array_equal(a, b)
+    assert len(decoded) == len(files)
+
+
+def with_exif(file: bytes) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    out = io.BytesIO()
+    Image.open(io.BytesIO(file)).save(out, "JPEG", exif=exif, quality=92)
+    return out.getvalue()
+
+
+def others() -> dict[str, bytes]:
+    """Files that OpenCV alone decodes, by what they are."""
+    plain = encoded(photograph(40, 50))
+    cmyk = io.BytesIO()
+    Image.fromarray(photograph(40, 50)).convert("CMYK").save(cmyk, "JPEG")
+    return {
+        "png": cv2.imencode(".png", photograph(40, 50))[1].tobytes(),
+        "grey": encoded(photograph(40, 50)[..., 0]),
+        "cmyk": cmyk.getvalue(),
+        "turned": with_exif(plain),
+        "cut": plain[:-200],
+        "more": plain + b"\0",
+        "empty": b"",
+        "marker": plain[:3] + b"\xff\xd9",
+    }
+
+
+@pytest.mark.parametrize("kind", list(others()))
+def test_files_of_other_kinds_are_left_to_opencv(kind):
+    file = others()[kind]
+    assert jpeg.size(file) is None
+    example = {"image": file, "label": 0}
+    make = transforms.TrainExample(CFG, 0, 1)
+    if kind in ("cut", "empty", "marker"):
+        with pytest.raises(decode.BrokenRecord):
+            make((0, 0, example))
+        return
+    assert make((0, 0, example))["image"].shape == (32, 32, 3)
+    if kind == "turned":
+        assert decode.decode_image(example, CFG, 0).shape == (50, 40, 3)
+
+
+@needs_library
+def test_a_fault_inside_is_left_to_opencv_too(monkeypatch):
+    """The library's warning is enough: OpenCV then decides whether the image is one."""
+    file = bytearray(encoded(photograph(64, 64), subsampling="4:2:0"))
+    scan = file.index(b"\xff\xda") + 40
+    file[scan : scan + 60] = bytes(60)
+    file[scan + 30 : scan + 32] = b"\xff\xd3"  # a marker where none belongs
+    file = bytes(file)
+    assert jpeg.size(file) == (64, 64)
+    assert jpeg.region(file, crops.Box(0, 0, 64, 64), (64, 64)) is None
+    found = decode.pixels(file, 3)
+    make = transforms.TrainExample(CFG, 0, 1)
+    if found is None:
+        with pytest.raises(decode.BrokenRecord):
+            make((0, 0, {"image": file, "label": 0}))
+    else:
+        assert make((0, 0, {"image": file, "label": 0}))["image"].shape == (32, 32, 3)
+
+
+def test_an_older_or_foreign_library_is_none(monkeypatch, tmp_path):
+    """Its symbols are asked for when it is found, not in the middle of a run."""
+    foreign = tmp_path / "libturbojpeg.so"
+    foreign.write_bytes(b"not a library")
+    monkeypatch.setattr(metadata, "files", lambda name: [])
+    for found in (str(foreign), "libc.so.6"):
+        monkeypatch.setattr(jpeg.ctypes.util, "find_library", lambda name, found=found: found)
+        assert jpeg.library.__wrapped__() is None
