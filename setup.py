@@ -42,6 +42,7 @@ setup(
         "parity": ["torch", "transformers>=5.9"],
         "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
         "bench": ["faiss-cpu"],
+        "fast": ["turbojpeg"],  # libjpeg-turbo 3, of which supmim_jax/data/jpeg.py uses the library
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -39,6 +39,7 @@ def experiment() -> Config:
             channels=3,
             crop="inception",
             min_crop_area=0.25,
+            resize="linear",
             augment="three_augment",
             workers=start.data.workers,
         ),

@@ -4,9 +4,11 @@
 
 Hardware: a TPU pod; with `:debug` after the file name, any machine.
 Number: none published for this model and patch; not measured here.
-tfds has no public imagenet21k; prepare one under that name, and set config.data.train_examples
-and num_classes to what it holds (14,197,122 images in 21,841 classes: Ridnik et al., arXiv
-2104.10972). The recipe is our choice, after AugReg (arXiv 2106.10270).
+tfds has no public imagenet21k. Make one of its images (14,197,122 in 21,841 classes: Ridnik et al.,
+arXiv 2104.10972), and set config.data.train_examples and num_classes to what the command prints:
+  python -m supmim_jax.data.prepare --image_folder <dir with train/<class>/> --as imagenet21k \
+      --val_fraction=0.0036
+The recipe is our choice, after AugReg (arXiv 2106.10270).
 """
 
 from configs import base

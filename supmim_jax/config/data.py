@@ -36,10 +36,10 @@ class DataConfig:
     # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
     resize: Literal["area", "linear"] = "area"
     flip: bool = True
-    augment: Literal["none", "rand_augment", "three_augment"] = "none"
+    augment: Literal["none", "rand_augment", "three_augment", "color_jitter"] = "none"
     augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image
     augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most
-    color_jitter: float = within(0.3, 0.0, 1.0)  # three_augment: brightness, contrast, saturation
+    color_jitter: float = within(0.3, 0.0, 1.0)  # brightness, contrast, saturation
     erasing: float = within(0.0, 0.0, 1.0)  # probability of random erasing, after all else
     eval_resize: int = within(24, 1, INF)  # pixels of the shorter side before the centre crop
     # Broken records that training may replace by others, as a share of those read (in the first

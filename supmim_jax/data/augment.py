@@ -51,6 +51,11 @@ def three_augment(image: np.ndarray, jitter: float, rng: np.random.Generator) ->
         image = np.where(image < 128, image, 255 - image)
     else:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.1, 2.0))
+    return jittered(image, jitter, rng)
+
+
+def jittered(image: np.ndarray, jitter: float, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation in random order, each by [1 - jitter, 1 + jitter]."""
     for which in rng.permutation(3):
         change = (brightened, contrasted, saturated)[which]
         image = change(image, rng.uniform(1.0 - jitter, 1.0 + jitter))

@@ -69,6 +69,8 @@ def coloured(
         view = augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
     elif cfg.augment == "three_augment":
         view = augment.three_augment(view, cfg.color_jitter, rng)
+    elif cfg.augment == "color_jitter":
+        view = augment.jittered(view, cfg.color_jitter, rng)
     return augment.erased(view, cfg.erasing, rng)
 
 
