@@ -1,6 +1,7 @@
 """Decoding a part of a JPEG against OpenCV's decoding of the whole."""
 
 import io
+import zlib
 from importlib import metadata
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supmim_jax.config import DataConfig
+from supmim_jax.config import DataConfig, SetupError
 from supmim_jax.data import crops, decode, jpeg, transforms
 
 needs_library = pytest.mark.skipif(jpeg.library() is None, reason="needs libjpeg-turbo 3: [fast]")
@@ -137,3 +138,42 @@ def test_an_older_or_foreign_library_is_none(monkeypatch, tmp_path):
     for found in (str(foreign), "libc.so.6"):
         monkeypatch.setattr(jpeg.ctypes.util, "find_library", lambda name, found=found: found)
         assert jpeg.library.__wrapped__() is None
+
+
+def test_images_of_unusual_form_and_size():
+    """16 bits a channel lose the lower 8; 20,000 pixels a side are read where they are cropped."""
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 50, 3), np.uint16)
+    file = cv2.imencode(".png", deep)[1].tobytes()
+    assert np.array_equal(decode.pixels(file, 3), (deep >> 8).astype(np.uint8)[..., ::-1])
+    strip = np.zeros((2000, 20_000, 3), np.uint8)
+    strip[:, 10_000:] = 250
+    file = cv2.imencode(".jpg", strip)[1].tobytes()
+    example = transforms.EvalExample(CFG)((0, {"image": file, "label": 0}))
+    assert np.isin(example["image"][:, [0, -1]], (0, 250)).all() and example["broken"] == -1
+    views = [
+        transforms.TrainExample(CFG, seed, 1)((0, 0, {"image": file, "label": 0}))["image"]
+        for seed in range(8)
+    ]
+    assert all(view.shape == (32, 32, 3) for view in views)
+    assert {0, 250} <= {int(np.median(view)) for view in views}
+
+
+def test_an_image_of_more_pixels_than_can_be_is_broken():
+    """Only its header says so: 60,000 x 60,000."""
+    file = bytearray(cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes())
+    file[16:24] = (60_000).to_bytes(4, "big") * 2
+    file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
+    assert decode.pixels(bytes(file), 3) is None
+    found = transforms.EvalExample(CFG)((7, {"image": bytes(file), "label": 0}))
+    assert found["broken"] == 7 and (found["image"] == 128).all()
+
+
+@pytest.mark.parametrize("label", [-1, 30])
+def test_a_label_that_is_no_class_ends_the_run(label):
+    record = {"image": encoded(photograph(40, 50)), "label": label}
+    for make, drawn in (
+        (transforms.TrainExample(CFG, 0, 1), (0, 5, record)),
+        (transforms.EvalExample(CFG), (5, record)),
+    ):
+        with pytest.raises(SetupError, match=f"record 5 has 'label' = {label}, expected 0 to 29"):
+            make(drawn)

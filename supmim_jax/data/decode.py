@@ -6,6 +6,21 @@ import numpy as np
 from supmim_jax.config import IGNORED, DataConfig, SetupError
 
 
+def class_of(record: dict, cfg: DataConfig, example: int) -> int:
+    """The record's label.
+
+    Raises:
+      SetupError: it is none of the classes.
+    """
+    label = int(record["label"])
+    if not 0 <= label < cfg.num_classes:
+        raise SetupError(
+            f"{cfg.name} record {example} has {cfg.label_field!r} = {label}, expected 0 to "
+            f"{cfg.num_classes - 1} (config.data.num_classes). Prepare the data set again."
+        )
+    return label
+
+
 class BrokenRecord(Exception):
     """A record that cannot be read or has no image; training goes on without it."""
 
@@ -28,7 +43,10 @@ def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
 def pixels(encoded: bytes, channels: int) -> np.ndarray | None:
     """uint8 HxWxC of an encoded image; None where it cannot be decoded."""
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    except cv2.error:  # its header asks for more than OpenCV allows, 2^30 pixels
+        return None
     return None if image is None else image.reshape(*image.shape[:2], channels)
 
 

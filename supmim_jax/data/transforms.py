@@ -19,7 +19,7 @@ from supmim_jax.data.crops import (
     eval_mask,
     finished,
 )
-from supmim_jax.data.decode import BrokenRecord, decode_both, decode_image
+from supmim_jax.data.decode import BrokenRecord, class_of, decode_both, decode_image
 from supmim_jax.data.sequence import NONE
 from supmim_jax.data.token_cache import TokenCache
 
@@ -89,7 +89,7 @@ class TrainExample:
         view = epoch % self.views
         target, layers = self.target(view, example, record)
         image = coloured(target, layers, self.cfg, self.seed, epoch, example)
-        found = packed(image, record["label"], example, 1.0)
+        found = packed(image, class_of(record, self.cfg, example), example, 1.0)
         if self.with_target:
             found["target"] = target
         if self.tokens is not None:
@@ -121,7 +121,8 @@ class EvalExample:
     def __call__(self, drawn: tuple[int, dict]) -> dict:
         example, record = drawn
         image, broken = self.image(record, example)
-        found = packed(image, record["label"], example, float(example >= 0))
+        label = class_of(record, self.cfg, example)
+        found = packed(image, label, example, float(example >= 0))
         return found | {"broken": np.int32(broken)}
 
     def image(self, record: dict, example: int) -> tuple[np.ndarray, int]:
