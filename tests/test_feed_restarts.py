@@ -126,3 +126,19 @@ def test_every_split_into_hosts_reads_the_same_images(data_dir):
             for name, expected in whole[step].items():
                 joined = np.concatenate([part[name] for part in arrays])
                 assert np.array_equal(joined, expected), (hosts, step, name)
+
+
+def test_workers_do_not_outlive_a_killed_host(data_dir, tmp_path):
+    asked = {"data_dir": data_dir, "workers": 2, "epochs": 4000}
+    part = Part(1, 0, asked, tmp_path)
+    while not part.lines(0):
+        assert part.processes[0].poll() is None
+        time.sleep(0.1)
+    (pid,) = (p.pid for p in part.processes)
+    workers = subprocess.check_output(["pgrep", "-P", str(pid), "-f", "spawn_main"]).split()
+    assert len(workers) == 2
+    part.kill_at(1)
+    deadline = time.monotonic() + 20
+    while any(Path("/proc", worker.decode()).exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.1)

@@ -11,7 +11,7 @@ from conftest import make_batch
 from flax import nnx
 from test_masks import shapes_dir  # noqa: F401
 
-from supmim_jax import checkpoint, probe, program, sharding
+from supmim_jax import checkpoint, inference, probe, program, sharding
 from supmim_jax.config import (
     IGNORED,
     Config,
@@ -148,6 +148,7 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
     for found in both:
         assert found.metrics["miou"] == pytest.approx(results["miou"], abs=0.01)
         assert len(found.details["miou"]["iou"]) == 31
+    assert by_hand(masked, str(interrupted)) == pytest.approx(results["miou"], abs=1e-9)
     wanted = ProbeConfig(eval=EvalConfig(batch_size=64, which=("top1", "knn", "miou")))
     found = probe.probe(str(interrupted), wanted, devices=ONE).results.metrics
     assert set(found) == {"knn", "miou", "pixel_accuracy"}
@@ -156,6 +157,25 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
     data = dataclasses.replace(masked.data, masks=MasksConfig("image"))
     with pytest.raises(SetupError, match=r"config.data.masks.field: 'segmentation'; 'image'"):
         train(dataclasses.replace(masked, data=data), interrupted, devices=ONE)
+
+
+def by_hand(cfg: Config, workdir: str) -> float:
+    """mIoU in per cent, from sets of pixels of the examples that are no padding."""
+    mesh = sharding.make_mesh(MeshConfig(), ONE)
+    runner = inference.build_inference(cfg, 64, mesh)
+    encoder = runner.bind(checkpoint.restore_params(checkpoint.locate(workdir), runner.params))
+    truth, found = [], []
+    for batch in pipeline.masked_dataset(cfg, cfg.data.eval_split, mesh):
+        real = np.asarray(batch.weight) > 0
+        truth.append(np.asarray(batch.masks)[real])
+        found.append(np.asarray(encoder.features(batch.views[0]).masks)[real])
+    truth, found = np.concatenate(truth), np.concatenate(found)
+    assert len(truth) == 70
+    overlaps = [
+        ((truth == c) & (found == c)).sum() / ((truth == c) | (found == c)).sum()
+        for c in np.union1d(truth, found)
+    ]
+    return 100 * float(np.mean(overlaps))
 
 
 def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_path):
