@@ -1,16 +1,24 @@
 """How the commands start and how they fail."""
 
+import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
 from absl import app, flags, logging
 
-from supmim_jax.config import SetupError
+from supmim_jax import distributed, environment
+from supmim_jax.config import Config, SetupError
+from supmim_jax.configdict import section
 from supmim_jax.metrics import Diverged
 
 EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
 EXIT_DIVERGED = 3  # training met NaN or infinity
+EXIT_STOPPED = 143  # by SIGTERM, as a shell reports it; the same command goes on
+
+# Of config.data: where and how a host reads; all else must be the same on every host.
+PER_HOST = ("data_dir", "workers", "threads", "prefetch")
 
 # What absl, ml_collections and a config file raise for a wrong flag, key or value.
 MISTAKES = (flags.Error, SetupError, OSError, LookupError, AttributeError, TypeError, ValueError)
@@ -29,6 +37,13 @@ def start(run: Callable[[], None]) -> None:
             fail(str(error), EXIT_SETUP)
         except Diverged as error:
             fail(str(error), EXIT_DIVERGED)
+        except (Exception, KeyboardInterrupt) as error:
+            if not distributed.active():
+                raise
+            traceback.print_exc()
+            reason = str(error).strip().partition("\n")[0]
+            fail(f"{type(error).__name__}: {reason}", distributed.EXIT_TRY_AGAIN)
+        distributed.end()
 
     app.run(main, flags_parser=parse)
 
@@ -41,18 +56,55 @@ def parse(argv: list[str]) -> list[str]:
         return fail(f"{error} (in the command line)", EXIT_SETUP)
 
 
+def define_process_flags() -> None:
+    """The flags that `join` reads."""
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes; a TPU VM or Slurm tell it which."
+    )
+    flags.DEFINE_string(
+        "coordinator", "", "host:port of process 0, where neither does [JAX_COORDINATOR_ADDRESS]."
+    )
+    flags.DEFINE_integer("num_processes", 0, "How many [JAX_NUM_PROCESSES].", lower_bound=0)
+    flags.DEFINE_integer(
+        "process_id", -1, "Which one, from 0 [JAX_PROCESS_ID, JOB_COMPLETION_INDEX]."
+    )
+    flags.DEFINE_integer("join_timeout", 60, "Seconds until all must have come.", lower_bound=5)
+
+
 def join() -> None:
-    """Joins the other processes of this job; TPU VM or Slurm tell which they are.
+    """Joins the other processes of this run, if the flags say that there are any.
 
     Raises:
-      SetupError: neither does.
+      SetupError: nothing tells which process this is.
     """
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise SetupError(f"--distributed found no TPU VM or Slurm job: {error}") from None
+    given = flags.FLAGS
+    if given.distributed or given.coordinator:
+        numbers = (given.num_processes, given.process_id)
+        where = distributed.place(given.coordinator, *numbers, os.environ)
+        distributed.join(where, given.join_timeout)
+
+
+def agree(cfg: Config, command: dict) -> None:
+    """Returns if all processes run the same config, command, code, versions and devices.
+
+    Raises:
+      SetupError: on every process, naming those that differ from process 0, and in what.
+    """
+    if not distributed.active():
+        return
+    config = section(cfg)
+    config["data"] = {k: v for k, v in config["data"].items() if k not in PER_HOST}
+    same = {"config": config, "command": command, "versions": environment.versions()}
+    distributed.agree("settings or code", same | {"code": environment.sources()})
+    # Only now: to ask for its devices, JAX has all processes exchange theirs.
+    devices = jax.local_devices()
+    local = {"kind": devices[0].device_kind, "count": len(devices)}
+    distributed.agree("devices", {"devices": local})
 
 
 def fail(message: str, code: int):
+    """Ends the command; of several processes, all of them."""
+    if distributed.active():
+        distributed.leave(message, code)
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,7 @@
 """What a process runs on: versions, devices, and the commit of this code."""
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -24,10 +25,24 @@ def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
         "hosts": jax.process_count(),
         "CPUs per host": os.cpu_count() or 0,
         "system": platform.platform(),
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in PACKAGES},
+        **versions(),
         COMMIT: commit(Path(__file__)),
         DATE: datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what computes."""
+    found = {package: metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def sources() -> dict[str, str]:
+    """Start of the SHA-256 of each file of this package, by its path in it."""
+    root = Path(__file__).parent
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for path in sorted(root.rglob("*.py"))
     }
 
 

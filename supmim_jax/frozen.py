@@ -56,15 +56,20 @@ def tokenizer(cfg: Config, workdir: epath.Path, like: dict) -> dict:
     target = cfg.objective.target
     if target.name == "vqgan":
         return _vqgan(cfg, like)
+    found = _codebook(cfg, workdir) if jax.process_index() == 0 else _zeros(like)
+    if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
+        found = _host(multihost_utils.broadcast_one_to_all(found))
+    return found
+
+
+def _codebook(cfg: Config, workdir: epath.Path) -> dict:
+    target = cfg.objective.target
     kept = [epath.Path(d) / FILE for d in (cfg.tokens.cache, workdir) if d]
     path = epath.Path(target.path) if target.path else next(filter(_exists, kept), None)
     if path:
         return patch_codes.load(path, target, cfg.model.patch, cfg.data.channels)
     images = feed.first_images(cfg, target.fit_images)
-    codes = patch_codes.fit(target, cfg.model.patch, images, cfg.seed)
-    if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
-        codes = multihost_utils.broadcast_one_to_all(codes)
-    return codes
+    return patch_codes.fit(target, cfg.model.patch, images, cfg.seed)
 
 
 def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
@@ -105,6 +110,11 @@ def digest(arrays: dict) -> str:
     return found.hexdigest()
 
 
+def digests(arrays: dict) -> dict[str, str]:
+    """SHA-256 of each part of a run's frozen arrays."""
+    return {name: digest(part) for name, part in arrays.items()}
+
+
 def check_cache(cfg: Config, workdir: epath.Path, mesh: Mesh) -> None:
     """Raises SetupError unless the token cache was made with the tokenizer that the config names.
 
@@ -143,6 +153,10 @@ def _vqgan(cfg: Config, like: dict) -> dict:
 
 def _host(tree: Any) -> dict:
     return jax.tree.map(np.asarray, tree)
+
+
+def _zeros(like: dict) -> dict:
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
 
 
 def _exists(path: epath.Path) -> bool:

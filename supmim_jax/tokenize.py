@@ -175,9 +175,9 @@ class Progress:
 def main() -> None:
     if not isinstance(CONFIG.value, ConfigDict):
         raise SetupError("--config names no readable file; give the path of one in configs/.")
-    if DISTRIBUTED.value:
-        commands.join()
+    commands.join()
     cfg, directory = from_configdict(CONFIG.value), epath.Path(CACHE.value)
+    commands.agree(cfg, {"cache": CACHE.value, "epochs": EPOCHS.value, "shard": SHARD.value})
     plan = tokenize(cfg, directory, EPOCHS.value, SHARD.value)
     size = sum(path.stat().length for path in directory.glob("*.arrayrecord"))
     print(f"{directory}: {plan.records} views, {size / plan.records:.1f} bytes each.")
@@ -190,6 +190,6 @@ if __name__ == "__main__":
     SHARD = flags.DEFINE_integer(
         "shard", token_cache.RECORDS_PER_SHARD, "Records per shard.", lower_bound=1
     )
-    DISTRIBUTED = flags.DEFINE_bool("distributed", False, "As in supmim_jax.train.")
+    commands.define_process_flags()
     flags.mark_flags_as_required(["config", "cache", "epochs"])
     commands.start(main)

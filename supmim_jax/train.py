@@ -5,6 +5,8 @@ devices.
 """
 
 import json
+import socket
+import time
 
 import jax
 from absl import flags
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from supmim_jax import (
     checkpoint,
     commands,
+    distributed,
     environment,
     evals,
     frozen,
@@ -42,6 +45,7 @@ MAY_CHANGE = (
     "config.data.prefetch:",
     "config.data.max_broken:",
 )
+SHARED_WITHIN = 20  # seconds after which every host must see a file that another one wrote
 MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
 
 
@@ -77,7 +81,9 @@ def train(
     frozen.check_cache(cfg, workdir, mesh)
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     frozen.check_kept(host_arrays, cfg, workdir)
+    distributed.agree("frozen arrays", {"sha256": frozen.digests(host_arrays)})
     make_workdir(workdir, cfg, host_arrays)
+    check_shared(workdir)
     fixed = sharding.put(host_arrays, prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -112,6 +118,8 @@ def train(
         if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
             with clock.stopped():
                 evaluate(subject, state, cfg, mesh, step, writer, line)
+        if distributed.told_to_stop(step):
+            last = step
         if step % cfg.checkpoint.every == 0 or step == last:
             finite.flush()
             run = {
@@ -120,6 +128,8 @@ def train(
                 "broken_records": batches.broken(step),
             }
             checkpoints.save(state, cfg, run)
+        if step == last:
+            break
     batches.close()
     checkpoints.close()
     if last < cfg.total_steps:
@@ -172,17 +182,32 @@ def make_workdir(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
     """Makes the workdir with what the run begins from: the config and the tokenizer.
 
     Raises:
-      SetupError: it cannot be written.
+      SetupError: it cannot be written, or is another one on another host.
     """
+    config = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0 and not (workdir / "config.json").exists():
-            frozen.save(fixed, cfg, workdir)
-            write_json(workdir / "config.json", to_configdict(cfg).to_dict())
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if not config.exists():
+                frozen.save(fixed, cfg, workdir)
+                write_json(config, to_configdict(cfg).to_dict())
     except OSError as error:
         raise SetupError(
             f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
         ) from None
+
+
+def check_shared(workdir: epath.Path) -> None:
+    """Raises SetupError unless this process sees the workdir that process 0 has made."""
+    distributed.barrier("workdir")
+    waited = time.monotonic()
+    while not (workdir / "config.json").exists():  # network file systems are late by seconds
+        if time.monotonic() - waited > SHARED_WITHIN:
+            raise SetupError(
+                f"--workdir {workdir} of process 0 is not there on {socket.gethostname()}. Give a "
+                f"directory that all hosts share (gs://, NFS, Lustre)."
+            )
+        time.sleep(0.5)
 
 
 def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
@@ -199,10 +224,15 @@ def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
 def main() -> None:
     if not isinstance(CONFIG.value, ConfigDict):
         raise SetupError("--config names no readable file; give the path of one in configs/.")
-    if DISTRIBUTED.value:
-        commands.join()
+    commands.join()
     cfg = from_configdict(CONFIG.value)
+    commands.agree(cfg, {"workdir": WORKDIR.value})
     results = train(cfg, WORKDIR.value)
+    if not results:
+        commands.fail(
+            f"Stopped by SIGTERM; {WORKDIR.value} holds all so far. The same command goes on.",
+            commands.EXIT_STOPPED,
+        )
     if jax.process_index() == 0:
         print(f"{WORKDIR.value}: {json.dumps(results)}")
 
@@ -210,8 +240,6 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run; it resumes if it can.")
-    DISTRIBUTED = flags.DEFINE_bool(
-        "distributed", False, "One of several processes; TPU VM or Slurm tell it which."
-    )
+    commands.define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     commands.start(main)

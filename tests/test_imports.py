@@ -9,7 +9,7 @@ PACKAGE = Path(REPOSITORY, "supmim_jax")
 LAYERS = [
     {"config", "configdict", "types", "hlo", "environment"},
     {"models", "data"},
-    {"optim", "objectives", "sharding", "metrics", "formats"},
+    {"optim", "objectives", "sharding", "metrics", "formats", "distributed"},
     {"inference", "checkpoint", "evals", "commands"},
     {"program"},
     {"frozen", "start"},

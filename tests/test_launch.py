@@ -1,12 +1,17 @@
-"""The scripts, with a recording stand-in for python."""
+"""The scripts, with recording stand-ins for python and gcloud."""
 
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY
+
+from supmim_jax import distributed
 
 
 @pytest.fixture
@@ -77,3 +82,257 @@ def test_an_old_python_is_refused(clone):
     )
     assert out.returncode == 2 and "needs Python 3.11 or newer" in out.stderr
     assert not (root / ".venv").exists()
+
+
+# Plays a slice: `states` has a line for each time that its state is asked for while it is there,
+# the last one stays; `codes` has the exit codes of the workers, a line for each run; a file
+# `running` says that a run is there, once.
+GCLOUD = r"""#!/bin/bash
+cd "$(dirname "$0")"
+printf '%s\0' "$@" >> calls; printf '\n' >> calls
+case "$*" in
+  *" create "*) touch slice ;;
+  *" delete "*) rm -f slice ;;
+  *describe*)
+    [ -e slice ] || exit 1
+    case "$*" in
+      *tpu-vm*) head -n 1 states | grep -x "READY\|PREEMPTED" || exit 1 ;;
+      *) head -n 1 states ;;
+    esac
+    [ "$(wc -l < states)" = 1 ] || sed -i 1d states ;;
+  *"tail -n"*) ;;
+  *"test ! -e ~/exit"*) rm running 2> /dev/null || exit 1 ;;
+  *"cat ~/exit"*) head -n 1 codes | tr ' ' '\n'; sed -i 1d codes ;;
+esac
+"""
+SLICE = [
+    *("--name", "b14", "--zone", "z", "--type", "v5litepod-8", "--version", "v2"),
+    *("--config", "configs/x.py", "--workdir", "gs://b/a b"),
+]
+
+
+@pytest.fixture
+def pod(tmp_path):
+    """A function that runs tpu_pod.sh against the stand-in: the outcome, and gcloud's arguments."""
+    root, cloud = tmp_path / "clone", tmp_path / "cloud"
+    shutil.copytree(Path(REPOSITORY, "launch"), root / "launch")
+    git = ["git", "-C", str(root), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    cloud.mkdir()
+    (cloud / "gcloud").write_text(GCLOUD)
+    (cloud / "gcloud").chmod(0o755)
+
+    def run(*arguments: str, states=("READY",), codes=("0 0",), there=False):
+        for name, entries in (("states", states), ("codes", codes)):
+            (cloud / name).write_text("".join(f"{x}\n" for x in entries))
+        (cloud / "calls").unlink(missing_ok=True)
+        if there:
+            (cloud / "slice").touch()
+            (cloud / "running").touch()
+        out = subprocess.run(
+            ["bash", str(root / "launch/tpu_pod.sh"), *SLICE, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PATH": f"{cloud}:{os.environ['PATH']}", "TPU_POD_POLL": "0"},
+        )
+        calls = (cloud / "calls").read_text() if (cloud / "calls").exists() else ""
+        return out, [x.split("\0") for x in calls.split("\0\n") if x]
+
+    run.root = root
+    return run
+
+
+def verbs(calls: list[list[str]]) -> list[str]:
+    """What was done to the slice, without the questions about its state."""
+    found = []
+    for call in calls:
+        text = " ".join(call)
+        for verb in ("create", "delete", "scp", "setsid", "cat ~/exit"):
+            found += [verb] if verb in text else []
+    return found
+
+
+RUN = ["create", "scp", "setsid", "cat ~/exit"]
+
+
+def test_a_slice_is_made_used_and_deleted(pod):
+    out, calls = pod("--", "--config.seed=1", states=("CREATING", "WAITING", "READY"))
+    assert out.returncode == 0, out.stderr
+    assert verbs(calls) == [*RUN, "delete"]
+    assert out.stderr.count("The slice is ") == 2
+    assert all("--zone=z" in call for call in calls)
+    assert sum("--worker=all" in call for call in calls) == 4  # copy, install, begin, exit codes
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [(["0 2"], 2), (["1 3"], 3), (["0 1"], 1), (["143 143"], 1), ([], 1)]
+)
+def test_the_exit_code_is_that_of_the_worst_worker(pod, codes, expected):
+    out, calls = pod(codes=codes)
+    assert out.returncode == expected and verbs(calls) == [*RUN, "delete"]
+
+
+def test_a_preempted_run_is_made_again_and_goes_on(pod):
+    states = ("WAITING", "READY", "PREEMPTED", "PREEMPTED", "READY")
+    out, calls = pod("--resume", "--spot", states=states)
+    assert out.returncode == 0, out.stderr
+    again = verbs(calls)
+    assert again.count("create") == again.count("setsid") == 2 and again[-1] == "delete"
+    assert again.index("delete") < len(again) - 1 - again[::-1].index("create")
+    assert "The slice is gone" in out.stderr and "Attempt 1 ended with 1" in out.stderr
+    begun = [call for call in calls if "setsid" in " ".join(call)]
+    assert begun[0] == begun[1]
+
+
+def test_a_crash_is_run_again_on_the_same_slice_up_to_the_limit(pod):
+    out, calls = pod("--resume", "--attempts", "3", codes=["1 0"] * 9)
+    assert out.returncode == 1 and verbs(calls) == [*RUN, *RUN[1:], *RUN[1:], "delete"]
+
+
+def test_a_run_that_a_lost_terminal_left_is_followed_and_not_begun_again(pod):
+    out, calls = pod("--resume", there=True)
+    assert out.returncode == 0 and "The run is there" in out.stderr
+    assert verbs(calls) == ["cat ~/exit", "delete"]
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_another_try_cannot_mend_is_not_tried_again(pod, code):
+    out, calls = pod("--resume", codes=[f"{code} {code}", "0 0"])
+    assert out.returncode == code and verbs(calls) == [*RUN, "delete"]
+
+
+def test_without_resume_there_is_one_attempt_and_keep_keeps_the_slice(pod):
+    out, calls = pod("--keep", codes=["1 1", "0 0"])
+    assert out.returncode == 1 and verbs(calls) == RUN
+
+
+def test_a_request_that_fails_is_no_slice(pod):
+    out, calls = pod(states=("WAITING", "FAILED"))
+    assert out.returncode == 4 and "its state is FAILED" in out.stderr
+    assert verbs(calls) == ["create", "delete"]
+
+
+def test_edited_files_and_wrong_arguments_are_refused_before_anything(pod):
+    (pod.root / "launch" / "note").write_text("new")
+    out, calls = pod()
+    assert out.returncode == 2 and not calls and "--allow_dirty" in out.stderr
+    assert pod("--allow_dirty")[0].returncode == 0
+    out, calls = pod("--nmae", "x")
+    assert out.returncode == 2 and not calls and "unknown argument --nmae" in out.stderr
+    out, calls = pod("--workdir", "")
+    assert out.returncode == 2 and not calls and "--workdir is missing" in out.stderr
+
+
+DRY = """\
+gcloud compute tpus queued-resources create b14 --node-id=b14 --accelerator-type=v5litepod-8 \
+--runtime-version=v2 --spot --zone=z
+gcloud compute tpus tpu-vm describe b14 --format=value\\(state\\) --zone=z
+gcloud compute tpus tpu-vm scp supmim_jax.tar.gz b14:supmim_jax.tar.gz --worker=all --quiet --zone=z
+"""
+
+
+def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(pod, tmp_path):
+    odd = ["--config.model.name=it's", "--config.x=$HOME `id`", '--config.y=("a", "b c")', "", "*"]
+    out, calls = pod("--dry_run", "--spot", "--", *odd)
+    assert out.returncode == 0 and not calls and not out.stderr
+    assert out.stdout.startswith(DRY), out.stdout
+    commands = [x for x in split_lines(out.stdout) if x]
+    assert all(x[:3] == ["gcloud", "compute", "tpus"] for x in commands)
+    (begin,) = [x for x in commands if "setsid" in " ".join(x)]
+    (remote,) = [x.removeprefix("--command=") for x in begin if x.startswith("--command=")]
+    # What the worker's shell makes of it.
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" > ~/got; exit 7\n")
+    stand_in.chmod(0o755)
+    (tmp_path / "supmim_jax" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "supmim_jax" / ".venv" / "bin" / "activate").write_text("")
+    (tmp_path / "exit").write_text("0\n")  # of the attempt before
+    env = os.environ | {"HOME": str(tmp_path), "PATH": f"{stand_in.parent}:{os.environ['PATH']}"}
+    wait = "\nwhile ! [ -s ~/exit ]; do sleep 0.1; done"
+    subprocess.run(["bash", "-c", remote + wait], env=env, check=True, timeout=20)
+    got = (tmp_path / "got").read_text().split("\0")[:-1]
+    assert got[:3] == ["-m", "supmim_jax.train", "--distributed"]
+    assert got[3:] == ["--config", "configs/x.py", "--workdir", "gs://b/a b", *odd]
+    assert (tmp_path / "exit").read_text() == "7\n"
+
+
+def split_lines(text: str) -> list[list[str]]:
+    """Commands of a script, a list of words each; one may go over several lines in quotes."""
+    found, kept = [], ""
+    for line in text.splitlines():
+        kept += line + "\n"
+        try:
+            found.append(shlex.split(kept))
+        except ValueError:
+            continue
+        kept = ""
+    return found
+
+
+def jobset(*arguments: str) -> subprocess.CompletedProcess:
+    script = [sys.executable, str(Path(REPOSITORY, "launch/gke/jobset.py"))]
+    return subprocess.run([*script, *arguments], capture_output=True, text=True)
+
+
+ODD = ["--config", "configs/x.py", "--workdir", "gs://b/it's", '--config.y="$(HOME)": {#}']
+TPU = ["tpu", "--name=b14", "--image=i", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16"]
+GPU = ["gpu", "--name=b14", "--image=i", "--accelerator=nvidia-h100-80gb", "--nodes=2"]
+
+
+@pytest.mark.parametrize("kind", [TPU, GPU])
+def test_a_jobset_has_what_jax_and_gke_need(kind):
+    out = jobset(*kind, "--", *ODD)
+    assert out.returncode == 0, out.stderr
+    made = yaml.safe_load(out.stdout)
+    assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert made["metadata"]["labels"]["xpk.google.com/workload"] == "b14"
+    (job,) = made["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    hosts, resource, chips = (64, "google.com/tpu", 4) if kind is TPU else (2, "nvidia.com/gpu", 8)
+    assert spec["completionMode"] == "Indexed" and spec["backoffLimit"] == 0
+    assert spec["completions"] == spec["parallelism"] == hosts
+    assert container["resources"]["limits"] == {resource: chips}
+    assert container["command"][:4] == ["python", "-m", "supmim_jax.train", "--distributed"]
+    assert [x.replace("$$", "$") for x in container["args"]] == ODD
+    assert "$$(HOME)" in container["args"][-1]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 3]}
+    assert made["spec"]["failurePolicy"]["maxRestarts"] == 20
+    if kind is TPU:
+        topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        assert topology == "16x16" and "env" not in container
+    else:
+        env = {x["name"]: x["value"] for x in container["env"]}
+        where = {"JAX_COORDINATOR_ADDRESS": "b14-slice-job-0-0.b14:1234", "JAX_NUM_PROCESSES": "2"}
+        assert env == where
+        found = distributed.place("", 0, -1, env | {"JOB_COMPLETION_INDEX": "1"})
+        assert found == distributed.Place("b14-slice-job-0-0.b14:1234", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TPU, "--", "--config", "x"], "--workdir of supmim_jax.train is missing"),
+        ([*TPU, "--name=B_14", "--", *ODD], "must be at most 40 of a-z"),
+        ([*TPU, "--topology=3x3", "--", *ODD], "not a number of hosts of 4 chips"),
+        ([*TPU, "--topology=256", "--", *ODD], "--topology of the TPU slice is missing"),
+    ],
+)
+def test_a_jobset_that_cannot_be_is_refused(arguments, message):
+    out = jobset(*arguments)
+    assert out.returncode == 2 and message in out.stderr and not out.stdout
+
+
+def test_the_scripts_are_clean():
+    shellcheck = shutil.which("shellcheck")
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed")
+    root = Path(REPOSITORY)
+    scripts = [*root.glob("launch/*.s*"), *root.glob("tests/**/*.sh")]
+    assert len(scripts) == 6
+    subprocess.run([shellcheck, "-x", *scripts], check=True, cwd=root)

@@ -1,0 +1,28 @@
+"""One of several processes that train: python tests/process.py '{"config": {...}, ...}'.
+
+As supmim_jax.train, but for `stop_at`, which no command has; prints the results.
+"""
+
+import json
+import sys
+
+from supmim_jax import commands, distributed
+from supmim_jax.configdict import from_configdict
+from supmim_jax.train import train
+
+
+def main() -> None:
+    asked = json.loads(sys.argv.pop())
+    where = distributed.Place(asked["coordinator"], asked["processes"], asked["process"])
+
+    def run() -> None:
+        distributed.join(where, 60)
+        cfg = from_configdict(asked["config"])
+        commands.agree(cfg, {})
+        print(json.dumps(train(cfg, asked["workdir"], asked["stop_at"])))
+
+    commands.start(run)
+
+
+if __name__ == "__main__":
+    main()

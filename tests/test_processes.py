@@ -1,0 +1,276 @@
+"""Several real processes as one run, on loopback: their numbers, and how they fail together."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from supmim_jax import checkpoint, distributed, program
+from supmim_jax.config import SetupError
+from supmim_jax.configdict import to_configdict
+from supmim_jax.data import fractals
+from supmim_jax.train import train
+
+ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "1"}
+TIMING = ("images_per_second", "data_wait")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclasses.dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+def started(commands: list[list[str]], directories=(), env=ENV) -> list[subprocess.Popen]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    places = directories or [REPOSITORY] * len(commands)
+    return [
+        subprocess.Popen([sys.executable, *command], cwd=place, env=env, **pipes)
+        for command, place in zip(commands, places, strict=True)
+    ]
+
+
+def ended(processes: list[subprocess.Popen], within: float = 150) -> list[Ended]:
+    """How each ended; none is left running."""
+    start, found = time.monotonic(), []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=within - (time.monotonic() - start))
+            found.append(Ended(process.returncode, out, err, time.monotonic() - start))
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+def trained(cfg, workdir: Path, processes: int, stop_at: int | None = None) -> list[Ended]:
+    """A part of a run on so many processes of one device each."""
+    asked = {
+        "config": to_configdict(cfg).to_dict(),
+        "workdir": str(workdir),
+        "stop_at": stop_at,
+        "coordinator": f"127.0.0.1:{free_port()}",
+        "processes": processes,
+    }
+    commands = [["tests/process.py", json.dumps(asked | {"process": i})] for i in range(processes)]
+    env = ENV | {"PYTHONPATH": REPOSITORY}
+    found = ended(started(commands, env=env))
+    assert [x.code for x in found] == [0] * processes, found
+    return found
+
+
+def command(workdir, data_dir, *more: str) -> list[str]:
+    return [
+        *("-m", "supmim_jax.train", "--config=configs/debug_supervised.py"),
+        *(f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", "--config.model.depth=1"),
+        *("--config.log.every=1", *more),
+    ]
+
+
+def places(count: int) -> list[list[str]]:
+    """The flags of each process."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        [f"--coordinator={address}", f"--num_processes={count}", f"--process_id={i}"]
+        for i in range(count)
+    ]
+
+
+def lines(workdir) -> list[dict]:
+    found = Path(workdir, "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in found]
+
+
+def assert_same_run(workdir, other) -> None:
+    """Rankings jump where two similarities are next to equal; the first neighbours must not."""
+    a, b = lines(workdir), lines(other)
+    assert [x.keys() for x in a] == [x.keys() for x in b]
+    for x, y in zip(a, b):
+        for key in x:
+            close = 1e-3 if key.startswith(("eval/map", "eval/recall", "eval/linear")) else 1e-5
+            assert x[key] == pytest.approx(y[key], rel=close, abs=close), (x["step"], key)
+
+
+def final_params(cfg, workdir, mesh) -> np.ndarray:
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    state, _ = checkpoints.restore(checkpoints.latest(), program.build(cfg, mesh).state)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
+
+
+def assert_same_end(cfg, workdir, other, mesh) -> None:
+    """Adam magnifies rounding where a gradient is next to nothing; all in all it must not show."""
+    a, b = (final_params(cfg, x, mesh) for x in (workdir, other))
+    assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a)
+    a, b = (json.loads((x / "results.json").read_text()) for x in (workdir, other))
+    assert a.keys() == b.keys() and (a["knn"], a["top1"]) == (b["knn"], b["top1"])
+
+
+@pytest.fixture
+def short(cfg):
+    """With a fitted codebook; evaluated once on the way."""
+    data = dataclasses.replace(cfg.data, eval_split="validation[:240]")
+    evaluation = dataclasses.replace(cfg.eval, every=3)
+    log = dataclasses.replace(cfg.log, every=1)
+    saving = dataclasses.replace(cfg.checkpoint, every=100)
+    return dataclasses.replace(
+        cfg, data=data, epochs=1.5, eval=evaluation, log=log, checkpoint=saving
+    )
+
+
+def test_2_then_4_then_1_processes_train_as_one_does(short, one_device, data_dir, tmp_path):
+    fractals.prepare("tiny", data_dir)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(short, whole, devices=jax.devices()[:1])
+    first = trained(short, parts, 2, stop_at=3)
+    trained(short, parts, 4, stop_at=5)
+    train(short, parts, devices=jax.devices()[:1])
+    assert_same_run(whole, parts)
+    assert "eval/knn" in "".join(map(str, lines(parts)[:4]))  # which two processes found
+    assert_same_end(short, whole, parts, one_device)
+    assert "supmim 1/6" in first[0].err and "supmim" not in first[1].err
+    hosts = json.loads((parts / "environment.json").read_text())
+    assert [(x["from_step"], x["hosts"]) for x in hosts] == [(0, 2), (3, 4), (5, 1)]
+    assert hosts[1]["devices"] == "4 x cpu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "fsdp"), [(2, 1), (4, 2), (4, 4)])
+def test_whole_runs_of_several_processes_equal_one(
+    short, one_device, data_dir, tmp_path, processes, fsdp
+):
+    """All evaluations that gather features; parameters split over processes."""
+    fractals.prepare("tiny", data_dir)
+    which = ("top1", "knn", "retrieval", "linear")
+    linear = dataclasses.replace(short.eval.linear, strengths=(1.0,))
+    evaluation = dataclasses.replace(short.eval, which=which, linear=linear)
+    cfg = dataclasses.replace(short, epochs=3, eval=evaluation)
+    whole, several = tmp_path / "whole", tmp_path / "several"
+    train(cfg, whole, devices=jax.devices()[:1])
+    mesh = dataclasses.replace(cfg.mesh, fsdp=fsdp)
+    trained(dataclasses.replace(cfg, mesh=mesh), several, processes)
+    assert_same_run(whole, several)
+    assert_same_end(cfg, whole, several, one_device)
+
+
+def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
+    """data_dir and threads may differ; the seed and a line of code may not."""
+    root = tmp_path / "copy"
+    for part in ("supmim_jax", "configs"):
+        shutil.copytree(Path(REPOSITORY, part), root / part)
+    with (root / "supmim_jax" / "optim.py").open("a") as file:
+        file.write("# edited\n")
+    run = command(tmp_path / "run", data_dir)
+    first, second, third = places(3)
+    mine = ["--config.seed=7", "--config.data.threads=3", f"--config.data.data_dir={tmp_path}"]
+    commands = [[*run, *first], [*run, *second, *mine], [*run, *third]]
+    found = ended(started(commands, [REPOSITORY, REPOSITORY, root]))
+    host = socket.gethostname()
+    for process in found:
+        assert process.code == 2 and process.seconds < 60
+        assert f"process 1 on {host}: config.seed: 0; 7\n" in process.err
+        assert f"process 2 on {host}: code.optim.py: '" in process.err
+        assert "data_dir:" not in process.err and "threads" not in process.err
+        assert "Traceback" not in process.err and process.err.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_process_is_told_within_the_time_to_join(data_dir, tmp_path):
+    run = command(tmp_path / "run", data_dir, "--join_timeout=15")
+    first, _, third = places(3)
+    _, alone, _ = places(3)
+    a, c, b = ended(started([[*run, *first], [*run, *third], [*run, *alone]]), within=60)
+    for process in (a, b, c):
+        assert process.code == distributed.EXIT_TRY_AGAIN and process.err.count("error: ") == 1
+        assert "Traceback" not in process.err and "Start the same command" in process.err
+    assert "Process 0 on" in a.err and "connected are 127.0.0.1" in a.err
+    assert "Process 2 on" in c.err and "answers" in c.err and "others did not come" in c.err
+    assert "Process 1 on" in b.err and "process 0 did not come" in b.err
+    assert not (tmp_path / "run").exists()
+
+
+def until(workdir: Path, step: int) -> None:
+    """Waits for a line of metrics."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 90
+    while not path.exists() or f'"step": {step}' not in path.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_death_of_a_process_ends_the_others_with_its_name(data_dir, tmp_path, killed):
+    run = command(tmp_path, data_dir, "--config.epochs=9999")
+    processes = started([[*run, *flags] for flags in places(2)])
+    until(tmp_path, 3)
+    processes[killed].kill()
+    other = ended(processes, within=60)[1 - killed]
+    assert other.code not in (0, 2, 3)
+    expected = "process 1 on .* died" if killed else "leader task was preempted/died"
+    assert re.search(expected, other.err), other.err
+
+
+def test_sigterm_to_one_saves_and_ends_all_and_the_run_goes_on(data_dir, tmp_path):
+    run = command(tmp_path, data_dir, "--config.epochs=9999")
+    processes = started([[*run, *flags] for flags in places(2)])
+    until(tmp_path, 3)
+    processes[1].terminate()
+    for process in ended(processes, within=60):
+        assert process.code == 143 and "Stopped by SIGTERM" in process.err
+    saved = checkpoint.steps(tmp_path)
+    assert len(saved) == 1 and saved[0] == lines(tmp_path)[-1]["step"]
+
+
+def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
+    """The second host lacks the data, and the first would wait for it."""
+    run = command(tmp_path / "run", data_dir)
+    first, second = places(2)
+    found = ended(started([[*run, *first], [*run, *second, "--config.data.data_dir=/proc/here"]]))
+    for process in found:
+        assert process.code == 2 and "Set config.data.data_dir" in process.err
+    assert f"process 1 on {socket.gethostname()}" in found[0].err
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        (("", 0, -1), {}, distributed.Place()),
+        (("a:1", 4, 0), {}, distributed.Place("a:1", 4, 0)),
+        (("", 0, -1), {"JOB_COMPLETION_INDEX": "3"}, distributed.Place()),  # a TPU pod on GKE
+        (
+            ("", 0, -1),
+            {
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+                "JAX_NUM_PROCESSES": "4",
+                "JOB_COMPLETION_INDEX": "3",
+            },
+            distributed.Place("a:1", 4, 3),
+        ),
+        (("b:2", 2, 1), {"JAX_PROCESS_ID": "0"}, distributed.Place("b:2", 2, 1)),
+    ],
+)
+def test_flags_come_before_the_environment(flags, env, expected):
+    assert distributed.place(*flags, env) == expected
+
+
+@pytest.mark.parametrize("flags", [("a:1", 4, -1), ("a:1", 4, 4), ("a", 4, 0), ("", 4, 0)])
+def test_half_a_place_is_refused(flags):
+    with pytest.raises(SetupError, match="Give each process --coordinator"):
+        distributed.place(*flags, {})
