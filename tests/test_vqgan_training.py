@@ -206,7 +206,11 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
         train(wider, tmp_path / "other", devices=ONE)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param(MeshConfig(data=8), marks=pytest.mark.slow), MeshConfig(data=2, fsdp=4)],
+    ids=str,
+)
 def test_eight_devices_give_the_losses_of_one(vqgan, one_device, mesh):
     game = AdversarialConfig(weight=0.1, start=0.0, filters=8, layers=2)
     cfg = with_terms(vqgan, adversarial=game, revive_below=0.5, usage_decay=0.5)
