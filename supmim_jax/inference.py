@@ -56,7 +56,8 @@ def build_inference(cfg: Config, batch_size: int, mesh: Mesh) -> Inference:
     graph, params = jax.eval_shape(split)
 
     def features(params, images) -> Features:
-        return nnx.merge(graph, params).features(images)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # models/placement.py asks it
+            return nnx.merge(graph, params).features(images)
 
     return Inference(
         features=jax.jit(features),

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from supmim_jax import optim, sharding
+from supmim_jax import accumulate, optim, sharding
 from supmim_jax.config import Config
 from supmim_jax.inference import abstract_images
 from supmim_jax.models.variables import Frozen, Moving
@@ -44,9 +44,10 @@ def build(cfg: Config, mesh: Mesh) -> Program:
     """The training program of `cfg` on `mesh`.
 
     Raises:
-      ConfigError: the mesh does not divide the batch or a parameter.
+      ConfigError: the mesh does not divide the batch or a parameter, or accumulate the batch.
     """
     sharding.check_batch(cfg.batch_size, mesh, "config.batch_size")
+    accumulate.check(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
     transform = optim.make(cfg)
     learning_rate = optim.schedule(cfg)
 
@@ -60,18 +61,29 @@ def build(cfg: Config, mesh: Mesh) -> Program:
 
     graph, _, _, frozen = jax.eval_shape(split, jax.random.key(0))
     state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
 
     def step(state: TrainState, batch: Batch, frozen) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(cfg.seed), STEPS)
         key = jax.random.fold_in(key, state.step)
 
-        def loss(params):
+        def loss(params, batch: Batch):
             objective = nnx.merge(graph, params, state.moving, frozen)
             value, metrics = objective.loss(batch, key)
             return value, (metrics, *parts(objective)[1:3])
 
-        # A loss may overwrite variables; the update is then added to what it left.
-        grads, (metrics, params, moving) = jax.grad(loss, has_aux=True)(state.params)
+        def of_micro(batch: Batch):
+            grads, (metrics, _, _) = jax.grad(loss, has_aux=True)(state.params, batch)
+            return jax.lax.with_sharding_constraint(grads, layout.params), metrics
+
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # models/placement.py asks it
+            if cfg.optim.accumulate > 1:
+                params, moving = state.params, state.moving
+                grads, metrics = accumulate.gradients(of_micro, batch, cfg.optim.accumulate)
+            else:
+                # A loss may overwrite variables; the update is then added to what it left.
+                found = jax.grad(loss, has_aux=True)(state.params, batch)
+                grads, (metrics, params, moving) = found
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
@@ -80,7 +92,6 @@ def build(cfg: Config, mesh: Mesh) -> Program:
         params = optax.apply_updates(params, updates)
         return TrainState(state.step + 1, params, moving, opt_state), metrics
 
-    layout = jax.tree.map(lambda x: x.sharding, state)
     return Program(
         init=jax.jit(init, out_shardings=layout),
         step=jax.jit(step, out_shardings=(layout, None), donate_argnums=0),

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supmim_jax.config import ConfigError, MeshConfig
+from supmim_jax.models.placement import ROWS
 from supmim_jax.optim import path_name
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(ROWS)
 REPLICATED = PartitionSpec()
 
 # Searched in a parameter's path, first match wins. The leading None of a block's parameters is
@@ -50,7 +52,12 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"{len(devices)} devices. The axes must multiply to that; data=0 takes what is left."
         )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((data, cfg.fsdp, cfg.tensor), AXES, axis_types=types, devices=devices)
+    shape = (data, cfg.fsdp, cfg.tensor)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis is no product of dimensions of the TPU slice
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:

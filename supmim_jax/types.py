@@ -29,6 +29,11 @@ class Batch:
     target: jax.Array | None = None
     tokens: jax.Array | None = None  # uint16 BxL, ids from a token cache
     masks: jax.Array | None = None  # int32 BxHxW, a class per pixel, or IGNORED
+    micro: jax.Array | None = None  # int32 scalar: its number, if a step has several micro-batches
+
+    def row_key(self, key: jax.Array) -> jax.Array:
+        """For what is drawn by row: `key`, made the micro-batch's own where there are several."""
+        return key if self.micro is None else jax.random.fold_in(key, self.micro)
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ LAYERS = [
     {"config", "configdict", "types", "hlo", "environment"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "formats", "distributed"},
-    {"inference", "checkpoint", "evals", "commands"},
+    {"inference", "checkpoint", "evals", "commands", "accumulate"},
     {"program"},
     {"frozen", "start"},
     {
@@ -23,7 +23,7 @@ LAYERS = [
         "import_weights",
         "data.prepare",
     },
-    {"report"},
+    {"report", "rehearse"},
 ]
 SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
 APART = {("evals", "objectives"), ("evals", "inference")}

@@ -46,11 +46,11 @@ def train(cfg: Config) -> dict[str, Work]:
         embedded += entering
         ends = 2 * (entering + prefix) * model.width * decoder.width
         ends += 2 * patches * decoder.width * outputs
-        whole = _stack(decoder, [patches + prefix], model.remat, scales=False)
+        whole = _stack(decoder, [patches + prefix], model.remat)
         parts["decoder"] = Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
         if cfg.has_tokens and not cfg.tokens.cache:
             parts["tokenizer"] = Work(tokenizer(cfg, patches), 0)
-    parts["encoder"] = _stack(model, segments, model.remat, scales=model.layer_scale > 0)
+    parts["encoder"] = _stack(model, segments, model.remat)
     embedding = 2 * embedded * pixels * model.width
     parts["patch embedding"] = Work(embedding, embedding)
     return parts
@@ -96,14 +96,12 @@ def _trained(forward: int) -> Work:
     return Work(forward, 2 * forward)
 
 
-def _stack(
-    cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str, *, scales: bool
-) -> Work:
+def _stack(cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str) -> Work:
     """`depth` blocks over packed segments of tokens; attention stays within a segment.
 
     Recomputed is what `transformer.REMAT_POLICIES` doesn't save and the backward pass reads:
-    attention's logits; the outputs of out and fc2 only where LayerScale multiplies them. Of a
-    single block it is an upper bound: XLA then sees that the two computations are one.
+    attention's logits. Of a single block it is an upper bound: XLA then sees that the two
+    computations are one.
     """
     tokens = sum(segments)
     logits = sum(2 * n * n * cfg.width for n in segments)
@@ -111,8 +109,8 @@ def _stack(
     mlp = 2 * tokens * cfg.width * cfg.mlp_dim  # fc1, and fc2
     recomputed = {
         "none": 0,
-        "names": logits + scales * (out + mlp),
-        "full": qkv + 2 * logits + out + mlp + scales * mlp,
+        "names": logits,
+        "full": qkv + 2 * logits + out + mlp,
     }
     forward = cfg.depth * (qkv + 2 * logits + out + 2 * mlp)
     return Work(forward, 2 * forward, cfg.depth * recomputed[remat])

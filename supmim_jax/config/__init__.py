@@ -103,6 +103,7 @@ class OptimConfig:
     b2: float = within(0.999, 0.0, 1.0)
     clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
     layer_decay: float = within(1.0, 0.0, 1.0)  # of the rate, per encoder layer from the top
+    accumulate: int = within(1, 1, INF)  # micro-batches whose gradients make one step
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,11 @@ class Config:
             raise ConfigError(
                 "optim.layer_decay must be 1 with objective 'vqgan': it is for the layers of an "
                 "encoder that is trained, and there is none."
+            )
+        if self.optim.accumulate > 1 and self.objective.name not in ("supervised", "supmim"):
+            raise ConfigError(
+                f"optim.accumulate must be 1 with objective {self.objective.name!r}: its loss is "
+                f"no mean over examples, and would not be that of the whole batch."
             )
         if self.tokens.cache and not self.has_tokens:
             raise ConfigError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from supmim_jax.hlo.text import Computation, Instruction, Module, parse
+from supmim_jax.hlo.text import Computation, Instruction, Module, UnknownCost, parse
 from supmim_jax.hlo.trips import trip_count
 
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
@@ -24,10 +24,6 @@ OPAQUE = re.compile(
 )
 OPAQUE_OPS = ("ragged-dot", "scaled-dot")
 CALLERS = ("fusion", "call", "async-start")  # run what they call once
-
-
-class UnknownCost(ValueError):
-    """The program does work that the text doesn't tell the amount of."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,16 @@ def count(text: str) -> Counts:
       UnknownCost: a loop with matmuls whose trip count can't be found, or a call that looks like a
         matmul and isn't known here.
     """
-    module = parse(text)
-    by_scope = _Walk(module).computation_cost(module.entry)
+    return count_module(parse(text))
+
+
+def count_module(module: Module) -> Counts:
+    """`count` of a text that is parsed."""
+    by_scope = FlopWalk(module).computation_cost(module.entry)
     return Counts(sum(by_scope.values()), dict(sorted(by_scope.items())))
 
 
-class _Walk:
+class FlopWalk:
     """Costs of computations, each a Counter of FLOPs by scope, worked out once."""
 
     def __init__(self, module: Module):

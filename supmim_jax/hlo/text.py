@@ -1,8 +1,43 @@
 """The HLO text of a compiled program as data: computations, instructions and stack frames."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+
+
+class UnknownCost(ValueError):
+    """The program does work that the text doesn't tell the amount of."""
+
+
+BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
+
+
+@dataclass(frozen=True)
+class Array:
+    """dtype[dims] with its layout; `space` is 0 for main memory, on TPU 1 for VMEM."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of tiles."""
+        width = re.search(r"\d+", self.dtype)  # f32, u8, f8e4m3fn
+        bits = BITS[self.dtype] if self.dtype in BITS else int(width[0])
+        return math.prod(self.dims) * bits // 8
+
+
+def arrays(shape: str) -> tuple[Array, ...]:
+    """The arrays of a shape, those of a tuple in order."""
+    found = re.findall(r"\b([a-z]\w*)\[([^\]]*)\](?:{([^}]*)})?", shape)
+    result = []
+    for dtype, dims, layout in found:
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
+        result.append(Array(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -19,11 +54,14 @@ class Instruction:
     def operands(self) -> tuple[str, ...]:
         return tuple(re.findall(r"%([^\s,(){}]+)", self.inside))
 
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        return arrays(self.shape)
+
     @property
     def dims(self) -> tuple[int, ...]:
         """Sizes of the array, or of the first one in a tuple."""
-        found = re.search(r"\w+\[([^\]]*)\]", self.shape)
-        return tuple(int(d.lstrip("<=")) for d in found[1].split(",") if d)
+        return self.arrays[0].dims
 
     def ints(self, key: str) -> tuple[int, ...]:
         """The value of key={1,2}; () where there is none."""

@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from supmim_jax.models.placement import by_rows
+
 Initializer = jax.nn.initializers.Initializer
 XAVIER = nnx.initializers.xavier_uniform()
 # The flat kernel of three square ones: Xavier of each of them, not of their concatenation.
@@ -63,13 +65,13 @@ class Block(nnx.Module):
 
         keep_2xBxNx1 multiplies the two residual branches (DropPath); None keeps them whole.
         """
-        x = x_BxNxD
+        x = by_rows(x_BxNxD)
         branch = self.attend(self.norm1(x), segments)
-        x = x + self._residual(branch, 0, keep_2xBxNx1)
+        x = x + _kept(branch, 0, keep_2xBxNx1)
         x = checkpoint_name(x, "mid")
         hidden = checkpoint_name(self.fc1(self.norm2(x)), "fc1")
-        branch = self.fc2(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"))
-        return x + self._residual(branch, 1, keep_2xBxNx1)
+        hidden = jax.nn.gelu(hidden, approximate=self.gelu == "tanh")
+        return x + _kept(self.project(self.fc2, hidden, 1), 1, keep_2xBxNx1)
 
     def attend(self, x_BxNxD, segments: tuple[int, ...]):
         """Multi-head self-attention within each segment of the packed sequence."""
@@ -80,14 +82,19 @@ class Block(nnx.Module):
             q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
             parts.append(jax.nn.dot_product_attention(q, k, v))
         mixed = jnp.concatenate(parts, axis=1).reshape(x_BxNxD.shape)
-        return self.out(checkpoint_name(mixed, "attention"))
+        return self.project(self.out, checkpoint_name(mixed, "attention"), 0)
 
-    def _residual(self, branch, which: int, keep_2xBxNx1):
-        if self.scales:
-            branch = branch * (self.scale1, self.scale2)[which][...]  # float32
-        if keep_2xBxNx1 is not None:
-            branch = branch * keep_2xBxNx1[which].astype(branch.dtype)
-        return branch
+    def project(self, layer: nnx.Linear, x, which: int):
+        """What a residual branch ends with: a linear layer, its outputs times LayerScale.
+
+        The scale multiplies the weights: the gradient of a scale of the outputs would need the
+        outputs again, and rematerialization would repeat two matmuls of every block for it.
+        """
+        if not self.scales:
+            return layer(x)
+        scale = (self.scale1, self.scale2)[which][...]
+        kernel, bias = layer.kernel[...] * scale, layer.bias[...] * scale  # float32
+        return x @ kernel.astype(layer.dtype) + bias.astype(layer.dtype)
 
 
 class Transformer(nnx.Module):
@@ -122,6 +129,13 @@ class Transformer(nnx.Module):
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x_BxNxD, (params, rates, keys))[0]
+
+
+def _kept(branch, which: int, keep_2xBxNx1):
+    """A residual branch after DropPath."""
+    if keep_2xBxNx1 is None:
+        return branch
+    return branch * keep_2xBxNx1[which].astype(branch.dtype)
 
 
 def _keep(key, rate, examples: int, segments: tuple[int, ...]):

@@ -25,7 +25,7 @@ class Supervised(nnx.Module):
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
         images, targets = classification.mix(cfg, images, batch, self.classes, mix_key)
-        (tokens,) = encoder.encode((encoder.embed(images),), drop_key)
+        (tokens,) = encoder.encode((encoder.embed(images),), batch.row_key(drop_key))
         logits = self.head(encoder.pool(tokens))
         loss = classification.loss(cfg, logits, targets, batch.weight)
         return loss, {"loss": loss, "accuracy": classification.accuracy(logits, batch)}

@@ -51,7 +51,7 @@ class SupMIM(nnx.Module):
         mask = self.mask(mask_key, batch.id)
 
         inputs = encoder.embed(mixed), self.embed_masked(images, mask)
-        tokens, masked_tokens = encoder.encode(inputs, drop_key)
+        tokens, masked_tokens = encoder.encode(inputs, batch.row_key(drop_key))
 
         logits = self.head(encoder.pool(tokens))
         ce = classification.loss(cfg, logits, targets, batch.weight)

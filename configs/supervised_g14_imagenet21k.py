@@ -1,0 +1,29 @@
+"""Supervised ViT-g/14 on ImageNet-21k.
+
+  python -m supmim_jax.train --config configs/supervised_g14_imagenet21k.py --workdir gs://...
+
+Hardware: a TPU pod; with `:debug` after the file name, any machine.
+Number: none published for this model and patch; not measured here.
+tfds has no public imagenet21k; prepare one under that name, and set config.data.train_examples
+and num_classes to what it holds (14,197,122 images in 21,841 classes: Ridnik et al., arXiv
+2104.10972). The recipe is our choice, after AugReg (arXiv 2106.10270).
+"""
+
+from configs import base
+from supmim_jax.config import ClassificationConfig, Config, OptimConfig, SupervisedConfig, ViTConfig
+
+
+def experiment() -> Config:
+    return Config(
+        batch_size=4096,
+        epochs=90,
+        data=base.IMAGENET_21K,
+        model=ViTConfig.variant("g", patch=14, drop_path=0.1, **base.AT_SCALE),
+        objective=SupervisedConfig(classification=ClassificationConfig(loss="sigmoid", mixup=0.2)),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=3),
+        eval=base.EVAL_AT_SCALE,
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

@@ -1,0 +1,85 @@
+"""What a train step costs on a TPU slice that isn't here, by compiling it for the slice.
+
+  python -m supmim_jax.rehearse --config configs/supmim_b14_imagenet1k.py --topology v5e:16x16 \
+      --config.mesh.fsdp=16
+"""
+
+import json
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from supmim_jax import commands, sharding
+from supmim_jax.config import Config, ConfigError, SetupError
+from supmim_jax.configdict import from_configdict
+from supmim_jax.rehearse import chips, compiled, report, sweep
+from supmim_jax.rehearse.advice import Need, advise
+from supmim_jax.rehearse.estimate import estimate, state_gib, subject
+
+
+def rehearse(cfg: Config, part: chips.Slice) -> dict:
+    """Compiles one step for the slice; what it costs, or that it doesn't fit, as JSON.
+
+    Raises:
+      SetupError: libtpu, the slice, the mesh and the config don't fit together.
+    """
+    mesh = sharding.make_mesh(cfg.mesh, compiled.devices(part))
+    try:
+        result = estimate(cfg, mesh, part, compiled.compile_step(cfg, mesh))
+        memory = result["hbm_gib"]
+        permutes = result["collectives"].get("collective-permute", {"count": 0})["count"]
+        need = Need(memory["total"], memory["temporaries"], memory["of"], permutes)
+    except compiled.TooLarge as error:
+        need = Need(error.needed, error.needed - state_gib(cfg, mesh), error.available)
+        result = {
+            **subject(cfg, mesh, part),
+            "fits": False,
+            "needed_gib": error.needed,
+            "available_gib": error.available,
+        }
+    return {**result, "advice": advise(cfg, mesh, part, need)}
+
+
+def compare(cfg: Config, part: chips.Slice, limit: int) -> list[dict]:
+    """Several meshes and policies, the fastest that fits first; a line for each as it is done."""
+    results = []
+    for candidate in sweep.subset(sweep.candidates(cfg, part), limit):
+        try:
+            result = rehearse(candidate, part)
+        except ConfigError as error:  # a width that fsdp or tensor doesn't divide
+            print(f"left out: {error}", flush=True)
+            continue
+        results.append(result)
+        print(report.refused(result) if "needed_gib" in result else report.row(result), flush=True)
+    return sorted(results, key=lambda r: (not r["fits"], r.get("step_seconds", 0.0)))
+
+
+def main() -> None:
+    if not isinstance(CONFIG.value, ConfigDict):
+        raise SetupError("--config names no readable file; give the path of one in configs/.")
+    jax.config.update("jax_platforms", "cpu")  # libtpu compiles; this machine's devices stay free
+    cfg, part = from_configdict(CONFIG.value), chips.parse(TOPOLOGY.value)
+    if SWEEP.value:
+        results = compare(cfg, part, SWEEP.value)
+        print(report.table(results), sweep.recommend(results), report.LOWER_BOUND, sep="\n\n")
+        output = results
+    else:
+        output = rehearse(cfg, part)
+        if ROW.value and "needed_gib" not in output:
+            print(report.row(output))
+        else:
+            print(report.report(output))
+    if JSON.value:
+        epath.Path(JSON.value).write_text(json.dumps(output, indent=1))
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
+    TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:16x16")
+    SWEEP = flags.DEFINE_integer("sweep", 0, "Compare this many meshes and remat policies.", 0)
+    ROW = flags.DEFINE_bool("row", False, "Print the row of a Markdown table instead.")
+    JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+    flags.mark_flags_as_required(["config", "topology"])
+    commands.start(main)

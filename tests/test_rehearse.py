@@ -1,0 +1,235 @@
+"""Rehearsals: slices, links, advice; and one small step compiled for TPU, where libtpu is."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from supmim_jax import sharding
+from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.hlo.collectives import Collective
+from supmim_jax.rehearse import advice, chips, compiled, estimate, network, report, sweep
+from supmim_jax.rehearse.advice import Need
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v7:2x2", "Known chips are v4, v5e, v5p, v6e"),
+        ("v5e", "such as v5e:16x16"),
+        ("v5e:3x5", "v5e slices are 1x1, 2x2, 2x4"),
+        ("v6e:4x4x4", "v6e slices are"),
+        ("v4:8x8x4", "ascending order"),
+        ("v4:4x4", "three multiples of 4"),
+        ("v4:4x6x8", "three multiples of 4"),
+        ("v4:16x16x20", "at most 4096 chips"),
+        ("v5p:0x4x4", "three multiples of 4"),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_named_with_those_that_do(name, message):
+    with pytest.raises(SetupError, match=message):
+        chips.parse(name)
+
+
+def test_slices():
+    part = chips.parse("v5p:4x8x8")
+    assert (part.chips, part.chip.name, part.wraps, part.name) == (
+        256,
+        "v5p",
+        (True,) * 3,
+        "v5p:4x8x8",
+    )
+    assert chips.parse("v4:2x2x4").wraps == (False,) * 3
+    assert chips.parse("v5e:8x16").wraps == (False, True)
+    # One link, one way: 400 GB/s both ways over 4; 6 links of 50 GB/s of a v4.
+    assert chips.CHIPS["v5e"].link == 50e9 == chips.CHIPS["v4"].link
+    for chip in chips.CHIPS.values():
+        assert 100e12 < chip.flops < 1e15 and 16 <= chip.hbm_gib <= 95 and "google" in chip.source
+
+
+def test_missing_libtpu_names_the_extra(monkeypatch):
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match=r"pip install -e '\.\[tpu\]'"):
+        compiled.devices(chips.parse("v5e:2x2"))
+
+
+def collective(kind: str, groups) -> Collective:
+    return Collective(kind, 1_600_000, 1, np.array(groups), ("bf16",), "")
+
+
+def test_links():
+    """1.6 MB over links of 50 GB/s: 32 us on one; devices counted along rows of 16x16."""
+    part = chips.parse("v5e:16x16")
+    at = np.array([(x, y, 0) for x in range(16) for y in range(16)])
+    row, half, square = np.arange(16)[None], np.arange(8)[None], np.arange(256)[None]
+    cases = {
+        "ring": (collective("all-gather", row), 15 / 16 * 32e-6 / 2),
+        "line": (collective("reduce-scatter", half), 7 / 8 * 32e-6),
+        "torus": (collective("all-reduce", square), 2 * 255 / 256 * 32e-6 / 4),
+        "neighbours": (collective("collective-permute", [[0, 1], [1, 0]]), 32e-6 / 4),
+        "around": (collective("collective-permute", [[0, 15], [15, 0]]), 32e-6 / 4),
+        "opposite": (collective("collective-permute", [[0, 8], [8, 0]]), 8 * 32e-6 / 4),
+        "exchange": (collective("all-to-all", row), 4 * 32e-6 / 4),
+    }
+    for name, (what, expected) in cases.items():
+        assert network.seconds(what, at, part) == pytest.approx(expected), name
+
+
+def mesh_of(data: int, fsdp: int):
+    return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": 1})
+
+
+def large(cfg, batch_size: int = 4096, remat: str = "names"):
+    model = dataclasses.replace(
+        cfg.model, width=768, depth=12, mlp_dim=3072, heads=12, dtype="bfloat16", remat=remat
+    )
+    return dataclasses.replace(cfg, model=model, batch_size=batch_size)
+
+
+def test_advice_names_the_first_change_that_suffices(cfg, monkeypatch):
+    monkeypatch.setattr(advice, "state_gib", lambda cfg, mesh: 2.0)
+    part, mesh = chips.parse("v5e:16x16"), mesh_of(16, 16)
+    cfg = large(cfg)
+
+    def smaller(cfg, total: float, temporaries: float) -> str:
+        return advice.advise(cfg, mesh, part, Need(total, temporaries, 16.0))[0]
+
+    assert advice.advise(cfg, mesh, part, Need(15.9, 10.0, 16.0)) == []
+    plain = dataclasses.replace(cfg.model, remat="none")
+    first = smaller(dataclasses.replace(cfg, model=plain), 40.0, 39.0)
+    assert "needs 40.00 GiB of 16.00. First set model.remat='names'" in first
+    # 2 GiB of state on 16 times the chips leave 1/16: 17 - 1.875.
+    assert "First set mesh.fsdp=256, mesh.data=1: about 15.12 GiB" in smaller(cfg, 17.0, 15.0)
+    assert "First set optim.accumulate=2: about 12.00 GiB" in smaller(cfg, 22.0, 20.0)
+    assert "No single change" in smaller(cfg, 90.0, 60.0)
+
+
+def test_advice_on_rows_and_permutations(cfg):
+    part = chips.parse("v5e:16x16")
+    (rows,) = advice.advise(large(cfg, 768), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0))
+    assert "3 rows at once, not a multiple of 8" in rows and "multiple of 2048" in rows
+    (permutations,) = advice.advise(large(cfg), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0, 96))
+    assert "96 permutations: mesh.fsdp=16 leaves 48 of a width of 768" in permutations
+
+
+def test_what_remat_stores_by_hand(supervised):
+    cfg = large(supervised, 256)
+    patches, rows = 25, 16
+    names = rows * patches * 12 * (3 * 768 + 768 + 768 + 3072 + 768) * 2 / GIB
+    assert advice.saved_gib(cfg, mesh_of(4, 4), "names") == pytest.approx(names)
+    assert advice.saved_gib(cfg, mesh_of(4, 4), "full") == pytest.approx(names * 768 / 7680)
+
+
+def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest(cfg):
+    found = sweep.candidates(large(cfg), chips.parse("v5e:16x16"))
+    shapes = {(c.mesh.data, c.mesh.fsdp, c.mesh.tensor) for c in found}
+    assert (16, 16, 1) in shapes and (64, 1, 4) in shapes
+    assert all(d * f * t == 256 and 768 % f == 0 and 12 % t == 0 for d, f, t in shapes)
+    few = sweep.candidates(large(cfg, 256), chips.parse("v5e:8x8"))
+    assert few and all(256 / (c.mesh.data * c.mesh.fsdp) % 8 == 0 for c in few)
+    first = sweep.subset(found, 1)[0]
+    assert (first.mesh, first.model.remat) == (MeshConfig(16, 16, 1), "names")
+
+    def result(seconds: float, gib: float, fits: bool = True, data: int = 1) -> dict:
+        mesh = {"data": data, "fsdp": 1, "tensor": 1}
+        return {
+            "fits": fits, "step_seconds": seconds, "ici_seconds": 0.0, "remat": "names",
+            "mesh": mesh, "hbm_gib": {"total": gib},
+        }  # fmt: skip
+
+    told = sweep.recommend(
+        [
+            result(1.0, 9, data=2),
+            result(1.01, 3, data=4),
+            result(1.1, 1, data=8),
+            result(0.5, 1, fits=False),
+        ]
+    )
+    assert "mesh.data=4" in told and "least HBM (3.00 GiB)" in told
+    assert "take more chips" in sweep.recommend([result(1.0, 20, fits=False)])
+
+
+def test_out_of_memory_is_read_from_the_compiler():
+    text = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (22.93G) exceeds available HBM (15.75G)."
+    )
+    assert compiled.EXHAUSTED.search(text).groups() == ("22.93", "15.75")
+    older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 31.5G of 15.75G hbm."
+    assert compiled.EXHAUSTED.search(older).groups() == ("31.5", "15.75")
+
+
+def test_what_does_not_fit_is_reported_with_the_advice():
+    result = {
+        "topology": "v5e:16x16", "chips": 256, "mesh": {"data": 16, "fsdp": 16, "tensor": 1},
+        "objective": "supmim", "batch_size": 4096, "rows_per_shard": 16, "remat": "none",
+        "tokens": "cache", "fits": False, "needed_gib": 22.93, "available_gib": 15.75,
+        "advice": ["First set model.remat='names'"],
+    }  # fmt: skip
+    text = report.report(result)
+    assert "DOES NOT FIT: the compiler needs 22.93 GiB of 15.75 per chip" in text
+    assert text.endswith("First set model.remat='names'")
+    assert "22.93" in report.table([result])
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[tpu]'"
+)
+
+
+@needs_libtpu
+def test_a_small_step_compiled_for_tpu(tmp_path):
+    """The command on two small layers, FSDP over 2 of 4 chips; libtpu in a process of its own."""
+    out = tmp_path / "result.json"
+    changes = {
+        "batch_size": 32,
+        "mesh.fsdp": 2,
+        "model.depth": 2,
+        "model.width": 128,
+        "model.mlp_dim": 256,
+        "model.layer_scale": 1e-4,
+        "model.dtype": "bfloat16",
+        "model.remat": "names",
+    }
+    command = [sys.executable, "-m", "supmim_jax.rehearse", "--topology", "v5e:2x2", "--json", out]
+    command += ["--config", "configs/debug_supervised.py"]
+    command += [f"--config.{key}={value}" for key, value in changes.items()]
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(out.read_text())
+    assert result["fits"] and result["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    # One tenth of the encoder's FLOPs would be a repeated attention.
+    assert result["flops_ratio_with_recomputed"] == pytest.approx(1.0, abs=2e-3)
+    assert result["collectives"]["all-gather"]["of_parameters"] == pytest.approx(2.0, abs=0.3)
+    assert 0.0 < result["mfu"] <= 1.0 and result["hbm_bytes"] > 0
+    assert "step at least" in done.stdout
+
+
+def test_a_dim_of_a_slice_may_be_split_between_axes(monkeypatch):
+    """jax.make_mesh refuses fsdp=8 on 16x16 chips; the slice is then split."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:4])
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_state_and_parameters_by_hand(supervised):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices())
+    whole = estimate.parameter_bytes(supervised, mesh) / 2
+    each = estimate.state_gib(supervised, mesh) * GIB
+    assert 3 * 4 * whole / 4 < each < 3 * 4 * whole  # parameters and two moments, mostly a quarter
