@@ -1,6 +1,7 @@
 """Where arrays live: one mesh, one table from parameter path to mesh axes.
 
-Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers.
+Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers. Of
+several slices `data` alone crosses from one to another.
 """
 
 import re
@@ -41,7 +42,7 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh of `cfg` over `devices` (default: all of this run's).
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices.
+      ConfigError: the axes do not multiply to the number of devices, or slices do not fit them.
     """
     devices = jax.devices() if devices is None else devices
     rest = cfg.fsdp * cfg.tensor
@@ -51,13 +52,44 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"config.mesh is data={cfg.data}, fsdp={cfg.fsdp}, tensor={cfg.tensor}, but there are "
             f"{len(devices)} devices. The axes must multiply to that; data=0 takes what is left."
         )
+    groups = by_slice(devices, cfg.slices)
+    if data % len(groups):
+        raise ConfigError(
+            f"config.mesh.slices is {cfg.slices}, which does not divide data = {data}: whole rows "
+            f"of the mesh must lie in one slice. Lower fsdp or tensor."
+        )
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    shape = (data, cfg.fsdp, cfg.tensor)
+    shape = (data // len(groups), cfg.fsdp, cfg.tensor)
+    return Mesh(np.concatenate([_arranged(shape, x) for x in groups]), AXES, axis_types=types)
+
+
+def by_slice(devices: list, slices: int) -> list[list]:
+    """The devices of each slice, in the order of the slices' numbers.
+
+    Raises:
+      ConfigError: they are of another number of slices, or these of different sizes.
+    """
+    number = [getattr(d, "slice_index", 0) for d in devices]
+    if slices == 1 and devices[0].platform != "tpu":  # elsewhere it may number hosts
+        return [devices]
+    groups = [[d for d, i in zip(devices, number) if i == n] for n in sorted(set(number))]
+    sizes = [len(group) for group in groups]
+    if len(groups) != slices or len(set(sizes)) != 1:
+        raise ConfigError(
+            f"config.mesh.slices is {slices}, but the {len(devices)} devices are of "
+            f"{len(groups)} slices with {', '.join(map(str, sizes))} of them. Set it to their "
+            f"number; slices must be of one size."
+        )
+    return groups
+
+
+def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """The devices of a slice, neighbours on an axis of the mesh close to each other."""
     try:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        types = (jax.sharding.AxisType.Auto,) * len(shape)
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
     except NotImplementedError:  # an axis is no product of dimensions of the TPU slice
-        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(split, AXES, axis_types=types)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,33 @@ def test_eight_devices_give_the_losses_of_one(
     sharded_losses, sharded_ids = run(cfg, sharding.make_mesh(mesh), 20)
     assert (ids == sharded_ids).all() and len(ids) == 20
     np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+
+
+def test_only_data_crosses_from_slice_to_slice(monkeypatch, twenty_steps, one_device):
+    odd_and_even = [jax.devices()[1::2], jax.devices()[::2]]
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "by_slice", lambda devices, slices: odd_and_even)
+        mesh = sharding.make_mesh(MeshConfig(fsdp=2, slices=2))
+        with pytest.raises(ConfigError, match="slices is 2, which does not divide data = 1"):
+            sharding.make_mesh(MeshConfig(fsdp=8, slices=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    for rows, group in zip((mesh.devices[:2], mesh.devices[2:]), odd_and_even, strict=True):
+        assert set(rows.flat) == set(group)
+    found, expected = run(twenty_steps, mesh, 3)[0], run(twenty_steps, one_device, 3)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_slices_are_told_by_their_devices():
+    def devices(*slices: int, platform: str = "tpu"):
+        return [types.SimpleNamespace(slice_index=i, platform=platform) for i in slices]
+
+    found = sharding.by_slice(devices(1, 0, 1, 0), 2)
+    assert [[d.slice_index for d in group] for group in found] == [[0, 0], [1, 1]]
+    assert len(sharding.by_slice(devices(0, 0), 1)) == 1
+    assert len(sharding.by_slice(devices(0, 1, platform="gpu"), 1)) == 1  # hosts, one run
+    for slices, given in ((1, devices(0, 1)), (3, devices(0, 1, 2, 2)), (2, jax.devices())):
+        with pytest.raises(ConfigError, match=f"slices is {slices}, but the {len(given)} devices"):
+            sharding.by_slice(given, slices)
 
 
 @pytest.mark.parametrize("form", ["random", "block"])

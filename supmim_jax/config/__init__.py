@@ -111,6 +111,9 @@ class MeshConfig:
     data: int = within(0, 0, INF)  # 0: all devices that the other axes leave
     fsdp: int = within(1, 1, INF)
     tensor: int = within(1, 1, INF)
+    # TPU slices (or other groups with a fast network of their own); `data` runs across them, and
+    # what crosses the slow network between them is one reduction of gradients per step.
+    slices: int = within(1, 1, INF)
 
 
 @dataclass(frozen=True)

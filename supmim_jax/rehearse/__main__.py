@@ -25,6 +25,11 @@ def rehearse(cfg: Config, part: chips.Slice) -> dict:
     Raises:
       SetupError: libtpu, the slice, the mesh and the config don't fit together.
     """
+    if cfg.mesh.slices > 1:
+        raise SetupError(
+            f"config.mesh.slices is {cfg.mesh.slices}: a rehearsal is of one slice. Set it to 1 "
+            f"and config.batch_size to a slice's part; between slices go its gradients, too."
+        )
     mesh = sharding.make_mesh(cfg.mesh, compiled.devices(part))
     try:
         result = estimate(cfg, mesh, part, compiled.compile_step(cfg, mesh))
