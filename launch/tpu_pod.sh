@@ -48,6 +48,16 @@ if [ -z "$dirty" ] && [ -n "$(git status --porcelain)" ]; then
     "Commit them, or give --allow_dirty." >&2
   exit 2
 fi
+if [ -z "$dry" ]; then
+  if ! command -v gcloud > /dev/null; then
+    echo "error: gcloud is not installed: https://cloud.google.com/sdk/docs/install" >&2
+    exit 2
+  fi
+  if [ -z "$(gcloud config get-value project 2> /dev/null)" ]; then
+    echo "error: gcloud has no project: gcloud config set project <its id>" >&2
+    exit 2
+  fi
+fi
 scratch="$(mktemp -d)"
 code="$scratch/supmim_jax.tar.gz"
 
@@ -175,7 +185,12 @@ attempt() {
   fi
   if [ "$now" != READY ]; then
     [ "$now" = NONE ] || remove
-    create || return "$DEPARTED"
+    if ! create; then
+      echo "error: gcloud made no slice, for the reason above. The types of a zone: gcloud compute" \
+        "tpus accelerator-types list --zone=$zone; quota: the project's IAM page, Quotas." >&2
+      ((i > 1)) || attempts=1 # there was none before: asking again would not help
+      return "$DEPARTED"
+    fi
     wait_until_ready || return "$DEPARTED"
   fi
   install && begin || return 1

@@ -1,6 +1,8 @@
 """Bytes between devices and to main memory, read from HLO, against counts by hand."""
 
+import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supmim_jax import sharding
-from supmim_jax.config import MeshConfig
+from supmim_jax import program, sharding
+from supmim_jax.config import MeshConfig, SupervisedConfig
 from supmim_jax.hlo import UnknownCost, collectives, traffic
 from supmim_jax.hlo.groups import groups
 from supmim_jax.hlo.text import Instruction, arrays, parse
@@ -221,3 +223,24 @@ def test_traffic_of_a_loop_is_that_of_its_layers():
 
     once = np.diff([total(8), total(16), total(24)])
     assert once[0] == once[1] and 8 * 3 * 128**2 * 4 <= once[0] <= 8 * 12 * 128**2 * 4
+
+
+@pytest.mark.parametrize("branch", ["supervised", "supmim"])
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_step_sends_parameters_and_gradients_and_no_activations(cfg, branch, fsdp):
+    """In bytes of all parameters: gathered twice by FSDP, reduced once; XLA's CPU backend reduces
+    whole gradients where a TPU's scatters them, which sends as much as each is given."""
+    objective = cfg.objective if branch == "supmim" else SupervisedConfig()
+    model = dataclasses.replace(cfg.model, width=128, mlp_dim=512, remat="names")
+    cfg = dataclasses.replace(cfg, objective=objective, model=model)
+    prog = program.build(cfg, sharding.make_mesh(MeshConfig(fsdp=fsdp)))
+    text = prog.step.lower(prog.state, prog.batch, prog.frozen).compile().as_text()
+    found = Counter()
+    for one in collectives.find(parse(text)):
+        found[one.kind] += one.bytes * one.times
+    parameters = 4 * sum(x.size for x in jax.tree.leaves(prog.state.params))
+    reduced = (found.pop("all-reduce") + found.pop("reduce-scatter", 0)) / parameters
+    gathered = found.pop("all-gather", 0) / parameters
+    assert 0.95 < reduced < 1.05
+    assert 1.8 < gathered < 2.2 if fsdp > 1 else gathered == 0
+    assert sum(found.values()) < 0.01 * parameters

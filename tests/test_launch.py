@@ -89,9 +89,10 @@ def test_an_old_python_is_refused(clone):
 # `running` says that a run is there, once.
 GCLOUD = r"""#!/bin/bash
 cd "$(dirname "$0")"
+[ "$1" != config ] || { cat project; exit; }
 printf '%s\0' "$@" >> calls; printf '\n' >> calls
 case "$*" in
-  *" create "*) touch slice ;;
+  *" create "*) [ ! -e refusal ] || { cat refusal >&2; exit 1; }; touch slice ;;
   *" delete "*) rm -f slice ;;
   *describe*)
     [ -e slice ] || exit 1
@@ -122,8 +123,9 @@ def pod(tmp_path):
     cloud.mkdir()
     (cloud / "gcloud").write_text(GCLOUD)
     (cloud / "gcloud").chmod(0o755)
+    (cloud / "project").write_text("mine\n")
 
-    def run(*arguments: str, states=("READY",), codes=("0 0",), there=False):
+    def run(*arguments: str, states=("READY",), codes=("0 0",), there=False, path=None):
         for name, entries in (("states", states), ("codes", codes)):
             (cloud / name).write_text("".join(f"{x}\n" for x in entries))
         (cloud / "calls").unlink(missing_ok=True)
@@ -135,12 +137,14 @@ def pod(tmp_path):
             capture_output=True,
             text=True,
             timeout=60,
-            env=os.environ | {"PATH": f"{cloud}:{os.environ['PATH']}", "TPU_POD_POLL": "0"},
+            env=os.environ
+            | {"PATH": f"{cloud}:{os.environ['PATH'] if path is None else path}"}
+            | {"TPU_POD_POLL": "0"},
         )
         calls = (cloud / "calls").read_text() if (cloud / "calls").exists() else ""
         return out, [x.split("\0") for x in calls.split("\0\n") if x]
 
-    run.root = root
+    run.root, run.cloud = root, cloud
     return run
 
 
@@ -212,6 +216,27 @@ def test_a_request_that_fails_is_no_slice(pod):
     out, calls = pod(states=("WAITING", "FAILED"))
     assert out.returncode == 4 and "its state is FAILED" in out.stderr
     assert verbs(calls) == ["create", "delete"]
+
+
+@pytest.mark.parametrize("reason", ["Quota exceeded for TPUs", "zone z is not found"])
+def test_what_gcloud_refuses_is_told_and_not_asked_for_again(pod, reason):
+    (pod.cloud / "refusal").write_text(f"ERROR: {reason}\n")
+    out, calls = pod("--resume")
+    assert out.returncode == 4 and verbs(calls) == ["create", "delete"]
+    assert reason in out.stderr and "accelerator-types list --zone=z; quota:" in out.stderr
+
+
+def test_without_gcloud_or_a_project_nothing_is_begun(pod):
+    (pod.cloud / "project").write_text("\n")
+    out, calls = pod()
+    assert out.returncode == 2 and not calls and "gcloud config set project" in out.stderr
+    (pod.cloud / "gcloud").unlink()
+    needed = ("bash", "git", "dirname", "mktemp", "rm", "sed")
+    for name in needed:  # of this machine's programs no others, so that a real gcloud is not found
+        (pod.cloud / name).symlink_to(shutil.which(name))
+    out, calls = pod(path="")
+    assert out.returncode == 2 and not calls and "gcloud is not installed" in out.stderr
+    assert pod("--dry_run")[0].returncode == 0
 
 
 def test_edited_files_and_wrong_arguments_are_refused_before_anything(pod):
