@@ -38,7 +38,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "ruff"],
+        "test": ["pytest", "hypothesis", "pytest-xdist", "ruff", "turbojpeg"],
         "parity": ["torch", "transformers>=5.9"],
         "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
         "bench": ["faiss-cpu"],

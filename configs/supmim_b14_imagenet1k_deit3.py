@@ -3,7 +3,7 @@
   python -m supmim_jax.train --config configs/supmim_b14_imagenet1k_deit3.py --workdir gs://... \
       --config.tokens.cache=gs://.../tokens
 
-The cache is written as in configs/supmim_b14_imagenet1k.py. This is
+The cache is written as in configs/supmim_b14_imagenet1k.py, with --epochs 400. This is
 configs/supervised_b14_imagenet1k_deit3.py plus the masked branch.
 Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
 Number: none published; not measured here. What to beat: MaskSub on DeiT-III B, +0.6 at 400 epochs.

@@ -22,10 +22,11 @@ from supmim_jax.types import TrainState
 NAMES = ("state", "run", "config")
 # Numbers of a run that has not begun: examples read, seconds of training, records replaced.
 BEGIN = {"position": 0, "seconds": 0.0, "broken_records": 0}
-UNREADABLE = (
-    "{} is not a readable checkpoint: its `state` is missing or incomplete. Choose another step "
-    "with @step, or another --checkpoint."
+ANOTHER = (
+    "Choose another step with @step; a training run goes on from the step before once this one's "
+    "directory is removed."
 )
+UNREADABLE = f"{{}} is not a readable checkpoint: its `state` is missing or incomplete. {ANOTHER}"
 
 
 class Checkpoints:
@@ -186,4 +187,6 @@ def _read_json(path: epath.Path) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise SetupError(f"{path} cannot be read: {error}") from None
+        raise SetupError(
+            f"{path} cannot be read ({type(error).__name__}): it is not whole. {ANOTHER}"
+        ) from None

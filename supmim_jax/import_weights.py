@@ -52,6 +52,11 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
 
 def combine(base: Config, found: Foreign) -> Config:
     """The supervised config of the model that was found, with everything else from `base`."""
+    if base.objective.name not in ("supervised", "supmim"):
+        raise SetupError(
+            f"--config is of objective {base.objective.name!r}, which trains no classifier: give "
+            f"one of 'supervised' or 'supmim', as configs/supervised_b14_imagenet1k.py."
+        )
     data = dataclasses.replace(
         base.data,
         num_classes=found.num_classes,

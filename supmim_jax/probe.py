@@ -59,8 +59,9 @@ class Report:
             if not name.startswith(SWEEP)
         }
         seconds = f"{self.numbers['seconds']:.0f}"
-        name, epochs = self.run.objective.name, f"{self.epochs:.0f}"
-        return {"encoder": name, **metrics, "epochs": epochs, "seconds": seconds}
+        place = f"{self.directory.parent.parent.name}@{self.step}"
+        first = {"checkpoint": place, "encoder": self.run.objective.name}
+        return first | metrics | {"epochs": f"{self.epochs:.0f}", "seconds": seconds}
 
     def document(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

@@ -75,6 +75,7 @@ def train(
     workdir = epath.Path(workdir)
     check_workdir(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
+        ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
         return json.loads((workdir / "results.json").read_text())
     if not checkpoint.steps(workdir):
         start.check(cfg, prog.state.params)

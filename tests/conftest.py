@@ -5,8 +5,9 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests, or the commands that they start, compile alike are compiled once.
-COMPILED = tempfile.TemporaryDirectory(prefix="supmim_jax_compiled_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="supmim_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 for flag in (

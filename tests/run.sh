@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests. usage: bash tests/run.sh [pytest arguments]
+# Runs the tests, in two processes. usage: bash tests/run.sh [pytest arguments]
 # EXTRAS=test,parity also installs what the parity tests compare with (they skip without it).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -7,4 +7,4 @@ source launch/environment.sh "${EXTRAS:-test}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest -rs "$@"
+exec python -m pytest -rs --numprocesses 2 --dist loadfile "$@"

@@ -1,6 +1,7 @@
 """Files that are broken, or not exactly a model of ours, are refused with what is wrong."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -148,3 +149,10 @@ def test_other_npz_files_are_refused(supervised, tmp_path, changes, message):
     np.savez(tmp_path / "x.npz", **{k: x for k, x in arrays.items() if x is not None})
     with pytest.raises(SetupError, match=rf"x\.npz.*{message}"):
         import_weights.load("augreg", tmp_path / "x.npz", cfg)
+
+
+@pytest.mark.parametrize("name", ["vqgan_debug", "finetune_segmentation_debug"])
+def test_a_config_that_trains_no_classifier_is_refused(name):
+    base = importlib.import_module(f"configs.{name}").experiment()
+    with pytest.raises(SetupError, match=rf"is of objective '{base.objective.name}', which trains"):
+        import_weights.combine(base, None)

@@ -67,7 +67,11 @@ def test_local_installs_once_trains_both_and_compares_them(clone):
 def test_the_tests_install_their_extras_and_check_style_first(clone):
     found = calls(clone, "tests/run.sh", EXTRAS="test,parity")
     assert ".[test,parity]" in found[0]
-    assert found[1:] == ["ruff check .", "ruff format --check .", "python -m pytest -rs"]
+    assert found[1:] == [
+        "ruff check .",
+        "ruff format --check .",
+        "python -m pytest -rs --numprocesses 2 --dist loadfile",
+    ]
 
 
 def test_an_old_python_is_refused(clone):

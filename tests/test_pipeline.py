@@ -240,7 +240,7 @@ def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
         opened(num_classes=10)
     with pytest.raises(SetupError, match=r"no split 'holdout'.*train, validation, test"):
         opened(eval_split="holdout")
-    with pytest.raises(SetupError, match="tfds does not know"):
+    with pytest.raises(SetupError, match="neither one of tfds's nor in"):
         opened(name="no_such_data_set")
     with pytest.raises(SetupError, match="known are tiny, tiny_fresh"):
         opened(name="fractals/huge")

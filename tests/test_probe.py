@@ -126,7 +126,9 @@ def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, d
     )
     assert out.returncode == 0, out.stderr
     heading, _, *rows = out.stdout.splitlines()
-    assert heading.split("|")[1:-3] == [
+    assert [cell.strip() for cell in heading.split("|")][1:2] == ["checkpoint"]
+    assert f"| {Path(initial).name}@0 " in rows[0]
+    assert heading.split("|")[2:-3] == [
         " encoder ",
         " kNN % ",
         " recall@1 ",

@@ -2,23 +2,26 @@
 
 import sys
 
-from supmim_jax import commands
-from supmim_jax.bench import data, flops, knn, tokens
+from absl import flags
 
-BENCHES = {
-    "data": data.command,
-    "flops": flops.command,
-    "knn": knn.command,
-    "tokens": tokens.command,
-}
+from supmim_jax import commands
+from supmim_jax.bench import data, knn, tokens
+from supmim_jax.bench import flops as flops_
+
+BENCHES = {"data": data, "flops": flops_, "knn": knn, "tokens": tokens}
 
 
 def main() -> None:
-    name = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if name == "--help":
+        print(__doc__)
+        return
     if name not in BENCHES:
         known = ", ".join(BENCHES)
         commands.fail(f"There is no bench {name!r}; known are {known}.", commands.EXIT_SETUP)
-    commands.start(BENCHES[name]())
+    run = BENCHES[name].command()
+    flags.adopt_module_key_flags(BENCHES[name])  # --help lists those of the main module
+    commands.start(run)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class Config:
     @property
     def num_views(self) -> int:
         """Different crops of an image that the run sees."""
-        epochs = max(1, math.ceil(self.total_steps * self.batch_size / self.data.train_examples))
+        epochs = max(1, math.ceil(self.epochs))  # the last step may reach a little further
         return min(self.tokens.views or epochs, epochs)
 
     @property

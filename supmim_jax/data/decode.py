@@ -16,7 +16,7 @@ def class_of(record: dict, cfg: DataConfig, example: int) -> int:
     if not 0 <= label < cfg.num_classes:
         raise SetupError(
             f"{cfg.name} record {example} has {cfg.label_field!r} = {label}, expected 0 to "
-            f"{cfg.num_classes - 1} (config.data.num_classes). Prepare the data set again."
+            f"{cfg.num_classes - 1} (config.data.num_classes). Set that, or mend the data set."
         )
     return label
 

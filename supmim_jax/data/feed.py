@@ -13,8 +13,10 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from supmim_jax.config import Config, DataConfig, TokensConfig
+from supmim_jax.config import Config, DataConfig, SetupError, TokensConfig
 from supmim_jax.data import records, sequence, token_cache, transforms, worker
+from supmim_jax.data.crops import eval_image
+from supmim_jax.data.decode import BrokenRecord, decode_image
 
 Arrays = dict[str, np.ndarray]  # of the examples of a batch, by the fields of types.Batch
 
@@ -95,7 +97,7 @@ def _once(source, make, cfg: Config, split: str, rows: Sequence[int]) -> Feed:
         .map(make)
     )
     batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
-    return Feed(batches, cfg.data, split, "a grey image stands for it")
+    return Feed(batches, cfg.data, split, "it counts as a grey image, if its label can be read")
 
 
 def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -123,10 +125,22 @@ def train_example(cfg: Config) -> Any:
 
 
 def first_images(cfg: Config, count: int) -> np.ndarray:
-    """The first `count` training images as evaluation sees them: uint8 NxHxWxC."""
-    source = records.open_training_source(cfg.data)
-    make = transforms.EvalExample(cfg.data)
-    return np.stack([make((i, source[i]))["image"] for i in range(min(count, len(source)))])
+    """The first `count` training images that are whole, as evaluation sees them: uint8 NxHxWxC.
+
+    Raises:
+      SetupError: there is none.
+    """
+    source, images = records.open_training_source(cfg.data), []
+    for i in range(len(source)):
+        try:
+            images.append(eval_image(decode_image(source[i], cfg.data, i), cfg.data))
+        except BrokenRecord:
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise SetupError(f"No image of {cfg.data.name!r}, {cfg.data.train_split}, can be decoded.")
+    return np.stack(images)
 
 
 def _decoded(batches: grain.MapDataset, data: DataConfig) -> grain.DatasetIterator:

@@ -236,10 +236,11 @@ def prepare(config_name: str, data_dir: str = "") -> Fractals:
     if config_name not in SPECS:
         raise ValueError(f"No fractals config {config_name!r}; known are {', '.join(SPECS)}.")
     options = {"config": config_name, "data_dir": data_dir or None, "file_format": "array_record"}
-    builder = Fractals(**options)
-    try:
-        builder.download_and_prepare()
-    except FileExistsError:  # another process was faster, and its files are the same
+    with contextlib.redirect_stdout(sys.stderr):  # tfds tells there what it does
         builder = Fractals(**options)
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except FileExistsError:  # another process was faster, and its files are the same
+            builder = Fractals(**options)
+            builder.download_and_prepare()
     return builder

@@ -56,9 +56,9 @@ class Training(Iterator[Batch]):
         read = step * self.cfg.batch_size
         if found > data.max_broken * max(read, data.train_examples):
             raise SetupError(
-                f"{found} of {read} records of {data.name!r} were broken, more than "
-                f"config.data.max_broken = {data.max_broken:g} allows. Their ids are in the log: "
-                f"prepare the data set again, or allow more."
+                f"{found} of {read} records of {data.name!r} that were read were broken, more "
+                f"than config.data.max_broken = {data.max_broken:g} allows. The log on stderr "
+                f"names each: remove the data set's directory and prepare it again, or allow more."
             )
         return found
 

@@ -96,8 +96,9 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
         raise SetupError(
-            f"{cfg.name!r} has no split {split!r} ({error}). Its splits are {known}; parts are "
-            f"written as 'train[:90%]'."
+            f"{cfg.name!r} has no split {split!r} ({str(error).strip('. ')}). Its splits are "
+            f"{known}; parts are written as 'train[:90%]'. Set config.data.train_split and "
+            f"config.data.eval_split."
         ) from None
     except NotImplementedError:
         raise SetupError(
@@ -135,10 +136,12 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
             return fractals.prepare(variant, cfg.data_dir)
         builder = tfds.builder(cfg.name, data_dir=cfg.data_dir or None)
     except (ValueError, tfds.core.DatasetNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].strip(".")
+        where = cfg.data_dir or "its default directory"
         raise SetupError(
-            f"config.data.name is {cfg.name!r}, which tfds does not know: {reason}. A folder of "
-            f"images becomes a data set with `{PREPARE} --image_folder`."
+            f"config.data.name is {cfg.name!r}, which is neither one of tfds's nor in {where} "
+            f"(config.data.data_dir): {reason}. A folder of images becomes a data set with "
+            f"`{PREPARE} --image_folder`."
         ) from None
     except OSError as error:
         raise SetupError(

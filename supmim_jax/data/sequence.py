@@ -80,19 +80,26 @@ class Intact:
                 return found | {"broken": np.int32(wanted if offset else NONE)}
         raise SetupError(
             f"{len(reasons)} records in a row are broken, the first and the last: {reasons[0]}; "
-            f"{reasons[-1]}. Prepare the data set again."
+            f"{reasons[-1]}. Remove the data set's directory and prepare it again."
         )
 
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Maps a position of an evaluation pass to (id, record); past the end the id is -1."""
+    """Maps a position of an evaluation pass to (id, record).
+
+    Past the end that is (NONE, None), and (id, None) for a record that cannot be read.
+    """
 
     source: Sequence[dict]
 
-    def __call__(self, position: int) -> tuple[int, dict]:
-        inside = position < len(self.source)
-        return (position, self.source[position]) if inside else (-1, self.source[0])
+    def __call__(self, position: int) -> tuple[int, dict | None]:
+        if position >= len(self.source):
+            return NONE, None
+        try:
+            return position, self.source[position]
+        except BrokenRecord:
+            return position, None
 
 
 def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:

@@ -180,7 +180,8 @@ def open_cache(cfg: Config, tokenizer_digest: str | None = None) -> TokenCache:
         raise SetupError(
             f"The token cache {directory} has {plan.views} views of each image, and the run wants "
             f"{cfg.num_views}. Set config.tokens.views={plan.views} to cycle through them, or "
-            f"write more with `python -m supmim_jax.tokenize --epochs {cfg.num_views}`."
+            f"write {cfg.num_views} into another directory: `python -m supmim_jax.tokenize "
+            f"--epochs {cfg.num_views} --cache <directory>`."
         )
     _check_shards(directory, plan)
     return TokenCache(directory, plan)

@@ -114,15 +114,19 @@ class TargetExample:
 
 @dataclass(frozen=True)
 class EvalExample:
-    """Grain transform: (id, record) to one example; id -1 is padding."""
+    """Grain transform: (id, record) to one example.
+
+    Of None as the record (padding, or nothing could be read) it has weight 0.
+    """
 
     cfg: DataConfig
 
-    def __call__(self, drawn: tuple[int, dict]) -> dict:
+    def __call__(self, drawn: tuple[int, dict | None]) -> dict:
         example, record = drawn
+        if record is None:
+            return packed(grey_image(self.cfg), 0, example, 0.0) | {"broken": np.int32(example)}
         image, broken = self.image(record, example)
-        label = class_of(record, self.cfg, example)
-        found = packed(image, label, example, float(example >= 0))
+        found = packed(image, class_of(record, self.cfg, example), example, 1.0)
         return found | {"broken": np.int32(broken)}
 
     def image(self, record: dict, example: int) -> tuple[np.ndarray, int]:
@@ -152,20 +156,22 @@ class MaskedTrainExample:
 
 @dataclass(frozen=True)
 class MaskedExample:
-    """Grain transform: (id, record with a mask) to one example without a label."""
+    """Grain transform: (id, record with a mask) to one example without a label; see EvalExample."""
 
     cfg: DataConfig
 
-    def __call__(self, drawn: tuple[int, dict]) -> dict:
+    def __call__(self, drawn: tuple[int, dict | None]) -> dict:
         example, record = drawn
         broken = NONE
         try:
+            if record is None:
+                raise BrokenRecord
             image, mask = decode_both(record, self.cfg, example)
             image, mask = eval_image(image, self.cfg), eval_mask(mask, self.cfg)
         except BrokenRecord:
             image, broken = grey_image(self.cfg), example
             mask = np.full(image.shape[:2], IGNORED)
-        found = packed(image, 0, example, float(example >= 0))
+        found = packed(image, 0, example, float(record is not None))
         return found | {"masks": mask.astype(np.int32), "broken": np.int32(broken)}
 
 

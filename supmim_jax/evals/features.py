@@ -14,21 +14,23 @@ class Extracted(NamedTuple):
     pooled: np.ndarray  # float32 NxD
     prediction: np.ndarray | None  # int32 N, the classifier's class where there is one
     label: np.ndarray  # int32 N
+    id: np.ndarray  # int32 N
 
 
 def extract(encoder: Encoder, batches: Iterable[Batch]) -> Extracted:
     """Features of every example that is not padding, in the order of the batches."""
-    pooled, predictions, labels = [], [], []
+    pooled, predictions, labels, ids = [], [], [], []
     for batch in batches:
         found = encoder.features(batch.views[0])
-        x, label, weight = on_host((found.pooled, batch.label, batch.weight))
+        x, label, number, weight = on_host((found.pooled, batch.label, batch.id, batch.weight))
         pooled.append(x[weight > 0])
         labels.append(label[weight > 0])
+        ids.append(number[weight > 0])
         if found.logits is not None:
             (prediction,) = on_host((found.logits.argmax(-1).astype(np.int32),))
             predictions.append(prediction[weight > 0])
     prediction = np.concatenate(predictions) if predictions else None
-    return Extracted(np.concatenate(pooled), prediction, np.concatenate(labels))
+    return Extracted(np.concatenate(pooled), prediction, *map(np.concatenate, (labels, ids)))
 
 
 def extract_tokens(

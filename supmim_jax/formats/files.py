@@ -40,6 +40,7 @@ def write(out: Path, tensors: dict[str, Any], documents: dict[str, dict]) -> Non
         try:
             arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
             save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})  # what PyTorch users ask
+            (part / WEIGHTS).chmod(0o644)  # it is written for its owner alone
             for name, document in documents.items():
                 (part / name).write_text(json.dumps(document, indent=2) + "\n")
             part.replace(out)

@@ -115,7 +115,8 @@ def neighbourhood(
     similarity, index = knn.neighbours(queries_BxD, bank.pooled, nearest, mesh=mesh)
     source = records.open_source(cfg.data, cfg.data.train_split)
     make = transforms.EvalExample(cfg.data)
-    images = np.stack([[make((int(i), source[i]))["image"] for i in row] for row in index])
+    ids = bank.id[index]
+    images = np.stack([[make((int(i), source[i]))["image"] for i in row] for row in ids])
     return Neighbourhood(images, bank.label[index], similarity)
 
 

@@ -56,7 +56,7 @@ def prepare(
     final = epath.Path(builder.data_path)
     if final.exists():
         _check_format(builder, name)
-        return report.finished(builder, name, data_dir, "Prepared already")
+        return report.finished(builder, name, data_dir, report.AGAIN)
     root = target.data_dir(data_dir)
     manual = epath.Path(manual_dir or root / "downloads" / "manual").expanduser()
     splits: list[report.Split] = []

@@ -57,7 +57,7 @@ def prepare(
         ),
     }
     if target.is_done(final, made_of):
-        return _finished(final, name, data_dir, target.manifest(final), "Prepared already")
+        return _finished(final, name, data_dir, target.manifest(final), report.AGAIN)
     earlier = target.manifest(target.unfinished(final))
     if earlier.get("fingerprint") == made_of["fingerprint"]:
         made_of = earlier  # with the files that it found broken

@@ -9,6 +9,7 @@ from etils import epath
 from supmim_jax.data.prepare import progress, target
 from supmim_jax.data.prepare.shards import Job, bytes_on_disk
 
+AGAIN = "Prepared already"
 NAMED = 20  # files that a list names; the rest is a number
 
 
@@ -68,6 +69,8 @@ def finished(builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: 
     splits = [
         Split(s.name, s.num_examples, s.num_bytes, s.num_shards) for s in info.splits.values()
     ]
+    if done == AGAIN:
+        done = f"{AGAIN} (to make it anew, remove it first)"
     labels = {k: f for k, f in info.features.items() if isinstance(f, tfds.features.ClassLabel)}
     field = "label" if "label" in labels else next(iter(labels), "")
     lines = [f"{done}: {builder.data_path}", table(splits)]
