@@ -74,6 +74,23 @@ def test_the_tests_install_their_extras_and_check_style_first(clone):
     ]
 
 
+def test_all_is_rehearsed_on_each_kind_of_chip_and_a_failure_is_the_scripts(clone):
+    root, environment = clone
+    shutil.copytree(Path(REPOSITORY, "configs"), root / "configs")
+    stand_in = environment / "bin" / "python"
+    script = ["bash", str(root / "launch/rehearse_all.sh"), "out"]
+    env = os.environ | {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
+    assert subprocess.run(script, cwd=root.parent, env=env).returncode == 0
+    found = (root.parent / "calls").read_text().splitlines()
+    assert len(found) == 9 * 4 and all(x.startswith("python -m supmim_jax.rehearse") for x in found)
+    assert sum("tokens.cache" in line for line in found) == 4 * 4  # those of supmim
+    assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 9
+    assert (root.parent / "out").is_dir()
+    stand_in.write_text(stand_in.read_text() + "exit 2\n")
+    one = subprocess.run([*script, "configs/supmim_b14_imagenet1k.py"], cwd=root.parent, env=env)
+    assert one.returncode == 1
+
+
 def test_an_old_python_is_refused(clone):
     root, environment = clone
     (environment / "bin" / "python").write_text("#!/bin/bash\necho 3.9; exit 1\n")
@@ -363,5 +380,5 @@ def test_the_scripts_are_clean():
         pytest.skip("shellcheck is not installed")
     root = Path(REPOSITORY)
     scripts = [*root.glob("launch/*.s*"), *root.glob("tests/**/*.sh")]
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     subprocess.run([shellcheck, "-x", *scripts], check=True, cwd=root)
