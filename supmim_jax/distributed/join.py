@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
 import jax
@@ -64,9 +65,8 @@ def join(where: Place, timeout: int) -> None:
     Raises:
       SetupError: nothing tells which process this is, or the first one cannot listen.
     """
-    overdue = threading.Timer(0.8 * timeout, _give_up, (where, timeout))
-    overdue.daemon = True
-    overdue.start()
+    joined = threading.Event()
+    threading.Thread(target=_wait, args=(where, timeout, joined), daemon=True).start()
     options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT}
     if where.given:  # else a Slurm job or TPU would still be asked for what is missing
         options |= {
@@ -85,23 +85,38 @@ def join(where: Place, timeout: int) -> None:
             f"--coordinator, --num_processes and --process_id."
         ) from None
     finally:
-        overdue.cancel()
+        joined.set()
     together.begin()
 
 
-def _give_up(where: Place, timeout: int) -> None:
-    """Says which process is missing. JAX would abort with a stack trace that doesn't."""
-    state = coordination.global_state
-    address = state.coordinator_address or where.coordinator or "the first process"
+def _wait(where: Place, timeout: int, joined: threading.Event) -> None:
+    """Gives up before JAX does, which would abort with a stack trace that names no process.
+
+    The first process may give up a moment earlier, so whether it was there is asked all along.
+    """
+    until, there = time.monotonic() + 0.8 * timeout, False
+    while not joined.wait(min(1.0, timeout / 10)):
+        if coordination.global_state.service is None:
+            there = there or _answers(_address(where))
+        if time.monotonic() >= until:
+            _give_up(where, timeout, there)
+
+
+def _address(where: Place) -> str:
+    return coordination.global_state.coordinator_address or where.coordinator
+
+
+def _give_up(where: Place, timeout: int, there: bool) -> None:
+    """Says which process is missing."""
+    state, address = coordination.global_state, _address(where) or "the first process"
     me = f"Process {state.process_id} on {socket.gethostname()}"
     if state.service is not None:
         missing = "others did not come"
         came = sorted(_callers(int(address.rpartition(":")[2])))
         seen = f"; connected are {', '.join(came)}" if came else "; nobody is connected"
     else:
-        there = _answers(address)
         missing = "others did not come" if there else "process 0 did not come"
-        seen = f"; {address} {'answers' if there else 'does not answer'}"
+        seen = f"; {address} {'answered' if there else 'did not answer'}"
     print(
         f"\nerror: {me} waited {0.8 * timeout:.0f} s, and {missing}{seen}. Start the same command "
         f"on every host within that time, and look at the output of those that are missing. "
