@@ -4,6 +4,7 @@ Run again with the same workdir, it continues from the newest checkpoint, bit fo
 devices.
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -101,37 +102,38 @@ def train(
     line, finite = ProgressLine(cfg), FiniteCheck()
     if first:
         line.say(f"Resuming {workdir} from step {first} of {cfg.total_steps}.")
-    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"])
     clock = Clock(run["seconds"])
-    for step in range(first + 1, last + 1):
-        with clock.waiting():
-            batch = next(batches)
-        state, metrics = prog.step(state, batch, fixed)
-        finite(step, metrics, batch)
-        clock.tick()
-        writer.after_step(step)
-        if step % cfg.log.every == 0 or step == last:
-            finite.flush()
-            values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)
-            values["broken_records"] = batches.broken(step)
-            writer.write(step, values)
-            line.show(step, values)
-        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
-            with clock.stopped():
-                evaluate(subject, state, cfg, mesh, step, writer, line)
-        if distributed.told_to_stop(step):
-            last = step
-        if step % cfg.checkpoint.every == 0 or step == last:
-            finite.flush()
-            run = {
-                "position": step * cfg.batch_size,
-                "seconds": clock.seconds,
-                "broken_records": batches.broken(step),
-            }
-            checkpoints.save(state, cfg, run)
-        if step == last:
-            break
-    batches.close()
+    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"])
+    with contextlib.closing(batches):
+        for step in range(first + 1, last + 1):
+            with clock.waiting():
+                batch = next(batches)
+            state, metrics = prog.step(state, batch, fixed)
+            finite(step, metrics, batch)
+            del batch  # here, where nothing waits: to give memory back takes its time
+            clock.tick()
+            writer.after_step(step)
+            if step % cfg.log.every == 0 or step == last:
+                finite.flush()
+                values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)
+                values["broken_records"] = batches.broken(step)
+                writer.write(step, values)
+                line.show(step, values)
+            if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
+                with clock.stopped():
+                    evaluate(subject, state, cfg, mesh, step, writer, line)
+            if distributed.told_to_stop(step):
+                last = step
+            if step % cfg.checkpoint.every == 0 or step == last:
+                finite.flush()
+                run = {
+                    "position": step * cfg.batch_size,
+                    "seconds": clock.seconds,
+                    "broken_records": batches.broken(step),
+                }
+                checkpoints.save(state, cfg, run)
+            if step == last:
+                break
     checkpoints.close()
     if last < cfg.total_steps:
         return {}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -15,7 +16,8 @@ from conftest import REPOSITORY
 from supmim_jax import checkpoint, picture, probe, program
 from supmim_jax.config import SetupError
 from supmim_jax.configdict import from_configdict
-from supmim_jax.metrics import Diverged
+from supmim_jax.data import pipeline
+from supmim_jax.metrics import Diverged, MetricsWriter
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -48,6 +50,31 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, one_
     assert [x for x in b if x["step"] not in (3, 7) or "eval/top1" in x] == a
     assert [x["step"] for x in a if "eval/top1" in x] == [3, 6, 9, 12]
     assert json.loads((whole / "results.json").read_text()) == results
+
+
+def test_no_batch_is_kept_while_the_next_is_waited_for(cfg, tmp_path, monkeypatch):
+    images, kept = [], []
+    following = pipeline.Training.__next__
+
+    def taken(batches):
+        kept.append([image() for image in images if image() is not None])
+        batch = following(batches)
+        images.append(weakref.ref(batch.views[0]))
+        return batch
+
+    monkeypatch.setattr(pipeline.Training, "__next__", taken)
+    train(cfg, tmp_path, stop_at=4, devices=ONE)
+    assert kept == [[]] * 4
+
+
+def test_a_run_that_fails_ends_what_decodes(cfg, tmp_path, monkeypatch):
+    ended = []
+    closing = pipeline.Training.close
+    monkeypatch.setattr(pipeline.Training, "close", lambda b: (closing(b), ended.append(1)))
+    monkeypatch.setattr(MetricsWriter, "after_step", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(cfg, tmp_path, devices=ONE)
+    assert ended == [1]
 
 
 def test_metrics_after_the_checkpoint_are_rewritten_on_resume(cfg, tmp_path):

@@ -9,8 +9,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supmim_jax.config import Config, SetupError
 from supmim_jax.data import feed
+from supmim_jax.data.ahead import Ahead
 from supmim_jax.types import Batch
 
+AHEAD = 2  # batches that wait on the devices
 ROWS = PartitionSpec(("data", "fsdp"))  # the mesh axes that share a batch
 
 
@@ -34,14 +36,18 @@ class Training(Iterator[Batch]):
     """The batches of a run, and how many of its records were broken."""
 
     def __init__(self, batches: Iterator[Batch], fed: feed.Feed, cfg: Config, before: int):
-        self.batches, self.feed, self.cfg, self.before = batches, fed, cfg, before
+        self.batches = Ahead(((batch, fed.broken) for batch in batches), AHEAD)
+        self.feed, self.cfg, self.before = fed, cfg, before
+        self.here = 0  # broken records of this process, in the batches that were taken
 
     def close(self) -> None:
-        """Ends the threads or processes that decode."""
+        """Ends the threads or processes that decode and place."""
+        self.batches.close()
         self.feed.close()
 
     def __next__(self) -> Batch:
-        return next(self.batches)
+        batch, self.here = next(self.batches)
+        return batch
 
     def broken(self, step: int) -> int:
         """Records that were replaced up to this step, on all processes, each of which must call.
@@ -49,7 +55,7 @@ class Training(Iterator[Batch]):
         Raises:
           SetupError: they are more than config.data.max_broken allows.
         """
-        here = self.feed.broken
+        here = self.here
         if jax.process_count() > 1:
             here = int(multihost_utils.process_allgather(np.int32(here)).sum())
         found, data = self.before + here, self.cfg.data

@@ -1,0 +1,82 @@
+"""Items made ahead by a thread."""
+
+import gc
+import itertools
+import threading
+import time
+
+import pytest
+
+from supmim_jax.data.ahead import Ahead
+
+
+def counted(log):
+    for i in itertools.count():
+        log.append(i)
+        yield i
+
+
+def settled(log):
+    """The log once the thread has nothing more to do."""
+    length = None
+    while length != len(log):
+        length = len(log)
+        time.sleep(0.2)
+    return list(log)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
+def test_all_items_come_in_order_and_then_the_end():
+    items = Ahead(iter(range(100)), 2)
+    assert list(items) == list(range(100))
+    assert list(items) == []
+    items.close()
+
+
+def test_no_more_are_made_than_wait_and_one():
+    log = []
+    items = Ahead(counted(log), 2)
+    assert settled(log) == [0, 1, 2]
+    assert next(items) == 0
+    assert settled(log) == [0, 1, 2, 3]
+    items.close()
+
+
+def test_an_exception_comes_in_its_place_and_again():
+    def broken():
+        yield 1
+        yield 2
+        raise ValueError("the third")
+
+    items = Ahead(broken(), 2)
+    assert (next(items), next(items)) == (1, 2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the third"):
+            next(items)
+    items.close()
+
+
+def test_closing_ends_the_thread_and_the_items():
+    log, before = [], len(threads())
+    items = Ahead(counted(log), 2)
+    settled(log)
+    assert len(threads()) == before + 1
+    items.close()
+    assert len(threads()) == before and len(log) <= 4
+    assert next(items, "end") == "end"
+    items.close()
+
+
+def test_a_thread_ends_when_nobody_holds_its_items_any_more():
+    log, before = [], len(threads())
+    items = Ahead(counted(log), 2)
+    settled(log)
+    del items
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while len(threads()) > before:
+        assert time.monotonic() < deadline, "the thread is still there"
+        time.sleep(0.05)
