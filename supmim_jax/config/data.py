@@ -20,6 +20,18 @@ class MasksConfig:
 
 
 @dataclass(frozen=True)
+class ContrastiveCropConfig:
+    """Crops around what the image shows (arXiv 2202.03278), for data.crop = "contrastive"."""
+
+    # heat_map: where the encoder's features are; the whole image until they are first asked.
+    # centre: a fixed box of half the height and width (the paper's SimCCrop).
+    boxes: Literal["heat_map", "centre"] = "heat_map"
+    alpha: float = within(0.6, 1e-3, INF)  # centres are Beta(alpha, alpha) in the box; paper: 0.6
+    threshold: float = within(0.1, 0.0, 0.99)  # of the heat map, scaled to [0, 1]; paper: 0.1
+    every_epochs: float = within(20.0, 1e-6, INF)  # between passes; paper: 20 of 100
+
+
+@dataclass(frozen=True)
 class DataConfig:
     name: str = "fractals/tiny"  # a tfds name; `fractals` is built on first use
     data_dir: str = ""  # "" is tfds's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets)
@@ -31,8 +43,10 @@ class DataConfig:
     masks: MasksConfig = MasksConfig()  # only segmentation and the report read them
     image_size: int = within(20, 1, INF)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
-    crop: Literal["inception", "random"] = "random"
-    min_crop_area: float = within(0.05, 0.0, 1.0)  # inception crop: least share of the area
+    crop: Literal["inception", "random", "contrastive"] = "random"
+    contrastive_crop: ContrastiveCropConfig = ContrastiveCropConfig()
+    # inception and contrastive crop: least share of the area
+    min_crop_area: float = within(0.05, 0.0, 1.0)
     # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
     resize: Literal["area", "linear"] = "area"
     flip: bool = True
@@ -59,6 +73,11 @@ class DataConfig:
             raise ConfigError(
                 f"augment is {self.augment!r}, which needs channels = 3, not {self.channels}."
             )
+
+    @property
+    def learns_boxes(self) -> bool:
+        """Whether crops follow boxes that the encoder finds while it learns."""
+        return self.crop == "contrastive" and self.contrastive_crop.boxes == "heat_map"
 
 
 @dataclass(frozen=True)

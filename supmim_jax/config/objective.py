@@ -1,7 +1,13 @@
-"""The training methods, one section each, picked by `name`."""
+"""The training methods, one section each, picked by `name`.
+
+What the rest of the code must know of a method is said once, in its class:
+  leaves: what there is at inference, "classifier", "encoder", "segmenter" or "tokenizer";
+  is_mean: the loss is a mean over examples, so that micro-batches add up to the batch;
+  masks_patches: part of the patches is hidden.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from supmim_jax.config.fields import INF, ConfigError, within
 from supmim_jax.config.model import DecoderConfig
@@ -25,12 +31,20 @@ class ClassificationConfig:
 
 @dataclass(frozen=True)
 class SupervisedConfig:
+    leaves: ClassVar[str] = "classifier"
+    is_mean: ClassVar[bool] = True
+    masks_patches: ClassVar[bool] = False
+
     name: Literal["supervised"] = "supervised"
     classification: ClassificationConfig = ClassificationConfig()
 
 
 @dataclass(frozen=True)
 class SupMIMConfig:
+    leaves: ClassVar[str] = "classifier"
+    is_mean: ClassVar[bool] = True
+    masks_patches: ClassVar[bool] = True
+
     name: Literal["supmim"] = "supmim"
     classification: ClassificationConfig = ClassificationConfig()
     mask_ratio: float = within(0.5, 0.01, 0.99)  # share of the patches that are masked
@@ -42,7 +56,63 @@ class SupMIMConfig:
 
 
 @dataclass(frozen=True)
+class MAEConfig:
+    """Masked autoencoder (arXiv 2111.06377); its encoder sees the kept patches only."""
+
+    leaves: ClassVar[str] = "encoder"
+    is_mean: ClassVar[bool] = True
+    masks_patches: ClassVar[bool] = True
+
+    name: Literal["mae"] = "mae"
+    mask_ratio: float = within(0.75, 0.01, 0.99)  # share of the patches that are masked; paper
+    normalize_patches: bool = True  # the target's, by their own mean and deviation
+    decoder: DecoderConfig = DecoderConfig()
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """The two views of an image find each other in the batch; the other is a momentum branch's."""
+
+    weight: float = within(0.1, 0.0, INF)  # 0 leaves out the task, the second view and the branch
+    temperature: float = within(1.0, 1e-3, INF)
+    momentum: float = within(0.999, 0.0, 1.0)
+    hidden: int = within(256, 1, INF)  # of projector and predictor
+    dim: int = within(64, 1, INF)  # in which views are compared
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """The place of each token is predicted from the encoder's output."""
+
+    weight: float = within(1.0, 0.0, INF)  # 0 leaves the task out
+    # True: a share of the visible patches enters without its place, and only theirs is asked for.
+    # False: all enter with their places, which the encoder can then pass on; all are asked for.
+    leak_free: bool = True
+    unplaced: float = within(0.75, 0.01, 1.0)  # that share, with leak_free
+
+
+@dataclass(frozen=True)
+class CMAEConfig:
+    """MAE with a smaller decoder and two more tasks of the encoder (arXiv 2205.10546)."""
+
+    leaves: ClassVar[str] = "encoder"
+    is_mean: ClassVar[bool] = False
+    masks_patches: ClassVar[bool] = True
+
+    name: Literal["cmae"] = "cmae"
+    mask_ratio: float = within(0.75, 0.01, 0.99)
+    normalize_patches: bool = True
+    decoder: DecoderConfig = DecoderConfig(depth=1, width=16, mlp_dim=64, heads=2)
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    position: PositionConfig = PositionConfig()
+
+
+@dataclass(frozen=True)
 class SegmentationObjectiveConfig:
+    leaves: ClassVar[str] = "segmenter"
+    is_mean: ClassVar[bool] = False
+    masks_patches: ClassVar[bool] = False
+
     name: Literal["segmentation"] = "segmentation"
     head: Literal["linear", "conv"] = "conv"
 
@@ -68,6 +138,10 @@ class AdversarialConfig:
 
 @dataclass(frozen=True)
 class VQGANObjectiveConfig:
+    leaves: ClassVar[str] = "tokenizer"
+    is_mean: ClassVar[bool] = False
+    masks_patches: ClassVar[bool] = False
+
     name: Literal["vqgan"] = "vqgan"
     tokenizer: VQGANConfig = VQGANConfig()
     l1_weight: float = within(0.0, 0.0, INF)

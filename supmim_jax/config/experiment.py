@@ -1,0 +1,197 @@
+"""A whole experiment, and what its sections must have in common."""
+
+import math
+from dataclasses import dataclass
+
+from supmim_jax.config.data import (
+    DataConfig,
+    ProbeDataConfig,
+)
+from supmim_jax.config.evaluation import (
+    EvalConfig,
+)
+from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.model import ViTConfig
+from supmim_jax.config.objective import (
+    CMAEConfig,
+    MAEConfig,
+    SegmentationObjectiveConfig,
+    SupervisedConfig,
+    SupMIMConfig,
+    VQGANObjectiveConfig,
+)
+from supmim_jax.config.tokenizer import (
+    TokensConfig,
+)
+from supmim_jax.config.training import (
+    CheckpointConfig,
+    InitConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = within(0, 0, 2**31 - 1)
+    batch_size: int = within(64, 1, INF)  # global
+    epochs: float = within(1.0, 0.0, INF)
+    data: DataConfig = DataConfig()
+    model: ViTConfig = ViTConfig()
+    objective: (
+        SupervisedConfig
+        | SupMIMConfig
+        | MAEConfig
+        | CMAEConfig
+        | SegmentationObjectiveConfig
+        | VQGANObjectiveConfig
+    ) = SupMIMConfig()
+    tokens: TokensConfig = TokensConfig()
+    init: InitConfig = InitConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        self._check_sizes()
+        self._check_objective()
+        self._check_masks()
+        self._check_boxes()
+
+    def _check_sizes(self) -> None:
+        size, patch = self.data.image_size, self.model.patch
+        if size % patch:
+            below = size - size % patch
+            raise ConfigError(
+                f"data.image_size is {size}, not a multiple of model.patch = {patch}; "
+                f"{below or patch} or {below + patch} would do."
+            )
+        if self.objective.masks_patches and size == patch:
+            raise ConfigError(f"model.patch is {patch}, the whole image: nothing is left to mask.")
+        if self.objective.name == "vqgan" and size % self.objective.tokenizer.downsampling:
+            raise ConfigError(
+                f"data.image_size is {size}, but {len(self.objective.tokenizer.multipliers)} "
+                f"objective.tokenizer.multipliers make tokens of "
+                f"{self.objective.tokenizer.downsampling} pixels; it must be a multiple of that."
+            )
+
+    def _check_objective(self) -> None:
+        if self.objective.leaves == "tokenizer" and self.optim.layer_decay != 1.0:
+            raise ConfigError(
+                f"optim.layer_decay must be 1 with objective {self.objective.name!r}: it is for "
+                f"the layers of an encoder that is trained, and there is none."
+            )
+        if self.optim.accumulate > 1 and not self.objective.is_mean:
+            raise ConfigError(
+                f"optim.accumulate must be 1 with objective {self.objective.name!r}: its loss is "
+                f"no mean over examples, and would not be that of the whole batch."
+            )
+        if self.tokens.cache and not self.has_tokens:
+            raise ConfigError(
+                f"tokens.cache is {self.tokens.cache!r}, but the objective predicts no tokens. "
+                f"Leave it empty, or choose objective.target 'patch_codes' or 'vqgan'."
+            )
+
+    def _check_masks(self) -> None:
+        if "segmentation" in self.eval.which and not self.data.masks.field:
+            raise ConfigError(
+                "eval.which has 'segmentation', but data.masks.field is empty: name the data set's "
+                "feature that holds the masks, or leave segmentation out."
+            )
+        if "miou" in self.eval.which and not self.needs_masks:
+            raise ConfigError(
+                f"eval.which has 'miou', but objective {self.objective.name!r} trains no head that "
+                f"names pixels: take 'segmentation', which fits one, or leave it out."
+            )
+        if self.needs_masks and not self.data.masks.field:
+            raise ConfigError(
+                "data.masks.field is empty, but objective 'segmentation' learns from masks: name "
+                "the data set's feature that holds them."
+            )
+        if self.needs_masks and self.data.augment == "rand_augment":
+            raise ConfigError(
+                "data.augment is 'rand_augment', which moves pixels away from their masks: take "
+                "'three_augment' or 'none' with objective 'segmentation'."
+            )
+
+    def _check_boxes(self) -> None:
+        if not self.data.learns_boxes:
+            return
+        if self.objective.leaves not in ("classifier", "encoder"):
+            raise ConfigError(
+                f"data.contrastive_crop.boxes is 'heat_map', which is for objectives that train an "
+                f"encoder on images alone or with labels, not {self.objective.name!r}: take "
+                f"'centre', or another data.crop."
+            )
+        if self.tokens.cache:
+            raise ConfigError(
+                f"data.contrastive_crop.boxes is 'heat_map', which moves the crops while the run "
+                f"learns, but tokens.cache = {self.tokens.cache!r} holds the tokens of crops that "
+                f"were drawn before: take 'centre', or leave tokens.cache empty."
+            )
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether image tokens are the target."""
+        return self.objective.name == "supmim" and self.objective.target.name != "pixels"
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the step learns from a class per pixel; it then needs no class per image."""
+        return self.objective.leaves == "segmenter"
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether the step needs each image as it was before colour augmentation, too."""
+        plain = self.data.augment == "none"
+        return self.objective.name == "supmim" and not plain and not self.tokens.cache
+
+    @property
+    def crops_per_example(self) -> int:
+        """Crops of an image that one step sees: the length of `types.Batch.views`."""
+        return 2 if self.objective.name == "cmae" and self.objective.contrastive.weight else 1
+
+    @property
+    def steps_per_boxes(self) -> int:
+        """Steps between two passes that find the boxes to crop by; 0: there are none."""
+        if not self.data.learns_boxes:
+            return 0
+        every = self.data.contrastive_crop.every_epochs
+        return max(1, round(every * self.data.train_examples / self.batch_size))
+
+    @property
+    def num_views(self) -> int:
+        """Different crops of an image that the run sees."""
+        epochs = max(1, math.ceil(self.epochs))  # the last step may reach a little further
+        return min(self.tokens.views or epochs, epochs)
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, round(self.epochs * self.data.train_examples / self.batch_size))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up, at least one short of the whole run."""
+        steps = round(self.optim.warmup_epochs * self.data.train_examples / self.batch_size)
+        return min(steps, self.total_steps - 1)
+
+    @property
+    def peak_lr(self) -> float:
+        scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
+        return self.optim.lr * scale
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What to measure trained encoders by. The encoder itself is that of its own run's config."""
+
+    data: ProbeDataConfig = ProbeDataConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.eval.every:
+            raise ConfigError(f"eval.every is {self.eval.every}; only training evaluates again.")
