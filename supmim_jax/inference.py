@@ -17,7 +17,7 @@ from supmim_jax.config import Config
 from supmim_jax.models import tokenizer
 from supmim_jax.models.segmentation import Segmenter
 from supmim_jax.models.variables import Frozen, freeze
-from supmim_jax.models.vit import Classifier, pixels
+from supmim_jax.models.vit import Backbone, Classifier, pixels
 from supmim_jax.types import Features
 
 
@@ -66,11 +66,12 @@ def build_inference(cfg: Config, batch_size: int, mesh: Mesh) -> Inference:
     )
 
 
-def inference_model(cfg: Config) -> Classifier | Segmenter:
+def inference_model(cfg: Config) -> Classifier | Backbone | Segmenter:
     """What the objective leaves for inference, with any weights."""
-    if cfg.objective.name == "segmentation":
+    if cfg.objective.leaves == "segmenter":
         return Segmenter(cfg, rngs=nnx.Rngs(0))
-    return Classifier(cfg.model, cfg.data, rngs=nnx.Rngs(0))
+    kind = {"classifier": Classifier, "encoder": Backbone}[cfg.objective.leaves]
+    return kind(cfg.model, cfg.data, rngs=nnx.Rngs(0))
 
 
 @dataclass(frozen=True)
@@ -156,5 +157,5 @@ def tokenizer_section(cfg: Config):
 
 def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> Inference | TokenizerProgram:
     """What evaluations of a run of `cfg` need: its encoder, or the tokenizer that it trains."""
-    build_it = build_tokenizer if cfg.objective.name == "vqgan" else build_inference
+    build_it = build_tokenizer if cfg.objective.leaves == "tokenizer" else build_inference
     return build_it(cfg, batch_size, mesh)

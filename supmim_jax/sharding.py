@@ -27,14 +27,14 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"blocks/(out|fc2)/kernel$", (None, "tensor", "fsdp")),
     (r"blocks/(qkv|fc1)/bias$", (None, "tensor")),
     (r"(^|/)patches/kernel$", (None, "fsdp")),
-    (r"(^|/)(embed|head|output)/kernel$", ("fsdp", None)),
+    (r"(^|/)(embed|head|hidden|output|locator)/kernel$", ("fsdp", None)),
     # Convolutions (height, width, in, out): out, or in where out are the channels of an image.
     (r"(blocks/\d+/\w+|conv_in|upsample/\d+|layers/\d+)/kernel$", (None, None, None, "fsdp")),
     (r"segmenter/conv\d/kernel$", (None, None, None, "fsdp")),
     (r"(^|/)(conv_out|logit)/kernel$", (None, None, "fsdp", None)),
     (r"(^|/)codebook$", ("fsdp", None)),
     (r"/(bias|scale|scale1|scale2)$", ()),
-    (r"(^|/)(positions|cls|mask_token|mask_embedding|usage|steps)$", ()),
+    (r"(^|/)(positions|cls|mask_token|mask_embedding|place_embedding|usage|steps)$", ()),
 )
 
 

@@ -21,6 +21,11 @@ def rows_of_parts(x_PxBxN) -> jax.Array:
     return _constrained(x_PxBxN, PartitionSpec(None, ROWS))
 
 
+def everywhere(x_BxN) -> jax.Array:
+    """`x` whole on every device that shares the batch: what all examples are compared with."""
+    return _constrained(x_BxN, PartitionSpec())
+
+
 def _constrained(x, spec: PartitionSpec) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x

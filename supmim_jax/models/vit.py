@@ -69,7 +69,9 @@ class ViT(nnx.Module):
         """Tokens before the patches: 1 with a CLS token, else 0."""
         return int(self.cfg.pooling == "cls")
 
-    def embed(self, images_BxHxWxC, visible: Mask | None = None, masked=None) -> jax.Array:
+    def embed(
+        self, images_BxHxWxC, visible: Mask | None = None, masked=None, unplaced=None
+    ) -> jax.Array:
         """Patch embeddings with positions, BxNxD.
 
         Args:
@@ -78,12 +80,17 @@ class ViT(nnx.Module):
             before the embedding, so masked ones cost nothing.
           masked: (Mask, mask embedding D): masked patches enter as the mask embedding at their
             positions (BEiT's and SimMIM's form).
+          unplaced: with `visible`, (n, embedding D): the first n kept patches enter with this
+            embedding in place of their position, so that nothing tells where they are.
         """
         x = patchify(images_BxHxWxC, self.cfg.patch)
         positions = self._positions()[None]
         if visible is not None:
             x = jnp.take_along_axis(x, visible.keep[..., None], axis=1)
             positions = positions[0][visible.keep]
+        if unplaced is not None:
+            count, nowhere = unplaced
+            positions = positions.at[:, :count].set(nowhere)
         x = self.patches(x)
         if masked is not None:
             mask, embedding = masked
@@ -119,8 +126,19 @@ class ViT(nnx.Module):
         return jnp.asarray(sincos2d(side, side, cfg.width, cfg.position_grid))
 
 
+class Backbone(nnx.Module):
+    """The encoder alone: all that there is at inference where no labels are learned."""
+
+    def __init__(self, cfg: ViTConfig, data: DataConfig, *, rngs: nnx.Rngs):
+        self.encoder = ViT(cfg, data, rngs=rngs)
+
+    def features(self, images) -> Features:
+        """Features of uint8 BxHxWxC images."""
+        return self.encoder.features(pixels(images))
+
+
 class Classifier(nnx.Module):
-    """Encoder and linear head: all that there is at inference, whatever the training objective."""
+    """Encoder and linear head: all that there is at inference where labels are learned."""
 
     def __init__(self, cfg: ViTConfig, data: DataConfig, *, rngs: nnx.Rngs):
         self.encoder = ViT(cfg, data, rngs=rngs)

@@ -1,5 +1,7 @@
 """The training methods by name. Each is an nnx.Module with `loss(batch, key)`."""
 
+from supmim_jax.objectives.cmae import CMAE
+from supmim_jax.objectives.mae import MAE
 from supmim_jax.objectives.segmentation import Segmentation
 from supmim_jax.objectives.supervised import Supervised
 from supmim_jax.objectives.supmim import SupMIM
@@ -8,6 +10,8 @@ from supmim_jax.objectives.vqgan import VQGANTraining
 OBJECTIVES = {
     "supervised": Supervised,
     "supmim": SupMIM,
+    "mae": MAE,
+    "cmae": CMAE,
     "segmentation": Segmentation,
     "vqgan": VQGANTraining,
 }

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from supmim_jax.models.placement import everywhere
+
 
 def smoothed_one_hot(labels_B, classes: int, smoothing: float) -> jax.Array:
     """Targets BxV: (1 - smoothing) on the label, the rest spread evenly over all classes."""
@@ -29,6 +31,28 @@ def masked_token_cross_entropy(logits_BxLxV, ids_BxL, masked_BxL) -> jax.Array:
     log_p = jax.nn.log_softmax(logits_BxLxV)
     nll = -jnp.take_along_axis(log_p, ids_BxL[..., None], axis=-1)[..., 0]
     return (nll * masked_BxL).sum(-1) / masked_BxL.sum(-1)
+
+
+def info_nce(queries_BxD, keys_BxD, temperature: float, weight_B) -> tuple[jax.Array, jax.Array]:
+    """Each query's loss in finding its key among those of the whole global batch.
+
+    -log(exp(q_i.k_i / t) / sum_j exp(q_i.k_j / t)) of unit vectors (arXiv 1807.03748; in the form
+    of MoCo v3, arXiv 2104.02057, without its factor 2t). Keys of weight 0 are no negatives.
+
+    Returns:
+      float32 B, and bool B: whether its own key is the nearest.
+    """
+    queries, keys = _unit(queries_BxD), everywhere(_unit(keys_BxD))
+    logits = jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    logits = jnp.where(everywhere(weight_B) > 0, logits, -jnp.inf)
+    own = jnp.arange(len(logits))
+    log_p = jax.nn.log_softmax(logits)
+    return -jnp.where(weight_B > 0, log_p[own, own], 0.0), logits.argmax(-1) == own
+
+
+def _unit(x_BxD) -> jax.Array:
+    x = x_BxD.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-24))
 
 
 def mean(values_B, weight_B) -> jax.Array:

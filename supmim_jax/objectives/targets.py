@@ -44,13 +44,19 @@ class Tokens(nnx.Module):
 class Pixels(nnx.Module):
     """Each patch's pixels, with its own mean and variance removed (arXiv 2111.06377, section 4)."""
 
-    def __init__(self, cfg: Config):
-        self.patch = cfg.model.patch
+    def __init__(self, cfg: Config, normalize: bool = True):
+        self.patch, self.normalize = cfg.model.patch, normalize
         self.outputs = cfg.model.patch**2 * cfg.data.channels
 
     def __call__(self, batch: Batch) -> jax.Array:
         """float32 patches BxLxP."""
-        patches = patchify(target_image(batch), self.patch)
+        return self.patches(target_image(batch))
+
+    def patches(self, images) -> jax.Array:
+        """float32 patches BxLxP of float images BxHxWxC."""
+        patches = patchify(images, self.patch)
+        if not self.normalize:
+            return patches
         mean = patches.mean(-1, keepdims=True)
         variance = patches.var(-1, keepdims=True, ddof=1)
         return (patches - mean) / jnp.sqrt(variance + PIXEL_EPSILON)

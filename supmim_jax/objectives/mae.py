@@ -1,0 +1,54 @@
+"""Masked autoencoder (MAE, arXiv 2111.06377): the pixels of masked patches from the others."""
+
+import jax
+from flax import nnx
+
+from supmim_jax.config import Config
+from supmim_jax.models import masking
+from supmim_jax.models.decoder import Decoder
+from supmim_jax.models.vit import ViT, pixels
+from supmim_jax.objectives import losses, targets
+from supmim_jax.types import Batch, Metrics
+
+
+class MAE(nnx.Module):
+    """L = mean squared error of masked patches, each less its own mean, by its own deviation.
+
+    The encoder sees the kept patches only; the decoder gets mask tokens in the places of the
+    others (section 3). The target is the view that the encoder sees, colours included.
+    """
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        self.cfg = cfg.objective
+        self.encoder = ViT(cfg.model, cfg.data, rngs=rngs)
+        self.target = targets.Pixels(cfg, self.cfg.normalize_patches)
+        self.decoder = Decoder(
+            self.cfg.decoder,
+            cfg.model,
+            self.encoder.side,
+            self.target.outputs,
+            inserts_masked=True,
+            rngs=rngs,
+        )
+
+    def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The scalar loss of a batch and its terms; `key` is that of the step."""
+        drop_key, mask_key = jax.random.split(key)
+        images = pixels(batch.views[0])
+        mask = self.mask(mask_key, batch.id)
+        inputs = (self.encoder.embed(images, visible=mask),)
+        (tokens,) = self.encoder.encode(inputs, batch.row_key(drop_key))
+        predicted = self.decoder(tokens, mask)
+        errors = self.target.loss(predicted, self.target.patches(images), mask.masked)
+        loss = losses.mean(errors, batch.weight)
+        return loss, {"loss": loss}
+
+    def mask(self, key: jax.Array, ids_B) -> masking.Mask:
+        """The masks of the examples with these ids."""
+        return masking.sample("random", self.cfg.mask_ratio, self.encoder.side, key, ids_B)
+
+    def predict_patches(self, images, mask: masking.Mask) -> jax.Array:
+        """Predictions for every patch, float32 BxLxP, from float images whose masked patches
+        are not looked at."""
+        (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),))
+        return self.decoder(tokens, mask)
