@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
@@ -19,14 +20,14 @@ from supmim_jax.configdict import from_configdict, to_configdict
 from supmim_jax.optim import path_name
 from supmim_jax.types import TrainState
 
-NAMES = ("state", "run", "config")
+NAMES = ("state", "run", "config", "boxes")
 # Numbers of a run that has not begun: examples read, seconds of training, records replaced.
 BEGIN = {"position": 0, "seconds": 0.0, "broken_records": 0}
 ANOTHER = (
     "Choose another step with @step; a training run goes on from the step before once this one's "
     "directory is removed."
 )
-UNREADABLE = f"{{}} is not a readable checkpoint: its `state` is missing or incomplete. {ANOTHER}"
+UNREADABLE = f"{{}} is not a readable checkpoint: its `{{}}` is missing or incomplete. {ANOTHER}"
 
 
 class Checkpoints:
@@ -42,14 +43,25 @@ class Checkpoints:
         """The newest complete step."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, cfg: Config, run: dict) -> None:
-        """Starts to save the state; `run` holds plain numbers under the names of BEGIN."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(plain(state)),
-            run=ocp.args.JsonSave(run),
-            config=ocp.args.JsonSave(to_configdict(cfg).to_dict()),
-        )
-        self.manager.save(int(state.step), args=items)
+    def save(
+        self, state: TrainState, cfg: Config, run: dict, boxes: np.ndarray | None = None
+    ) -> None:
+        """Starts to save the state.
+
+        Args:
+          state: on the devices.
+          cfg: the run's config.
+          run: plain numbers under the names of BEGIN.
+          boxes: uint8 Nx4 that the images are cropped by, where there are any.
+        """
+        items = {
+            "state": ocp.args.StandardSave(plain(state)),
+            "run": ocp.args.JsonSave(run),
+            "config": ocp.args.JsonSave(to_configdict(cfg).to_dict()),
+        }
+        if boxes is not None:
+            items["boxes"] = ocp.args.StandardSave({"boxes": boxes})
+        self.manager.save(int(state.step), args=ocp.args.Composite(**items))
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
         """The state of `step`, laid out like the abstract `like`, and its `run` numbers.
@@ -65,6 +77,20 @@ class Checkpoints:
         )
         found = self.manager.restore(step, args=items)
         return serialization.from_state_dict(like, found["state"]), BEGIN | found["run"]
+
+    def restore_boxes(self, step: int, cfg: Config) -> np.ndarray | None:
+        """The boxes that the run crops by after `step`, uint8 Nx4; None before the first pass.
+
+        Raises:
+          SetupError: they are missing, or of another number of images.
+        """
+        if not cfg.steps_per_boxes or step < cfg.steps_per_boxes:
+            return None
+        directory = self.directory / str(step)
+        like = {"boxes": np.zeros((cfg.data.train_examples, 4), np.uint8)}
+        check_same(stored_tree(directory, "boxes"), like, directory)
+        items = ocp.args.Composite(boxes=ocp.args.StandardRestore(like))
+        return self.manager.restore(step, args=items)["boxes"]["boxes"]
 
     def close(self) -> None:
         """Waits for a save under way; raises what it raised."""
@@ -134,7 +160,7 @@ def restore_params(directory: epath.Path, like: dict) -> dict:
         return restorer.restore(directory / "state", args=items)["params"]
     except Exception as error:  # orbax has no narrower one for files that are missing or cut off
         reason = str(error).partition(" See ")[0][:200]
-        raise SetupError(f"{UNREADABLE.format(directory)} ({reason})") from None
+        raise SetupError(f"{UNREADABLE.format(directory, 'state')} ({reason})") from None
 
 
 def check_params(directory: epath.Path, like: dict) -> None:
@@ -152,11 +178,11 @@ def check_params(directory: epath.Path, like: dict) -> None:
     check_same({name: stored[name] for name in like}, like, directory)
 
 
-def stored_tree(directory: epath.Path) -> dict:
-    """Shapes and dtypes of the saved state, without reading it."""
-    metadata = ocp.PyTreeCheckpointer().metadata(directory / "state").item_metadata
+def stored_tree(directory: epath.Path, item: str = "state") -> dict:
+    """Shapes and dtypes of a saved item, without reading it."""
+    metadata = ocp.PyTreeCheckpointer().metadata(directory / item).item_metadata
     if metadata is None:
-        raise SetupError(UNREADABLE.format(directory))
+        raise SetupError(UNREADABLE.format(directory, item))
     return dict(metadata.tree)
 
 

@@ -23,6 +23,7 @@ from supmim_jax import (
     evals,
     frozen,
     inference,
+    localize,
     program,
     sharding,
     start,
@@ -103,7 +104,8 @@ def train(
     if first:
         line.say(f"Resuming {workdir} from step {first} of {cfg.total_steps}.")
     clock = Clock(run["seconds"])
-    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"])
+    boxes = checkpoints.restore_boxes(first, cfg)
+    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"], boxes)
     with contextlib.closing(batches):
         for step in range(first + 1, last + 1):
             with clock.waiting():
@@ -122,6 +124,9 @@ def train(
             if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
                 with clock.stopped():
                     evaluate(subject, state, cfg, mesh, step, writer, line)
+            if cfg.steps_per_boxes and step % cfg.steps_per_boxes == 0 and step < cfg.total_steps:
+                boxes = localize.boxes(subject.bind(state.params), cfg, mesh)
+                batches.restart(step, boxes)
             if distributed.told_to_stop(step):
                 last = step
             if step % cfg.checkpoint.every == 0 or step == last:
@@ -131,7 +136,7 @@ def train(
                     "seconds": clock.seconds,
                     "broken_records": batches.broken(step),
                 }
-                checkpoints.save(state, cfg, run)
+                checkpoints.save(state, cfg, run, boxes)
             if step == last:
                 break
     checkpoints.close()

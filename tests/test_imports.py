@@ -12,7 +12,7 @@ LAYERS = [
     {"optim", "objectives", "sharding", "metrics", "formats", "distributed"},
     {"inference", "checkpoint", "evals", "commands", "accumulate"},
     {"program"},
-    {"frozen", "start"},
+    {"frozen", "start", "localize"},
     {
         "train",
         "probe",

@@ -1,0 +1,35 @@
+"""CMAE (arXiv 2205.10546) on built-in images, without their labels.
+
+  python -m supmim_jax.train --config configs/cmae_fractals.py --workdir runs/cmae
+
+Hardware: 2 CPU cores. As configs/mae_fractals.py, which is the first row of the paper's ablation;
+the other rows are this config less what comes later:
+
+  + smaller decoder:  --config.objective.contrastive.weight=0 \
+                      --config.objective.position.weight=0 --config.data.crop=inception
+  + contrastive:      --config.objective.position.weight=0 --config.data.crop=inception
+  + position:         --config.data.crop=inception
+  + ContrastiveCrop:  nothing
+
+All values that objectives/cmae.py does not name as the authors' are our choices, made without a
+search.
+"""
+
+import dataclasses
+
+from configs import base, mae_fractals
+from supmim_jax.config import CMAEConfig, Config, ContrastiveCropConfig, DecoderConfig
+
+
+def experiment() -> Config:
+    mae = mae_fractals.experiment()
+    boxes = ContrastiveCropConfig(alpha=0.6, threshold=0.4, every_epochs=12.8)  # a fifth of the run
+    return dataclasses.replace(
+        mae,
+        data=dataclasses.replace(mae.data, crop="contrastive", contrastive_crop=boxes),
+        objective=CMAEConfig(decoder=DecoderConfig(depth=1, width=16, mlp_dim=64, heads=2)),
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

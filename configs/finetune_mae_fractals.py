@@ -1,0 +1,41 @@
+"""Fine-tunes an encoder of configs/mae_fractals.py on the few labelled images of fractals/tiny.
+
+  python -m supmim_jax.train --config configs/mae_fractals.py --workdir runs/mae
+  python -m supmim_jax.train --config configs/finetune_mae_fractals.py --workdir runs/finetuned
+
+Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workdir>[@step]. Without
+one, as a baseline: --config.init.checkpoint= --config.optim.layer_decay=1. All values are our
+choices, made without a search.
+"""
+
+import dataclasses
+
+from configs import base, mae_fractals
+from supmim_jax.config import (
+    ClassificationConfig,
+    Config,
+    EvalConfig,
+    InitConfig,
+    OptimConfig,
+    SupervisedConfig,
+)
+
+
+def experiment() -> Config:
+    config = mae_fractals.experiment()
+    return dataclasses.replace(
+        config,
+        epochs=160,  # 600 steps
+        data=dataclasses.replace(
+            config.data, train_split="train", train_examples=240, eval_split="validation"
+        ),
+        model=dataclasses.replace(config.model, drop_path=0.1),
+        objective=SupervisedConfig(classification=ClassificationConfig(label_smoothing=0.1)),
+        init=InitConfig(checkpoint="runs/mae"),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25, layer_decay=0.75),
+        eval=EvalConfig(),
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

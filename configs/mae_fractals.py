@@ -1,0 +1,45 @@
+"""MAE (arXiv 2111.06377) on built-in images, without their labels.
+
+  python -m supmim_jax.train --config configs/mae_fractals.py --workdir runs/mae
+
+Hardware: 2 CPU cores. It learns from the 1,200 images of the validation split, so that the few
+labelled ones of the training split (configs/finetune_mae_fractals.py) are new to it; what it is
+worth is measured on the test split (docs/results.md). The decoder is to the encoder as MAE's of 8
+layers and 512 channels is to ViT-B, roughly. All values are our choices, made without a search.
+"""
+
+import dataclasses
+
+from configs import base
+from supmim_jax.config import (
+    Config,
+    DecoderConfig,
+    EvalConfig,
+    MAEConfig,
+    OptimConfig,
+    ViTConfig,
+)
+
+
+def experiment() -> Config:
+    return Config(
+        batch_size=64,
+        epochs=64,  # 1200 steps
+        data=dataclasses.replace(
+            base.FRACTALS,
+            train_split="validation",
+            train_examples=1200,
+            eval_split="train",
+            image_size=24,
+            crop="inception",
+            min_crop_area=0.2,  # MAE's
+        ),
+        model=ViTConfig(patch=4, width=64, depth=4, mlp_dim=256, heads=2, positions="sincos2d"),
+        objective=MAEConfig(decoder=DecoderConfig(depth=3, width=48, mlp_dim=192, heads=2)),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.95, warmup_epochs=5),
+        eval=EvalConfig(which=("knn",)),
+    )
+
+
+def get_config(arg: str = ""):
+    return base.finish(experiment(), arg)

@@ -1,0 +1,34 @@
+"""The boxes that ContrastiveCrop crops by: one pass of the encoder over the training images."""
+
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from supmim_jax.config import Config
+from supmim_jax.data import pipeline
+from supmim_jax.data.contrastive_crop import WHOLE
+from supmim_jax.evals import features
+from supmim_jax.models import heat_map
+from supmim_jax.types import Encoder
+
+
+def boxes(encoder: Encoder, cfg: Config, mesh: Mesh) -> np.ndarray:
+    """The box of each training image, the same on every process: uint8 Nx4, as `heat_map.bounds`.
+
+    The encoder sees whole images, brought to its size without keeping their aspect.
+    """
+    size, threshold = cfg.data.image_size, cfg.data.contrastive_crop.threshold
+    found = np.tile(WHOLE, (cfg.data.train_examples, 1))  # and so of a record that is broken
+    for batch in pipeline.whole_dataset(cfg, cfg.data.train_split, mesh):
+        tokens = encoder.features(batch.views[0]).tokens
+        bounds = _bounds(tokens, size, threshold)
+        bounds, ids, weight = features.on_host((bounds, batch.id, batch.weight))
+        found[ids[weight > 0]] = bounds[weight > 0]
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _bounds(tokens_BxHxWxD, size: int, threshold: float) -> jax.Array:
+    return heat_map.bounds(heat_map.heat_map(tokens_BxHxWxD), size, threshold)
