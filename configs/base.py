@@ -9,6 +9,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from supmim_jax.config import (
+    ClassificationConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -16,8 +17,10 @@ from supmim_jax.config import (
     EvalConfig,
     InitConfig,
     MasksConfig,
+    OptimConfig,
     PatchCodesConfig,
     PerceptualConfig,
+    SupervisedConfig,
     SupMIMConfig,
     VQGANConfig,
 )
@@ -42,6 +45,16 @@ IMAGENET_1K = DataConfig(
 IMAGENET_1K_THREE_AUGMENT = dataclasses.replace(
     IMAGENET_1K, min_crop_area=0.08, augment="three_augment", color_jitter=0.3
 )
+TINY_IMAGENET = dataclasses.replace(
+    IMAGENET_1K,
+    name="tiny_imagenet",  # data.prepare --image_folder tiny-imagenet-200 --as tiny_imagenet
+    train_examples=100_000,
+    num_classes=200,
+    image_size=64,
+    min_crop_area=0.2,  # MAE's
+    augment="none",
+    eval_resize=64,
+)
 IMAGENET_21K = dataclasses.replace(
     IMAGENET_1K,
     name="imagenet21k",
@@ -52,6 +65,7 @@ IMAGENET_21K = dataclasses.replace(
 # 2205.01580): our choice, AugReg and DeiT-III have a CLS token and learned positions.
 AT_SCALE = {"positions": "sincos2d", "dtype": "bfloat16", "remat": "names"}
 EVAL_AT_SCALE = EvalConfig(batch_size=2048)
+EVAL_WITHOUT_LABELS = EvalConfig(batch_size=2048, which=("knn",))  # there is no head to ask
 
 # The masked branch at scale. Mask ratio and form, the encoder's input, decoder, weight and target
 # are our choices: the text of the paper that we have gives none of them. Mask embeddings through
@@ -79,6 +93,30 @@ def with_masked_branch(config: Config, supmim: SupMIMConfig) -> Config:
     """The SupMIM run that differs from a supervised one in nothing but the masked branch."""
     objective = dataclasses.replace(supmim, classification=config.objective.classification)
     return dataclasses.replace(config, objective=objective)
+
+
+def fine_tuned(mae: Config, init: InitConfig) -> Config:
+    """The supervised run that goes on from an MAE run, by the recipe of MAE's appendix A.1."""
+    classification = ClassificationConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    return dataclasses.replace(
+        mae,
+        data=dataclasses.replace(
+            mae.data,
+            crop="inception",
+            min_crop_area=0.08,
+            augment="rand_augment",
+            augment_layers=2,
+            augment_magnitude=9.0,
+            erasing=0.25,
+        ),
+        model=dataclasses.replace(mae.model, drop_path=0.1),
+        objective=SupervisedConfig(classification=classification),
+        init=init,
+        optim=OptimConfig(
+            lr=5e-4, lr_batch=256, weight_decay=0.05, warmup_epochs=5, layer_decay=0.65
+        ),
+        eval=EVAL_AT_SCALE,
+    )
 
 
 def finish(config: Config, arg: str) -> ConfigDict:
@@ -115,6 +153,10 @@ def debug(config: Config) -> Config:
             objective,
             decoder=DecoderConfig(depth=1, width=96, mlp_dim=384, heads=3),
             target=PatchCodesConfig(codes=64, normalize="luminance", fit_images=64),
+        )
+    elif objective.leaves == "encoder":
+        objective = dataclasses.replace(
+            objective, decoder=DecoderConfig(depth=1, width=96, mlp_dim=384, heads=3)
         )
     elif objective.name == "vqgan":
         size = min(data.image_size, 4 * objective.tokenizer.downsampling)

@@ -143,14 +143,15 @@ def make_batch(cfg: Config, seed: int = 0) -> Batch:
     """A batch of noise images on the host."""
     random = np.random.default_rng(seed)
     size = cfg.data.image_size
-    images = random.integers(0, 256, (cfg.batch_size, size, size, cfg.data.channels), np.uint8)
+    shape = (cfg.batch_size, size, size, cfg.data.channels)
+    views = tuple(random.integers(0, 256, shape, np.uint8) for _ in range(cfg.crops_per_example))
     ids = np.arange(cfg.batch_size, dtype=np.int32)
-    batch = Batch((images,), ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
+    batch = Batch(views, ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
     if cfg.needs_masks:
         shape = (cfg.batch_size, size, size)
         masks = random.integers(0, cfg.data.masks.num_classes, shape, np.int32)
         return dataclasses.replace(batch, masks=masks)
-    return dataclasses.replace(batch, target=images) if cfg.needs_target else batch
+    return dataclasses.replace(batch, target=views[0]) if cfg.needs_target else batch
 
 
 def make_frozen(cfg: Config, seed: int = 0) -> dict:

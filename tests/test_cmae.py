@@ -1,0 +1,212 @@
+"""CMAE: its three losses by hand, the momentum branch, and what the position task can see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_batch
+from flax import nnx
+
+from supmim_jax import program, sharding
+from supmim_jax.config import (
+    CMAEConfig,
+    ContrastiveConfig,
+    DecoderConfig,
+    EvalConfig,
+    MAEConfig,
+    MeshConfig,
+    OptimConfig,
+    PositionConfig,
+)
+from supmim_jax.models.vit import pixels
+from supmim_jax.objectives import losses
+from supmim_jax.objectives.cmae import CMAE
+from supmim_jax.objectives.mae import MAE
+
+OFF = ContrastiveConfig(weight=0.0)
+NOWHERE = PositionConfig(weight=0.0)
+DECODER = DecoderConfig(depth=1, width=16, mlp_dim=32, heads=2)
+KEY = jax.random.key(3)
+
+
+@pytest.fixture
+def cmae(cfg):
+    """Both tasks on, momentum fast enough to be seen, learning rate from the first step on."""
+    objective = CMAEConfig(
+        mask_ratio=0.6, decoder=DECODER, contrastive=ContrastiveConfig(momentum=0.9)
+    )
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, drop_path=0.0),
+        objective=objective,
+        optim=OptimConfig(warmup_epochs=0),
+        eval=EvalConfig(which=("knn",), batch_size=64),
+    )
+
+
+def changed(cfg, **objective):
+    return dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, **objective))
+
+
+def model(cfg):
+    return CMAE(cfg, rngs=nnx.Rngs(0))
+
+
+def test_info_nce_by_hand():
+    random = np.random.default_rng(0)
+    queries, keys = random.normal(size=(2, 5, 3))
+    keys[0] = 2.0 * queries[0]
+    weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0])
+    found, hits = losses.info_nce(jnp.array(queries), jnp.array(keys), 0.5, jnp.array(weight))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, keys)]
+    similarity = unit[0] @ unit[1].T / 0.5
+    for i in (0, 1, 2, 4):
+        among = similarity[i, weight > 0]
+        np.testing.assert_allclose(found[i], np.log(np.exp(among).sum()) - similarity[i, i], 1e-5)
+        assert bool(hits[i]) == (similarity[i, i] == among.max())
+    assert found[3] == 0.0 and bool(hits[0])
+
+
+def test_without_its_tasks_it_is_mae(cmae):
+    cfg = changed(cmae, contrastive=OFF, position=NOWHERE)
+    mae = dataclasses.replace(cfg, objective=MAEConfig(mask_ratio=0.6, decoder=DECODER))
+    assert cfg.crops_per_example == 1
+    batch = make_batch(cfg)
+    other, _ = MAE(mae, rngs=nnx.Rngs(0)).loss(batch, KEY)
+    found, terms = model(cfg).loss(batch, KEY)
+    assert found == other and set(terms) == {"loss", "reconstruction"}
+
+
+def test_reconstruction_is_the_sum_over_views_with_one_mask(cmae):
+    cfg = changed(cmae, position=NOWHERE)
+    single = changed(cmae, contrastive=OFF, position=NOWHERE)
+    batch = make_batch(cfg)
+    _, terms = model(cfg).loss(batch, KEY)
+    each = [
+        model(single).loss(dataclasses.replace(batch, views=(view,)), KEY)[0]
+        for view in batch.views
+    ]
+    np.testing.assert_allclose(terms["reconstruction"], sum(each), rtol=1e-6)
+    assert each[0] != each[1]
+
+
+def test_the_sum_and_the_contrastive_term_by_hand(cmae):
+    cfg = changed(cmae, contrastive=ContrastiveConfig(weight=0.3, temperature=0.5))
+    subject, batch = model(cfg), make_batch(cfg)
+    loss, terms = subject.loss(batch, KEY)
+    total = terms["reconstruction"] + terms["position"] + 0.3 * terms["contrastive"]
+    np.testing.assert_allclose(loss, total, rtol=1e-6)
+
+    mask = subject.mask(jax.random.split(KEY)[1], batch.id)
+    queries, keys = [], []
+    for view in map(pixels, batch.views):
+        (tokens,) = subject.encoder.encode((subject.embed_kept(view, mask),))
+        queries.append(subject.predictor(subject.projector(tokens.mean(1))))
+        (tokens,) = subject.encoder.encode((subject.encoder.embed(view, visible=mask),))
+        keys.append(subject.projector(tokens.mean(1)))  # the branch begins as a copy
+    unit = [[x / np.linalg.norm(x, axis=1, keepdims=True) for x in xs] for xs in (queries, keys)]
+    by_hand = 0.0
+    for query, key in ((unit[0][0], unit[1][1]), (unit[0][1], unit[1][0])):
+        similarity = query @ key.T / 0.5
+        by_hand += np.mean(np.log(np.exp(similarity).sum(1)) - np.diag(similarity))
+    np.testing.assert_allclose(terms["contrastive"], by_hand, rtol=1e-5)
+
+
+def test_the_position_term_by_hand(cmae):
+    cfg = changed(cmae, contrastive=OFF)
+    subject, batch = model(cfg), make_batch(cfg)
+    mask = subject.mask(jax.random.split(KEY)[1], batch.id)
+    assert (mask.keep.shape[1], subject.asked(mask)) == (10, 8)  # of 25 patches
+    _, terms = subject.loss(batch, KEY)
+    (tokens,) = subject.encoder.encode((subject.embed_kept(pixels(batch.views[0]), mask),))
+    logits = np.asarray(subject.locator(tokens))
+    by_hand, hits = [], []
+    for i in range(len(logits)):
+        for j in range(8):
+            place = int(mask.keep[i, j])
+            by_hand.append(np.log(np.exp(logits[i, j]).sum()) - logits[i, j, place])
+            hits.append(logits[i, j].argmax() == place)
+    np.testing.assert_allclose(terms["position"], np.mean(by_hand), rtol=1e-5)
+    np.testing.assert_allclose(terms["position_accuracy"], np.mean(hits), rtol=1e-6)
+
+
+@pytest.mark.parametrize("leak_free", [True, False])
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+def test_what_enters_without_its_place_cannot_tell_it(cmae, leak_free, pooling):
+    cfg = changed(cmae, contrastive=OFF, position=PositionConfig(leak_free=leak_free))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling=pooling))
+    subject, batch = model(cfg), make_batch(cfg)
+    mask = subject.mask(KEY, batch.id)
+    count = subject.asked(mask)
+    assert count == (8 if leak_free else 10)
+    one = jax.tree.map(lambda x: x[:1], mask)
+
+    def logits():
+        inputs = (subject.embed_kept(pixels(batch.views[0][:1]), one),)
+        (tokens,) = subject.encoder.encode(inputs)
+        return np.asarray(subject.locator(tokens[:, subject.encoder.prefix :])[:, :count])
+
+    before = logits()
+    places = subject.encoder.positions
+    asked = one.keep[0, :count]
+    places[...] = places[...].at[asked].add(jnp.arange(1.0, 1.0 + count)[:, None])
+    assert np.array_equal(logits(), before) == leak_free
+
+
+def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
+    built = program.build(cmae, one_device)
+    state = built.init(jax.random.key(0))
+    slow = None
+    for step in range(3):
+        fast = jax.tree.map(np.asarray, {k: state.params[k] for k in ("encoder", "projector")})
+        state, _ = built.step(state, make_batch(cmae, step), {})
+        found = jax.tree.map(np.asarray, state.moving["momentum"])
+        assert found.pop("steps") == step + 1
+        slow = fast if slow is None else jax.tree.map(lambda s, f: 0.9 * s + 0.1 * f, slow, fast)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, slow
+        )
+    moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (found, fast)))]
+    assert max(moved) > 1e-4
+
+    def loss(moving):
+        return nnx.merge(built.graph, state.params, moving, {}).loss(make_batch(cmae), KEY)[0]
+
+    slopes = jax.grad(loss, allow_int=True)(state.moving)
+    kept = slopes["momentum"]["encoder"], slopes["momentum"]["projector"]
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(kept))
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str)
+def test_eight_devices_give_what_one_gives(cmae, one_device, mesh):
+    """InfoNCE's negatives are those of the global batch, wherever they are."""
+    found = []
+    for devices in (one_device, sharding.make_mesh(mesh)):
+        built = program.build(cmae, devices)
+        state, metrics = built.init(jax.random.key(0)), []
+        for step in range(4):
+            batch = sharding.put(make_batch(cmae, step), built.batch)
+            state, values = built.step(state, batch, {})
+            metrics.append([float(values[k]) for k in sorted(values)])
+        found.append((np.array(metrics), jax.tree.map(np.asarray, state)))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    for a, b in zip(*(jax.tree.leaves(state.moving) for _, state in found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_every_term_falls_on_one_batch(cmae, one_device):
+    cfg = dataclasses.replace(
+        cmae, epochs=40, optim=OptimConfig(lr=3e-3, warmup_epochs=1, weight_decay=0.0)
+    )
+    built = program.build(cfg, one_device)
+    state, batch, terms = built.init(jax.random.key(0)), make_batch(cfg), []
+    for _ in range(cfg.total_steps):
+        state, metrics = built.step(state, batch, {})
+        terms.append({k: float(v) for k, v in metrics.items()})
+    first, last = terms[0], terms[-1]
+    assert last["reconstruction"] < 0.95 * first["reconstruction"]
+    assert last["position"] < 0.8 * first["position"]
+    assert last["contrastive"] < first["contrastive"] - 0.5
+    assert last["contrastive_accuracy"] > 0.9
