@@ -20,7 +20,7 @@ def boxes(encoder: Encoder, cfg: Config, mesh: Mesh) -> np.ndarray:
     The encoder sees whole images, brought to its size without keeping their aspect.
     """
     size, threshold = cfg.data.image_size, cfg.data.contrastive_crop.threshold
-    found = np.tile(WHOLE, (cfg.data.train_examples, 1))  # and so of a record that is broken
+    found = np.tile(np.uint8(WHOLE), (cfg.data.train_examples, 1))  # of broken records
     for batch in pipeline.whole_dataset(cfg, cfg.data.train_split, mesh):
         tokens = encoder.features(batch.views[0]).tokens
         bounds = _bounds(tokens, size, threshold)

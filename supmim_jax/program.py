@@ -118,7 +118,7 @@ def abstract_batch(cfg: Config, batch_size: int, mesh: Mesh) -> Batch:
 
     images = abstract_images(cfg, batch_size, mesh)
     return Batch(
-        (images,),
+        (images,) * cfg.crops_per_example,
         array(jnp.int32),
         array(jnp.float32),
         array(jnp.int32),

@@ -52,6 +52,8 @@ def tokenize(
     """
     if not cfg.has_tokens:
         raise ConfigError("config.objective predicts no image tokens; there is nothing to cache.")
+    # Refuses crops whose tokens cannot be computed before the run.
+    dataclasses.replace(cfg, tokens=TokensConfig(cache=str(directory), views=views))
     cfg = dataclasses.replace(cfg, tokens=TokensConfig(views=views))
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size

@@ -20,7 +20,9 @@ class Batch:
     example's crop, colours and mask come from it; mixing and DropPath from its row in the batch.
     """
 
-    views: tuple[jax.Array, ...]  # uint8 BxHxWxC each
+    # Uint8 BxHxWxC each: a crop of each image or, where the step compares them, two
+    # (Config.crops_per_example), with geometry and colours of their own.
+    views: tuple[jax.Array, ...]
     label: jax.Array  # int32 B
     weight: jax.Array  # float32 B
     id: jax.Array  # int32 B

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import time
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from supmim_jax import evals, inference, sharding
-from supmim_jax.config import DataConfig, MeshConfig, SetupError
+from supmim_jax.config import CMAEConfig, DataConfig, MeshConfig, SetupError
 from supmim_jax.data import feed, pipeline, records, sequence
 from supmim_jax.evals import features
 from supmim_jax.train import train
@@ -113,6 +114,27 @@ def test_they_are_counted_and_named_once_and_a_resumed_run_goes_on_counting(run,
     assert last == [16, 16]
 
 
+def test_over_a_restart_they_are_counted_when_they_are_taken(run, one_device, said):
+    """Of batches that were made ahead and dropped none counts, and none is named again."""
+    data = dataclasses.replace(run.data, crop="contrastive", max_broken=1.0)
+    run = dataclasses.replace(run, data=data, objective=CMAEConfig())
+    order = sequence.TrainingOrder(EXAMPLES, run.seed)
+    expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
+    batches, counts = pipeline.train_dataset(run, one_device, broken=100), []
+    for step in range(1, run.total_steps + 1):
+        batch = next(batches)
+        ids = [STAND_IN.get(i, i) for i in (order(8 * step - 8 + row)[1] for row in range(8))]
+        assert np.asarray(batch.id).tolist() == ids
+        counts.append(batches.broken(run.total_steps) - 100)
+        if step in (6, 13):
+            time.sleep(0.3)  # later batches are made
+            batches.restart(step, np.full((EXAMPLES, 4), 10 * step, np.uint8))
+            assert batches.broken(run.total_steps) - 100 == counts[-1]
+    assert counts == expected.tolist() and counts[-1] == 16
+    assert sorted(int(line.split()[1]) for line in said) == list(BROKEN)
+    batches.close()
+
+
 def test_a_run_stops_above_the_rate_and_keeps_its_checkpoint(run, tmp_path):
     strict = dataclasses.replace(run, data=dataclasses.replace(run.data, max_broken=0.09))
     with pytest.raises(SetupError, match=r"4 of \d+ records of 'damaged' that were read were"):
@@ -136,6 +158,8 @@ def test_an_evaluation_counts_a_broken_image_as_an_unknown_one(run, one_device, 
     assert found["top1"] == pytest.approx(100 * 2 / EXAMPLES)  # class 0: ids 0 and 30
     masks = dataclasses.replace(run.data.masks, field="segmentation", num_classes=4)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, masks=masks))
+    whole = next(pipeline.whole_dataset(run, "train", one_device))
+    assert (np.asarray(whole.views[0]) == pixels).all() and whole.weight.sum() == EXAMPLES
     masked = np.asarray(next(pipeline.masked_dataset(run, "validation", one_device)).masks)
     for i in range(EXAMPLES):
         assert (masked[i] == (-1 if i in BROKEN else i % 4)).all()

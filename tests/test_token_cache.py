@@ -10,7 +10,13 @@ from conftest import make_frozen
 from etils import epath
 
 from supmim_jax import frozen, inference, program, sharding, tokenize
-from supmim_jax.config import ConfigError, SetupError, TokensConfig, VQGANConfig
+from supmim_jax.config import (
+    ConfigError,
+    ContrastiveCropConfig,
+    SetupError,
+    TokensConfig,
+    VQGANConfig,
+)
 from supmim_jax.data import feed, pipeline, token_cache
 from supmim_jax.train import train
 
@@ -187,6 +193,31 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
 def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, message):
     with pytest.raises(SetupError, match=message + ".*there; here"):
         feed.check(change(with_cache(cfg, cache)))
+
+
+def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, caches, monkeypatch):
+    def around(boxes="centre", **changes):
+        contrastive = ContrastiveCropConfig(boxes=boxes, **changes)
+        return replaced(cfg, "data", crop="contrastive", contrastive_crop=contrastive)
+
+    codes = make_frozen(cfg)
+    monkeypatch.setattr(frozen, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    directory = caches / "centre"
+    tokenize.tokenize(around(), directory, views=3)
+    one = sharding.make_mesh(cfg.mesh, ONE)
+    online, tokens = steps(around(), one, codes)
+    cached, same_tokens = steps(with_cache(around(), directory), one, codes)
+    assert all((a == b).all() for a, b in zip(tokens, same_tokens, strict=True))
+    np.testing.assert_allclose(cached, online, rtol=1e-6)
+    with pytest.raises(SetupError, match=r"contrastive_crop\.alpha: 0\.6; 0\.1 .*there; here"):
+        feed.check(with_cache(around(alpha=0.1), directory))
+    feed.check(with_cache(around(threshold=0.5), directory))  # of other boxes
+    for other in (replaced(cfg, "data", crop="inception"), cfg):
+        with pytest.raises(SetupError, match=r"augmentation\.crop: 'contrastive'; '\w+'"):
+            feed.check(with_cache(other, directory))
+    with pytest.raises(ConfigError, match="boxes is 'heat_map', which moves the crops"):
+        tokenize.tokenize(around("heat_map"), caches / "moving", views=3)
+    assert not (caches / "moving").exists()
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):

@@ -103,7 +103,7 @@ def quality(source: records.Records, cfg: Config, images: int) -> dict[str, floa
         crop = crops.draw_crop(*whole.shape[:2], cfg.data, rng)
         size = cfg.data.image_size
         expected = reference.resized(crop.box.of(whole), size, size, cfg.data.resize)
-        ours, _ = example.target(0, i, record)
+        ((ours, _),) = example.targets(0, i, record)
         found.append(reference.psnr(ours, expected[:, ::-1] if crop.mirrored else expected))
     return {
         "images": images,

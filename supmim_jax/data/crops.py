@@ -1,11 +1,13 @@
 """Crops of images and of their masks: which part, and how it is brought to the encoder's size."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from supmim_jax.config import DataConfig
+from supmim_jax.data import contrastive_crop
 
 cv2.setNumThreads(0)  # parallelism is over images
 
@@ -30,10 +32,31 @@ class Crop(NamedTuple):
     mirrored: bool
 
 
-def draw_crop(height: int, width: int, cfg: DataConfig, rng: np.random.Generator) -> Crop:
-    """The crop of an image of this size."""
-    draw = {"inception": inception_crop, "random": random_crop}[cfg.crop]
-    extent, box = draw(height, width, cfg, rng)
+def draw_crop(
+    height: int,
+    width: int,
+    cfg: DataConfig,
+    rng: np.random.Generator,
+    bounds: Sequence[int] | None = None,
+) -> Crop:
+    """The crop of an image of this size.
+
+    Args:
+      height: of the image, in pixels.
+      width: likewise.
+      cfg: says which crop.
+      rng: all that is drawn comes from it.
+      bounds: what contrastive crops with boxes "heat_map" are around, a row of a table of boxes
+        (contrastive_crop.py). None, as before such boxes are found: they are inception crops.
+    """
+    if cfg.crop == "random":
+        extent, box = random_crop(height, width, cfg, rng)
+    elif cfg.crop == "inception":
+        extent, box = inception_crop(height, width, cfg, rng)
+    else:
+        fixed = cfg.contrastive_crop.boxes == "centre"
+        bounds = contrastive_crop.CENTRE if fixed else bounds
+        extent, box = inception_crop(height, width, cfg, rng, bounds)
     return Crop(extent, box, cfg.flip and rng.random() < 0.5)
 
 
@@ -61,6 +84,11 @@ def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
     return _centre(resize(image, *_eval_extent(image, cfg), cfg.resize), cfg.image_size)
 
 
+def whole_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
+    """All of the image, whatever its aspect: uint8 image_size x image_size x C."""
+    return resize(image, cfg.image_size, cfg.image_size, cfg.resize)
+
+
 def eval_mask(mask: np.ndarray, cfg: DataConfig) -> np.ndarray:
     """`eval_image` of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
     return _centre(resize_mask(mask, *_eval_extent(mask, cfg)), cfg.image_size)
@@ -82,19 +110,28 @@ def _centre(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def inception_crop(
-    height: int, width: int, cfg: DataConfig, rng: np.random.Generator
+    height: int,
+    width: int,
+    cfg: DataConfig,
+    rng: np.random.Generator,
+    bounds: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], Box]:
     """A box of random area and aspect of the image as it is (Szegedy et al., arXiv 1409.4842).
 
-    Area uniform in [min_crop_area, 1] of the image, aspect log-uniform in [3/4, 4/3]; after ten
-    misses the largest square, in the centre.
+    Area uniform in [min_crop_area, 1] of the image, aspect log-uniform in [3/4, 4/3]; its place is
+    uniform, or given `bounds` that of a ContrastiveCrop. After ten misses the largest square, in
+    the centre.
     """
     for _ in range(10):
         area = height * width * rng.uniform(cfg.min_crop_area, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            if bounds is None:
+                top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            else:
+                alpha = cfg.contrastive_crop.alpha
+                top, left = contrastive_crop.offsets((height, width), (h, w), bounds, alpha, rng)
             return (height, width), Box(int(top), int(left), h, w)
     side = min(height, width)
     return (height, width), Box((height - side) // 2, (width - side) // 2, side, side)

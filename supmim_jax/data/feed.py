@@ -15,7 +15,7 @@ from absl import flags, logging
 
 from supmim_jax.config import Config, DataConfig, SetupError, TokensConfig
 from supmim_jax.data import records, sequence, token_cache, transforms, worker
-from supmim_jax.data.crops import eval_image
+from supmim_jax.data.crops import eval_image, whole_image
 from supmim_jax.data.decode import BrokenRecord, decode_image
 
 Arrays = dict[str, np.ndarray]  # of the examples of a batch, by the fields of types.Batch
@@ -59,27 +59,60 @@ class Feed(Iterator[Arrays]):
         return arrays
 
 
-def training(cfg: Config, rows: Sequence[int], first_step: int = 0) -> Feed:
+def training(
+    cfg: Config, rows: Sequence[int], first_step: int = 0, boxes: np.ndarray | None = None
+) -> Feed:
     """Training batches from `first_step` to the last step.
 
+    Args:
+      cfg: the experiment.
+      rows: of the global batch that are fed here.
+      first_step: steps that are done.
+      boxes: what contrastive crops are around, a table as in contrastive_crop.py; for
+        data.contrastive_crop.boxes = "heat_map" alone. None: there are none yet.
+
     Raises:
-      SetupError: the data set is missing or is not what the config says.
+      SetupError: the data set is missing or is not what the config says, or the table is not.
     """
+    if boxes is not None:
+        check_boxes(cfg.data, boxes)
     source = records.open_training_source(cfg.data, cfg.needs_masks)
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
         .map(sequence.LocalPosition(rows, cfg.batch_size, first_step))
         .map(sequence.TrainingOrder(len(source), cfg.seed))
-        .map(sequence.Intact(source, train_example(cfg)))
+        .map(sequence.Intact(source, train_example(cfg, boxes)))
     )
     batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
     return Feed(batches, cfg.data, cfg.data.train_split, "another record stands in for it")
+
+
+def check_boxes(data: DataConfig, boxes: np.ndarray) -> None:
+    """Raises SetupError unless crops follow such a table, a row for each training record."""
+    if not data.learns_boxes:
+        raise SetupError(
+            f"A table of boxes was given, but config.data.crop is {data.crop!r} and "
+            f"config.data.contrastive_crop.boxes is {data.contrastive_crop.boxes!r}: only crop "
+            f"'contrastive' with boxes 'heat_map' follows one. Give none, or set both."
+        )
+    if boxes.dtype != np.uint8 or boxes.shape != (data.train_examples, 4):
+        raise SetupError(
+            f"The table of boxes is {boxes.dtype} of shape {boxes.shape}, but "
+            f"config.data.train_examples = {data.train_examples} needs uint8 of shape "
+            f"({data.train_examples}, 4). Find the boxes of this data set."
+        )
 
 
 def evaluation(cfg: Config, split: str, rows: Sequence[int]) -> Feed:
     """Every example of `split` once, in order; padding at the end has weight 0 and id -1."""
     source = records.open_source(cfg.data, split)
     return _once(source, transforms.EvalExample(cfg.data), cfg, split, rows)
+
+
+def whole(cfg: Config, split: str, rows: Sequence[int]) -> Feed:
+    """`evaluation` with the whole images, resized to squares, so that a box means all of them."""
+    source = records.open_source(cfg.data, split)
+    return _once(source, transforms.EvalExample(cfg.data, whole_image), cfg, split, rows)
 
 
 def masked(cfg: Config, split: str, rows: Sequence[int]) -> Feed:
@@ -116,12 +149,20 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
         yield arrays["image"]
 
 
-def train_example(cfg: Config) -> Any:
+def train_example(cfg: Config, boxes: np.ndarray | None = None) -> Any:
     """What makes an example of a training record, tokens of the cache included."""
     if cfg.needs_masks:
         return transforms.MaskedTrainExample(cfg.data, cfg.seed)
     cache = token_cache.open_cache(cfg) if cfg.tokens.cache else None
-    return transforms.TrainExample(cfg.data, cfg.seed, cfg.num_views, cfg.needs_target, cache)
+    return transforms.TrainExample(
+        cfg.data,
+        cfg.seed,
+        cfg.num_views,
+        with_target=cfg.needs_target,
+        tokens=cache,
+        crops=cfg.crops_per_example,
+        boxes=boxes,
+    )
 
 
 def first_images(cfg: Config, count: int) -> np.ndarray:

@@ -16,7 +16,13 @@ AHEAD = 2  # batches that wait on the devices
 ROWS = PartitionSpec(("data", "fsdp"))  # the mesh axes that share a batch
 
 
-def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0, broken: int = 0) -> "Training":
+def train_dataset(
+    cfg: Config,
+    mesh: Mesh,
+    first_step: int = 0,
+    broken: int = 0,
+    boxes: np.ndarray | None = None,
+) -> "Training":
     """Training batches from `first_step` to the last step.
 
     Args:
@@ -24,21 +30,43 @@ def train_dataset(cfg: Config, mesh: Mesh, first_step: int = 0, broken: int = 0)
       mesh: what the batches are put on.
       first_step: steps that are done.
       broken: records that were replaced in these, on all processes.
+      boxes: what contrastive crops are around; see feed.training.
 
     Raises:
-      SetupError: the data set is missing or is not what the config says.
+      SetupError: the data set is missing or is not what the config says, or the table is not.
     """
-    fed = feed.training(cfg, local_rows(cfg.batch_size, mesh), first_step)
-    return Training(_on_mesh(fed, cfg.batch_size, mesh), fed, cfg, broken)
+    return Training(cfg, mesh, first_step, broken, boxes)
 
 
 class Training(Iterator[Batch]):
     """The batches of a run, and how many of its records were broken."""
 
-    def __init__(self, batches: Iterator[Batch], fed: feed.Feed, cfg: Config, before: int):
-        self.batches = Ahead(((batch, fed.broken) for batch in batches), AHEAD)
-        self.feed, self.cfg, self.before = fed, cfg, before
+    def __init__(
+        self, cfg: Config, mesh: Mesh, first_step: int, before: int, boxes: np.ndarray | None
+    ):
+        self.cfg, self.mesh, self.before = cfg, mesh, before
         self.here = 0  # broken records of this process, in the batches that were taken
+        self.known: set[int] = set()  # ids of those that were logged
+        self._open(first_step, boxes)
+
+    def _open(self, first_step: int, boxes: np.ndarray | None) -> None:
+        cfg, taken = self.cfg, self.here
+        rows = local_rows(cfg.batch_size, self.mesh)
+        self.feed = fed = feed.training(cfg, rows, first_step, boxes)
+        fed.known = self.known
+        batches = _on_mesh(fed, cfg.batch_size, self.mesh)
+        self.batches = Ahead(((batch, taken + fed.broken) for batch in batches), AHEAD)
+
+    def restart(self, step: int, boxes: np.ndarray | None) -> None:
+        """Goes on after `step` steps with other boxes, as `train_dataset` would from there.
+
+        Batches that were made ahead are dropped, and broken records in them do not count.
+
+        Raises:
+          SetupError: as train_dataset; there are no more batches then.
+        """
+        self.close()
+        self._open(step, boxes)
 
     def close(self) -> None:
         """Ends the threads or processes that decode and place."""
@@ -75,6 +103,12 @@ def eval_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
     return _on_mesh(feed.evaluation(cfg, split, rows), cfg.eval.batch_size, mesh)
 
 
+def whole_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
+    """`eval_dataset` with the whole images, resized to squares: for boxes in them."""
+    rows = local_rows(cfg.eval.batch_size, mesh)
+    return _on_mesh(feed.whole(cfg, split, rows), cfg.eval.batch_size, mesh)
+
+
 def masked_dataset(cfg: Config, split: str, mesh: Mesh) -> Iterator[Batch]:
     """`eval_dataset` with masks in place of labels, cropped as the images are."""
     rows = local_rows(cfg.eval.batch_size, mesh)
@@ -102,4 +136,5 @@ def _on_mesh(batches: Iterator[feed.Arrays], batch_size: int, mesh: Mesh) -> Ite
 
     for arrays in batches:
         found = {name: put(x) for name, x in arrays.items()}
-        yield Batch((found.pop("image"),), **found)
+        views = [found.pop(name) for name in ("image", "second_image") if name in found]
+        yield Batch(tuple(views), **found)

@@ -34,6 +34,8 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
     data = section(cfg.data)
     moves = data["augment"] == "rand_augment"
     geometry = {name: data[name] for name in GEOMETRY + (RANDOM_GEOMETRY if moves else ())}
+    if data["crop"] == "contrastive":  # with boxes "centre"; the others move while a run learns
+        geometry["contrastive_crop"] = {"alpha": data["contrastive_crop"]["alpha"]}
     tokenizer = section(cfg.objective.target)
     del tokenizer["path"]
     found = {

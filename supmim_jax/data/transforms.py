@@ -1,10 +1,12 @@
 """From a record to the uint8 image that the encoder sees: numpy and OpenCV only.
 
 An example's image is a function of (seed, view, epoch, id): its geometry of (seed, view, id), its
-colours of (seed, epoch, id). A masked-token target is of the geometry alone, so that the tokens of
-a view can be computed once, before training.
+colours of (seed, epoch, id); where a step sees two crops of an image, also of which of them it is.
+Contrastive crops follow a table of boxes, too. A masked-token target is of the geometry alone, so
+that the tokens of a view can be computed once, before training.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,45 +28,77 @@ from supmim_jax.data.token_cache import TokenCache
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
 
 
-def generator(seed: int, number: int, example: int, stream: int) -> np.random.Generator:
-    """The generator of one example's geometry in a view, or of its colours in an epoch."""
+def generator(
+    seed: int, number: int, example: int, stream: int, crop: int = 0
+) -> np.random.Generator:
+    """The generator of one example's geometry in a view, or of its colours in an epoch.
+
+    Args:
+      seed: the run's.
+      number: the view, or the epoch.
+      example: its id.
+      stream: GEOMETRY or COLOURS.
+      crop: 0 or 1, the first or the second crop that the step sees of the image.
+    """
     return np.random.Generator(
-        np.random.Philox(key=[seed, example], counter=[0, 0, stream, number])
+        np.random.Philox(key=[seed, example], counter=[0, crop, stream, number])
     )
 
 
-def crop_and_move(
-    record: dict, cfg: DataConfig, example: int, rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """A view: uint8 image_size x image_size x C, and how many colour operations are left to do."""
-    image = decoded_crop(record, cfg, example, rng)
+def moved(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """A crop after the operations that move pixels, and how many of colour are left to do."""
     if cfg.augment == "rand_augment":
         return augment.rand_geometry(image, cfg.augment_layers, cfg.augment_magnitude, rng)
     return image, 0
 
 
 def decoded_crop(
-    record: dict, cfg: DataConfig, example: int, rng: np.random.Generator
+    record: dict,
+    cfg: DataConfig,
+    example: int,
+    rng: np.random.Generator,
+    bounds: Sequence[int] | None = None,
 ) -> np.ndarray:
     """A random crop of the record's image; of a JPEG only that part is decoded, if possible."""
     shape = jpeg.size(record["image"]) if cfg.channels == 3 else None
     if shape:
-        crop = draw_crop(*shape, cfg, rng)
+        crop = draw_crop(*shape, cfg, rng, bounds)
         part = jpeg.region(record["image"], crop.box, shape) if crop.extent == shape else None
         if part is not None:
             return finished(part, crop, cfg)
         return cropped(decode_image(record, cfg, example), crop, cfg)
     image = decode_image(record, cfg, example)
-    return cropped(image, draw_crop(*image.shape[:2], cfg, rng), cfg)
+    return cropped(image, draw_crop(*image.shape[:2], cfg, rng, bounds), cfg)
+
+
+def decoded_crops(
+    record: dict,
+    cfg: DataConfig,
+    example: int,
+    rngs: Sequence[np.random.Generator],
+    bounds: Sequence[int] | None = None,
+) -> list[np.ndarray]:
+    """A random crop of the record's image by each generator; it is decoded once."""
+    if len(rngs) == 1:
+        return [decoded_crop(record, cfg, example, rngs[0], bounds)]
+    image = decode_image(record, cfg, example)
+    drawn = [draw_crop(*image.shape[:2], cfg, rng, bounds) for rng in rngs]
+    return [cropped(image, crop, cfg) for crop in drawn]
 
 
 def coloured(
-    view: np.ndarray, layers: int, cfg: DataConfig, seed: int, epoch: int, example: int
+    view: np.ndarray,
+    layers: int,
+    cfg: DataConfig,
+    seed: int,
+    epoch: int,
+    example: int,
+    crop: int = 0,
 ) -> np.ndarray:
     """The view with colour augmentation, which moves no pixel, and random erasing."""
     if cfg.augment == "none" and not cfg.erasing:
         return view
-    rng = generator(seed, epoch, example, COLOURS)
+    rng = generator(seed, epoch, example, COLOURS, crop)
     if cfg.augment == "rand_augment":
         view = augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
     elif cfg.augment == "three_augment":
@@ -74,32 +108,45 @@ def coloured(
     return augment.erased(view, cfg.erasing, rng)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainExample:
-    """Grain transform: (epoch, id, record) to one augmented example."""
+    """Grain transform: (epoch, id, record) to one augmented example.
+
+    Of two crops the first is "image", bit for bit what it is alone, and the other "second_image".
+    Worker processes get copies of the boxes, 5 MB for the 1.28 million records of ImageNet-1k.
+    """
 
     cfg: DataConfig
     seed: int
     views: int  # that an image's geometry cycles through
     with_target: bool = False  # also the view before colour augmentation
     tokens: TokenCache | None = None
+    crops: int = 1  # of an image that a step sees, 1 or 2
+    boxes: np.ndarray | None = None  # of every record, as in contrastive_crop.py
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
         epoch, example, record = drawn
         view = epoch % self.views
-        target, layers = self.target(view, example, record)
-        image = coloured(target, layers, self.cfg, self.seed, epoch, example)
-        found = packed(image, class_of(record, self.cfg, example), example, 1.0)
+        targets = self.targets(view, example, record)
+        images = [
+            coloured(target, layers, self.cfg, self.seed, epoch, example, crop)
+            for crop, (target, layers) in enumerate(targets)
+        ]
+        found = packed(images[0], class_of(record, self.cfg, example), example, 1.0)
+        if self.crops == 2:
+            found["second_image"] = images[1]
         if self.with_target:
-            found["target"] = target
+            found["target"] = targets[0][0]
         if self.tokens is not None:
             found["tokens"] = self.tokens[view, example]
         return found
 
-    def target(self, view: int, example: int, record: dict) -> tuple[np.ndarray, int]:
-        """What tokens are computed of, and the number of colour operations that would follow."""
-        rng = generator(self.seed, view, example, GEOMETRY)
-        return crop_and_move(record, self.cfg, example, rng)
+    def targets(self, view: int, example: int, record: dict) -> list[tuple[np.ndarray, int]]:
+        """Of each crop, what tokens are computed of, and the colour operations that follow."""
+        rngs = [generator(self.seed, view, example, GEOMETRY, i) for i in range(self.crops)]
+        bounds = None if self.boxes is None else self.boxes[example]
+        crops = decoded_crops(record, self.cfg, example, rngs, bounds)
+        return [moved(crop, self.cfg, rng) for crop, rng in zip(crops, rngs)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +156,7 @@ class TargetExample:
     example: TrainExample
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
-        return {"image": self.example.target(*drawn)[0]}
+        return {"image": self.example.targets(*drawn)[0][0]}
 
 
 @dataclass(frozen=True)
@@ -120,6 +167,7 @@ class EvalExample:
     """
 
     cfg: DataConfig
+    view: Callable[[np.ndarray, DataConfig], np.ndarray] = eval_image  # of the decoded image
 
     def __call__(self, drawn: tuple[int, dict | None]) -> dict:
         example, record = drawn
@@ -132,7 +180,7 @@ class EvalExample:
     def image(self, record: dict, example: int) -> tuple[np.ndarray, int]:
         """The image and NONE, or a grey one and the id: a broken example counts, as unknown."""
         try:
-            return eval_image(decode_image(record, self.cfg, example), self.cfg), NONE
+            return self.view(decode_image(record, self.cfg, example), self.cfg), NONE
         except BrokenRecord:
             return grey_image(self.cfg), example
 

@@ -1,0 +1,254 @@
+"""Two crops of an image, boxes that crops follow, and passes over whole images."""
+
+import dataclasses
+import threading
+import time
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from test_jpeg import encoded, needs_library, photograph
+
+from supmim_jax import program, sharding
+from supmim_jax.config import CMAEConfig, ContrastiveCropConfig, DataConfig, MeshConfig, SetupError
+from supmim_jax.data import crops, decode, feed, jpeg, pipeline, records, transforms
+
+PHOTO = cv2.cvtColor(photograph(60, 80), cv2.COLOR_RGB2BGR)
+PNG = cv2.imencode(".png", PHOTO)[1].tobytes()
+CFG = DataConfig(
+    channels=3, image_size=32, eval_resize=32, crop="inception", augment="rand_augment"
+)
+ROWS = range(16)
+
+
+def table(examples: int = 64, seed: int = 0) -> np.ndarray:
+    """Boxes at random."""
+    edges = np.random.default_rng(seed).integers(0, 256, (examples, 2, 2), np.uint8)
+    return np.sort(edges, axis=1).reshape(examples, 4)
+
+
+@pytest.fixture
+def pairs(cfg):
+    """A run that sees two contrastive crops of each image."""
+    data = dataclasses.replace(cfg.data, crop="contrastive")
+    return dataclasses.replace(cfg, data=data, objective=CMAEConfig())
+
+
+def changed(cfg, **changes):
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+
+
+def taken(batches, count: int | None = None) -> list:
+    """Batches on the host; `count` of them, or all."""
+    found = []
+    while count is None or len(found) < count:
+        batch = next(batches, None)
+        if batch is None:
+            break
+        found.append(jax.tree.map(np.asarray, batch))
+    return found
+
+
+def assert_same(a: list, b: list) -> None:
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b):
+        assert len(x.views) == len(y.views)
+        assert all(np.array_equal(p, q) for p, q in zip(*map(jax.tree.leaves, (x, y))))
+
+
+@pytest.mark.parametrize("augment", ["none", "rand_augment", "three_augment"])
+@pytest.mark.parametrize("crop", ["inception", "contrastive"])
+def test_the_second_view_is_another_and_the_first_is_what_it_is_alone(crop, augment):
+    cfg = dataclasses.replace(CFG, crop=crop, augment=augment, erasing=0.2)
+    boxes = table() if crop == "contrastive" else None
+    second = []
+    for example in range(20):
+        record = {"image": PNG, "label": 1}
+        alone = transforms.TrainExample(cfg, 1, 9, boxes=boxes)((4, example, record))
+        make = transforms.TrainExample(cfg, 1, 9, crops=2, boxes=boxes)
+        both = make((4, example, record))
+        assert set(both) == {*alone, "second_image"}
+        assert all(np.array_equal(both[name], alone[name]) for name in alone)
+        assert np.array_equal(make((4, example, record))["second_image"], both["second_image"])
+        assert (both["image"] != both["second_image"]).any()
+        for other in (make((5, example, record)), make((4, example + 1, record))):
+            assert (other["second_image"] != both["second_image"]).any()
+        second.append(both["second_image"].tobytes())
+    assert len(set(second)) == 20
+
+
+def test_the_second_view_has_colours_of_its_own():
+    """Of a plain square, which no crop tells from another."""
+    plain = cv2.imencode(".png", np.full((64, 64, 3), (40, 90, 160), np.uint8))[1].tobytes()
+    cfg = dataclasses.replace(CFG, augment="color_jitter", color_jitter=0.5)
+    differ = 0
+    for example in range(20):
+        make = transforms.TrainExample(cfg, 1, 9, with_target=True, crops=2)
+        both, later = (make((epoch, example, {"image": plain, "label": 1})) for epoch in (4, 13))
+        assert np.array_equal(both["target"], later["target"])
+        differ += (both["image"] != both["second_image"]).any()
+        differ += (both["second_image"] != later["second_image"]).any()
+    assert differ > 35
+
+
+def test_geometry_and_colours_of_both_views_are_streams_of_their_own():
+    first = {
+        transforms.generator(1, number, example, stream, crop).random()
+        for number in range(3)
+        for example in range(3)
+        for stream in (transforms.GEOMETRY, transforms.COLOURS)
+        for crop in (0, 1)
+    }
+    assert len(first) == 36
+    plain, named = (transforms.generator(1, 2, 3, 0, *crop).random() for crop in ((), (0,)))
+    assert plain == named
+
+
+@needs_library
+def test_of_two_views_a_jpeg_is_decoded_once_and_the_first_is_that_of_its_part(monkeypatch):
+    cfg = dataclasses.replace(CFG, crop="contrastive", resize="linear")
+    boxes, whole, parts = table(), [], []
+    decoding, region = transforms.decode_image, jpeg.region
+    monkeypatch.setattr(transforms, "decode_image", lambda *a: (whole.append(1), decoding(*a))[1])
+    monkeypatch.setattr(jpeg, "region", lambda *a: (parts.append(1), region(*a))[1])
+    for i in range(12):
+        image = photograph(60 + i, 90 - i, i)
+        record = {"image": encoded(image, subsampling="4:2:0"), "label": 0}
+        alone = transforms.TrainExample(cfg, 5, 10, boxes=boxes)((i, i, record))
+        both = transforms.TrainExample(cfg, 5, 10, crops=2, boxes=boxes)((i, i, record))
+        assert np.array_equal(alone["image"], both["image"])
+    assert len(whole) == len(parts) == 12
+
+
+def test_boxes_move_the_crops(pairs):
+    """Each quarter of the image has a brightness of its own."""
+    quarters = np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((40, 40), np.uint8))
+    record = {"image": cv2.imencode(".png", quarters)[1].tobytes(), "label": 0}
+    data = dataclasses.replace(pairs.data, flip=False, min_crop_area=0.05)
+    edges = (10, 10, 20, 20), (10, 235, 20, 245), (235, 10, 245, 20), (235, 235, 245, 245)
+    boxes = np.array(edges, np.uint8)
+    make = transforms.TrainExample(data, 0, 1000, crops=2, boxes=boxes)
+    for example, brightness in enumerate((0, 80, 160, 240)):
+        corner = (0 if example < 2 else -1), (0 if example % 2 == 0 else -1)
+        for epoch in range(30):
+            found = make((epoch, example, record))
+            for name in ("image", "second_image"):
+                assert abs(int(found[name][*corner, 0]) - brightness) < 20
+    plain = transforms.TrainExample(data, 0, 1000, crops=2)
+    corners = [plain((epoch, 0, record))["image"][0, 0, 0] for epoch in range(30)]
+    assert max(corners) > 100
+
+
+def test_masks_follow_crops_around_the_centre():
+    image = np.arange(60 * 80, dtype=np.uint32).reshape(60, 80) % 251
+    file = cv2.imencode(".png", image.astype(np.uint8))[1].tobytes()
+    masks = dataclasses.replace(DataConfig().masks, field="mask", num_classes=251)
+    contrastive = ContrastiveCropConfig(boxes="centre")
+    cfg = DataConfig(crop="contrastive", contrastive_crop=contrastive, masks=masks)
+    for example in range(20):
+        record = {"image": file, "mask": file}
+        found = transforms.MaskedTrainExample(cfg, 0)((3, example, record))
+        rng = transforms.generator(0, 3, example, transforms.GEOMETRY)
+        crop = crops.draw_crop(60, 80, cfg, rng)
+        assert np.array_equal(found["masks"], crops.cropped_mask(image.astype(np.int16), crop, 20))
+
+
+def test_batches_have_two_views_on_any_mesh_and_any_number_of_hosts(pairs, one_device):
+    boxes = table()
+    whole = taken(pipeline.train_dataset(pairs, one_device, boxes=boxes))
+    assert len(whole) == pairs.total_steps and [len(b.views) for b in whole] == [2] * 12
+    abstract = program.abstract_batch(pairs, 16, one_device)
+    of_step = jax.tree.map(lambda x: (x.shape, x.dtype), whole[0])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == of_step
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert_same(whole, taken(pipeline.train_dataset(pairs, mesh, boxes=boxes)))
+    assert_same(whole[5:], taken(pipeline.train_dataset(pairs, one_device, 5, boxes=boxes)))
+    for a, b in zip(whole, taken(pipeline.train_dataset(pairs, one_device))):
+        assert (a.id == b.id).all() and (a.views[0] != b.views[0]).any()
+    hosts = [feed.training(pairs, rows, boxes=boxes) for rows in (range(8), range(8, 16))]
+    for batch, *parts in zip(whole, *hosts, strict=True):
+        for view, name in zip(batch.views, ("image", "second_image")):
+            assert np.array_equal(np.concatenate([part[name] for part in parts]), view)
+
+
+def test_workers_give_the_views_that_threads_give(pairs, one_device):
+    pairs, boxes = dataclasses.replace(pairs, epochs=1), table()
+    threads = taken(pipeline.train_dataset(pairs, one_device, boxes=boxes))
+    batches = pipeline.train_dataset(changed(pairs, workers=2), one_device, boxes=boxes)
+    workers = taken(batches, 2)
+    batches.restart(2, table(seed=1))
+    assert_same(threads[:2], workers)
+    rest = taken(batches)
+    assert_same(taken(pipeline.train_dataset(pairs, one_device, 2, boxes=table(seed=1))), rest)
+    batches.close()
+
+
+def running() -> int:
+    return sum(thread.name == "ahead" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
+    pairs, one_device, steps, monkeypatch
+):
+    before, other = running(), table(seed=1)
+    batches = pipeline.train_dataset(pairs, one_device, boxes=table())
+    first = taken(batches, steps)
+    time.sleep(0.3)  # batches of the old boxes wait
+    closed, ahead, fed = [], batches.batches, batches.feed
+    monkeypatch.setattr(fed, "close", lambda: closed.append(feed.Feed.close(fed)))
+    batches.restart(steps, other)
+    assert not ahead.thread.is_alive() and len(closed) == 1 and running() == before + 1
+    rest = taken(batches)
+    batches.close()
+    assert running() == before and len(first) + len(rest) == pairs.total_steps
+    assert_same(rest, taken(pipeline.train_dataset(pairs, one_device, steps, boxes=other)))
+    old = taken(pipeline.train_dataset(pairs, one_device, steps, boxes=table()))
+    assert all((a.id == b.id).all() for a, b in zip(rest, old))
+    assert all((a.views[0] != b.views[0]).any() for a, b in zip(rest, old))
+    batches.restart(pairs.total_steps - 1, None)
+    assert_same(
+        taken(batches), taken(pipeline.train_dataset(pairs, one_device, pairs.total_steps - 1))
+    )
+    batches.restart(pairs.total_steps, other)
+    assert taken(batches) == []
+
+
+def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=48))
+    found = taken(pipeline.whole_dataset(cfg, cfg.data.train_split, one_device))
+    ids, weight = (np.concatenate([getattr(b, x) for b in found]) for x in ("id", "weight"))
+    assert ids[:64].tolist() == list(range(64)) and (ids[64:] == -1).all() and len(ids) == 96
+    assert weight.sum() == 64 and (weight[:64] == 1).all()
+    assert found[0].views[0].shape == (48, 20, 20, 1) and len(found[0].views) == 1
+    source = records.open_training_source(cfg.data)
+    for i in (0, 63):
+        image = crops.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
+        assert (found[i // 48].views[0][i % 48] == image).all()
+    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
+    assert_same(found, taken(pipeline.whole_dataset(cfg, cfg.data.train_split, mesh)))
+
+
+def test_a_whole_image_has_all_four_corners_whatever_its_shape():
+    image = np.full((30, 200, 3), 100, np.uint8)
+    image[:15, :100], image[15:, 100:] = 0, 250
+    record = {"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}
+    found = transforms.EvalExample(CFG, crops.whole_image)((0, record))["image"]
+    assert found.shape == (32, 32, 3)
+    corners = found[:13, :13], found[:13, 19:], found[19:, :13], found[19:, 19:]
+    for corner, brightness in zip(corners, (0, 100, 100, 250)):
+        assert (abs(corner.astype(int) - brightness) < 6).all()
+
+
+def test_a_table_that_does_not_fit_is_refused(pairs):
+    with pytest.raises(SetupError, match=r"uint8 of shape \(63, 4\), but .*train_examples = 64"):
+        feed.training(pairs, ROWS, boxes=table(63))
+    with pytest.raises(SetupError, match=r"boxes is int64 of shape \(64, 4\)"):
+        feed.training(pairs, ROWS, boxes=table().astype(int))
+    for data in (
+        {"crop": "inception"},
+        {"contrastive_crop": ContrastiveCropConfig(boxes="centre")},
+    ):
+        with pytest.raises(SetupError, match="A table of boxes was given"):
+            feed.training(changed(pairs, **data), ROWS, boxes=table())
