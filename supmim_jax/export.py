@@ -1,4 +1,4 @@
-"""Writes an encoder and its classifier for another library.
+"""Writes an encoder, and its classifier if it has one, for another library.
 
 python -m supmim_jax.export --checkpoint runs/supmim --to transformers --out exported
 
@@ -17,36 +17,46 @@ from supmim_jax.config import MeshConfig, SetupError
 from supmim_jax.formats import files, timm_vit, transformers_vit
 
 WRITERS = {"timm": timm_vit.write, "transformers": transformers_vit.write}
-LOADING = {
-    "timm": "timm.create_model('local-dir:{}', pretrained=True)",
-    "transformers": "transformers.AutoModelForImageClassification.from_pretrained('{}')",
+LOADING = {  # by library and by what the run's objective leaves; these are what can be written
+    "timm": dict.fromkeys(
+        ("classifier", "encoder"), "timm.create_model('local-dir:{}', pretrained=True)"
+    ),
+    "transformers": {
+        "classifier": "transformers.AutoModelForImageClassification.from_pretrained('{}')",
+        "encoder": "transformers.AutoModel.from_pretrained('{}', add_pooling_layer=False)",
+    },
 }
 
 
-def export(location: str, to: str, out: Path) -> None:
+def export(location: str, to: str, out: Path) -> str:
     """Writes the checkpoint at `workdir` or `workdir@step` in the format `to`.
 
+    Returns:
+      How `out` is loaded there.
+
     Raises:
-      SetupError: the checkpoint is missing or has no classifier, or `out` is not free.
+      SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, or
+        `out` is not free.
     """
     files.check_free(out)
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
-    if cfg.objective.name not in ("supervised", "supmim"):
+    if cfg.objective.leaves not in LOADING[to]:
         raise SetupError(
-            f"--checkpoint {location} is of objective {cfg.objective.name!r}, which trains no "
-            f"classifier of images: export the run that it started from, or another."
+            f"--checkpoint {location} is of objective {cfg.objective.name!r}, which leaves a "
+            f"{cfg.objective.leaves}, neither a classifier of images nor an encoder by itself: "
+            f"export the run that it started from, or another."
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     runner = inference.build_inference(cfg, 1, mesh)
     params = jax.tree.map(np.asarray, checkpoint.restore_params(directory, runner.params))
     tensors, documents = WRITERS[to](params, cfg)
     files.write(out, tensors, documents)
+    return LOADING[to][cfg.objective.leaves].format(out)
 
 
 def main() -> None:
-    export(CHECKPOINT.value, TO.value, Path(OUT.value))
-    print(LOADING[TO.value].format(OUT.value))
+    print(export(CHECKPOINT.value, TO.value, Path(OUT.value)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python -m supmim_jax.import_weights --from timm --path <dir> --workdir runs/imported
 
 Model, image size, channels and classes are those of the file; everything else, such as the data
-set that `probe` measures on, is from --config and its overrides.
+set that `probe` measures on, is from --config and its overrides. An encoder without a classifier,
+such as a published MAE's, becomes a checkpoint of objective `mae` to be probed and fine-tuned.
 """
 
 import dataclasses
@@ -12,12 +13,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import checkpoint, commands, inference, optim, sharding
-from supmim_jax.config import Config, MeshConfig, SetupError, SupervisedConfig
+from supmim_jax.config import (
+    Config,
+    DataConfig,
+    MAEConfig,
+    MeshConfig,
+    SetupError,
+    SupervisedConfig,
+)
 from supmim_jax.configdict import from_configdict, to_configdict
 from supmim_jax.formats import augreg, equivalents, files, timm_vit, transformers_vit
 from supmim_jax.formats.description import Foreign
@@ -40,14 +49,24 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
     else:
         arrays, documents, file = files.read_directory(path)
         found = READERS[source](documents, file)
-    cfg = combine(base, found)
+    cfg = (combine if found.num_classes else combine_encoder)(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     like = inference.build_inference(cfg, 1, mesh).params
-    params = from_foreign(arrays, found.layout, like, file)
+    params = from_foreign(encoder_of(arrays, found, file), found.layout, like, file)
+    params = equivalents.with_our_pixels(params, found.mean, found.std, cfg.model.patch)
     params = equivalents.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
     return cfg, params
+
+
+def encoder_of(arrays: dict[str, np.ndarray], found: Foreign, file: str) -> dict[str, np.ndarray]:
+    """Without what is no part of the encoder; a line on the terminal says what that is."""
+    left = [name for name in arrays if name.startswith(found.leaves_out)]
+    if left:
+        parts = ", ".join(f"{part}*" for part in sorted({f"{x.partition('.')[0]}." for x in left}))
+        print(f"{file}: left out {parts} ({len(left)} arrays), no part of the encoder")
+    return {name: x for name, x in arrays.items() if not name.startswith(found.leaves_out)}
 
 
 def combine(base: Config, found: Foreign) -> Config:
@@ -57,17 +76,39 @@ def combine(base: Config, found: Foreign) -> Config:
             f"--config is of objective {base.objective.name!r}, which trains no classifier: give "
             f"one of 'supervised' or 'supmim', as configs/supervised_b14_imagenet1k.py."
         )
-    data = dataclasses.replace(
-        base.data,
-        num_classes=found.num_classes,
+    objective = SupervisedConfig(classification=base.objective.classification)
+    data = dataclasses.replace(images(base.data, found), num_classes=found.num_classes)
+    cfg = dataclasses.replace(base, data=data, model=found.model, objective=objective)
+    return from_configdict(to_configdict(cfg))
+
+
+def combine_encoder(base: Config, found: Foreign) -> Config:
+    """As `combine`, for an encoder by itself; the classes are those of the data.
+
+    The objective is that of a `base` which leaves an encoder, else `mae`.
+    """
+    objective = base.objective if base.objective.leaves == "encoder" else MAEConfig()
+    heads = ("top1", "miou")  # evaluations of a head, and there is none
+    which = tuple(name for name in base.eval.which if name not in heads) or ("knn",)
+    cfg = dataclasses.replace(
+        base,
+        data=images(base.data, found),
+        model=found.model,
+        objective=objective,
+        eval=dataclasses.replace(base.eval, which=which),
+    )
+    return from_configdict(to_configdict(cfg))
+
+
+def images(data: DataConfig, found: Foreign) -> DataConfig:
+    """The data of the config, as images for the model that was found."""
+    return dataclasses.replace(
+        data,
         image_size=found.image_size,
         channels=found.channels,
         eval_resize=max(found.eval_resize, found.image_size),
-        augment=base.data.augment if found.channels == 3 else "none",
+        augment=data.augment if found.channels == 3 else "none",
     )
-    objective = SupervisedConfig(classification=base.objective.classification)
-    cfg = dataclasses.replace(base, data=data, model=found.model, objective=objective)
-    return from_configdict(to_configdict(cfg))
 
 
 def save(workdir: epath.Path, cfg: Config, params: dict) -> None:

@@ -164,7 +164,10 @@ class Clock:
         self.steps, self.window_seconds, self.waited = 0, 0.0, 0.0
 
 
-SHOWN = ("loss", "ce", "mim", "accuracy", "psnr", "code_usage")  # of a step, where there
+SHOWN = (  # of a step, where there
+    *("loss", "ce", "mim", "reconstruction", "position", "contrastive"),
+    *("accuracy", "psnr", "code_usage"),
+)
 
 
 class ProgressLine:

@@ -1,7 +1,9 @@
 """Shows what the masked branch does: python -m supmim_jax.picture --checkpoint runs/supmim.
 
 A PNG with a column per image: the image, its tokens decoded, its masked twin, and its tokens with
-the masked places filled by the decoder's predictions. Of a tokenizer's run: images and tokens.
+the masked places filled by the decoder's predictions. Where pixels are predicted (MAE, CMAE): the
+image, its masked twin, and the same with the predicted patches in the masked places. Of a
+tokenizer's run: images and tokens.
 """
 
 from dataclasses import dataclass
@@ -17,55 +19,108 @@ from jax.sharding import Mesh
 from supmim_jax import checkpoint, commands, frozen, inference, metrics, program, sharding
 from supmim_jax.config import Config, MeshConfig, SetupError
 from supmim_jax.data import pipeline
+from supmim_jax.models.masking import Mask
 from supmim_jax.models.vit import patchify, pixels, unpatchify
+from supmim_jax.objectives.mae import MAE
 from supmim_jax.objectives.supmim import SupMIM
+
+# What predicts masked patches. CMAE does as the MAE that it is built on: its encoder and decoder
+# are all that is asked for, and its other tasks' heads and momentum branch stay on disk.
+PREDICTORS = {"supmim": SupMIM, "mae": MAE, "cmae": MAE}
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint with its tokenizer; no `objective` where the tokenizer is what was trained."""
+    """A checkpoint with its tokenizer.
+
+    No `objective` where the tokenizer is what was trained, no `tokenizer` where pixels are the
+    target.
+    """
 
     cfg: Config
-    tokenizer: inference.BoundTokenizer
-    objective: SupMIM | None
+    tokenizer: inference.BoundTokenizer | None
+    objective: SupMIM | MAE | None
+
+
+def shows(cfg: Config) -> bool:
+    """Whether there is something to see of a run: predictions, or a tokenizer of its own."""
+    return cfg.objective.name in PREDICTORS or cfg.objective.leaves == "tokenizer"
 
 
 def panels(restored: Restored, images_uint8, key: jax.Array) -> dict[str, np.ndarray]:
     """Rows of the picture by title, each float32 BxHxWxC in [-1, 1], for masks drawn from `key`."""
+    images, mask = pixels(images_uint8), None
+    if restored.objective:
+        mask = restored.objective.mask(key, jnp.arange(len(images)))
+    if restored.tokenizer:
+        rows = token_rows(restored, images_uint8, mask)
+    else:
+        rows = pixel_rows(restored.objective, images, mask)
+    return {title: np.clip(np.asarray(row), -1, 1) for title, row in rows.items()}
+
+
+def token_rows(restored: Restored, images_uint8, mask: Mask | None) -> dict[str, jax.Array]:
+    """Images, their tokens, and with a mask the masked twins and the likeliest tokens."""
     tokenizer, objective = restored.tokenizer, restored.objective
     images, ids = pixels(images_uint8), tokenizer.encode(images_uint8)
     rows = {"image": images, "tokens": tokenizer.decode(ids)}
-    if objective:
-        patch, side = objective.encoder.cfg.patch, objective.encoder.side
-        mask = objective.mask(key, jnp.arange(len(images)))
-        grey = jnp.where(mask.masked[..., None], 0.0, patchify(images, patch))
-        predicted = objective.predict_tokens(images, mask).argmax(-1).astype(ids.dtype)
-        rows["masked"] = unpatchify(grey, patch, side)
+    if mask is not None:
+        predicted = objective.predict(images, mask).argmax(-1).astype(ids.dtype)
+        rows["masked"] = twin(objective, images, mask, jnp.zeros(()))
         rows["predicted"] = tokenizer.decode(jnp.where(mask.masked, predicted, ids))
-    return {title: np.clip(np.asarray(row), -1, 1) for title, row in rows.items()}
+    return rows
+
+
+def pixel_rows(objective: SupMIM | MAE, images, mask: Mask) -> dict[str, jax.Array]:
+    """Images, their masked twins, and these with the predicted pixels in the masked places."""
+    predicted = objective.target.restored(objective.predict(images, mask), images)
+    return {
+        "image": images,
+        "masked": twin(objective, images, mask, jnp.zeros(())),
+        "reconstruction": twin(objective, images, mask, predicted),
+    }
+
+
+def twin(objective: SupMIM | MAE, images, mask: Mask, patches_BxLxP) -> jax.Array:
+    """Images with these patches in the masked places; 0 is grey."""
+    patch, side = objective.encoder.cfg.patch, objective.encoder.side
+    kept = patchify(images, patch)
+    return unpatchify(jnp.where(mask.masked[..., None], patches_BxLxP, kept), patch, side)
 
 
 def restore(location: str) -> Restored:
     """The checkpoint at `workdir` or `workdir@step`, decoder and tokenizer included.
 
     Raises:
-      SetupError: it is missing, or its objective has no image tokens.
+      SetupError: it is missing, or its objective neither predicts patches nor trains a tokenizer.
     """
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
-    workdir, mesh = directory.parent.parent, one_device()
-    if cfg.objective.name != "vqgan" and not cfg.has_tokens:
-        raise SetupError(f"{location} is a {cfg.objective.name!r} run without image tokens.")
-    tokens = inference.build_tokenizer(cfg, 1, mesh)
-    if cfg.objective.name == "vqgan":
+    mesh, tokenizer = one_device(), None
+    if not shows(cfg):
+        raise SetupError(
+            f"--checkpoint {location} is of objective {cfg.objective.name!r}, which hides no "
+            f"patches and trains no tokenizer: give a run of "
+            f"{', '.join(map(repr, PREDICTORS))} or 'vqgan'."
+        )
+    if cfg.objective.leaves == "tokenizer":
+        tokens = inference.build_tokenizer(cfg, 1, mesh)
         params = checkpoint.restore_params(directory, {"tokenizer": tokens.arrays})
         return Restored(cfg, tokens.bind(params), None)
-    arrays = sharding.put(frozen.tokenizer(cfg, workdir, tokens.arrays), tokens.arrays)
-    prog = program.build(cfg, mesh)
-    params = checkpoint.restore_params(directory, prog.state.params)
-    fixed = {"target": {"tokenizer": arrays}} if prog.frozen else {}
-    objective = nnx.merge(prog.graph, params, {}, fixed)
-    return Restored(cfg, inference.BoundTokenizer(tokens, arrays), objective)
+    if cfg.has_tokens:
+        tokens = inference.build_tokenizer(cfg, 1, mesh)
+        arrays = frozen.tokenizer(cfg, directory.parent.parent, tokens.arrays)
+        tokenizer = tokens.bind({"tokenizer": sharding.put(arrays, tokens.arrays)})
+
+    def split():
+        with nnx.use_eager_sharding(False):
+            return program.parts(PREDICTORS[cfg.objective.name](cfg, rngs=nnx.Rngs(0)))
+
+    graph, params, _, fixed = jax.eval_shape(split)
+    params = checkpoint.restore_params(directory, sharding.shard_like_params(params, mesh))
+    if fixed:  # the step's own tokenizer, where no cache spares it from one
+        fixed = {"target": {"tokenizer": tokenizer.arrays}}
+    return Restored(cfg, tokenizer, nnx.merge(graph, params, fixed))
 
 
 def one_device() -> Mesh:
@@ -100,16 +155,17 @@ def main() -> None:
     batch = next(pipeline.eval_dataset(cfg, cfg.data.eval_split, one_device()))
     images = batch.views[0][: COUNT.value]
     workdir, step = checkpoint.split_step(CHECKPOINT.value)
-    path = Path(OUT.value or Path(workdir, "tokens.png"))
+    name = "tokens" if restored.tokenizer else "reconstruction"
+    path = Path(OUT.value or Path(workdir, f"{name}.png"))
     draw(panels(restored, images, jax.random.key(cfg.seed)), path)
     if TENSORBOARD.value:
-        metrics.write_image(Path(workdir), step or 0, "tokens", path)
+        metrics.write_image(Path(workdir), step or 0, name, path)
     print(path)
 
 
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
-    OUT = flags.DEFINE_string("out", "", "PNG to write; default: <workdir>/tokens.png")
+    OUT = flags.DEFINE_string("out", "", "PNG; default: in the workdir, named by what it shows")
     COUNT = flags.DEFINE_integer("images", 8, "How many to show.", lower_bound=2)
     TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also an image for TensorBoard.")
     commands.start(main)

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_features, make_params
 
 from supmim_jax import export, import_weights
-from supmim_jax.config import DataConfig
+from supmim_jax.config import DataConfig, MAEConfig
 from supmim_jax.formats import files, timm_vit
 
 EXTRA = 'exports are tested against PyTorch: pip install -e ".[parity]"'
@@ -62,6 +62,24 @@ def test_transformers_computes_the_same(supervised, tmp_path, model, channels):
     encoder = hf.AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
     tokens = encoder(pixels(images)).last_hidden_state
     assert_close(ours.pooled, tokens[:, 0] if cfg.model.pooling == "cls" else tokens.mean(1))
+    assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
+
+
+@pytest.mark.parametrize(("model", "channels"), MODELS)
+def test_transformers_loads_an_encoder_by_itself(supervised, tmp_path, model, channels):
+    headless = dataclasses.replace(supervised, objective=MAEConfig())
+    cfg, params, images = make(headless, model, channels)
+    files.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
+    cls = cfg.model.pooling == "cls"
+    for kind in (hf.AutoModel, hf.ViTModel if cls else hf.IJepaModel):
+        theirs, report = kind.from_pretrained(
+            tmp_path / "out", add_pooling_layer=False, output_loading_info=True
+        )
+        assert not any(report.values()), report
+    ours = make_features(cfg, params, images)
+    tokens = theirs(pixels(images)).last_hidden_state
+    assert ours.logits is None
+    assert_close(ours.pooled, tokens[:, 0] if cls else tokens.mean(1))
     assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
 
 

@@ -8,6 +8,7 @@ from conftest import make_features
 from test_export import MODELS, assert_close, make, pixels
 
 from supmim_jax import export, import_weights
+from supmim_jax.config import MAEConfig
 from supmim_jax.formats import files
 
 EXTRA = 'timm is not in the parity extra: pip install -e ".[timm]"'
@@ -25,6 +26,20 @@ def test_timm_computes_the_same(supervised, tmp_path, model, channels):
     assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
     assert_close(ours.pooled, theirs.forward_head(tokens, pre_logits=True))
     assert_close(ours.logits, theirs(pixels(images)))
+
+
+@pytest.mark.parametrize(("model", "channels"), MODELS)
+def test_timm_loads_an_encoder_by_itself(supervised, tmp_path, model, channels):
+    headless = dataclasses.replace(supervised, objective=MAEConfig())
+    cfg, params, images = make(headless, model, channels)
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    ours = make_features(cfg, params, images)
+    for arguments in ({}, {"num_classes": 0}):
+        theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **arguments)
+        theirs = theirs.eval()
+        tokens = theirs.forward_features(pixels(images))
+        assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
+        assert_close(ours.pooled, theirs(pixels(images)))
 
 
 def test_the_transform_of_timm_makes_our_pixels(supervised, tmp_path):

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, make_features, make_params
+from etils import epath
 from flax import traverse_util
 
 from supmim_jax import checkpoint, export, import_weights, probe, program, sharding
+from supmim_jax.config import Config, MAEConfig
 from supmim_jax.formats import files, timm_vit
 
 # What timm 1.0.31 has for vit_base_patch16_224 with these arguments and one block.
@@ -40,6 +42,13 @@ TIMM = {
 }
 
 
+@pytest.fixture
+def mae(supervised) -> Config:
+    """A run that leaves an encoder without a head."""
+    evaluation = dataclasses.replace(supervised.eval, which=("knn",))
+    return dataclasses.replace(supervised, objective=MAEConfig(mask_ratio=0.6), eval=evaluation)
+
+
 def with_model(cfg, **fields):
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, drop_path=0.0, **fields))
 
@@ -62,6 +71,16 @@ def test_timm_names_and_shapes(supervised):
     assert {name: x.shape for name, x in tensors.items()} == TIMM
 
 
+def test_timm_has_no_head_where_ours_has_none(mae):
+    cfg = with_model(mae, depth=1, pooling="cls", layer_scale=0.1)
+    tensors, documents = timm_vit.write(make_params(cfg), cfg)
+    shapes = {name: x.shape for name, x in tensors.items()}
+    assert shapes == {name: x for name, x in TIMM.items() if not name.startswith("head.")}
+    config = documents["config.json"]
+    for section in (config, config["model_args"], config["pretrained_cfg"]):
+        assert section["num_classes"] == 0
+
+
 @pytest.mark.parametrize("to", ["timm", "transformers"])
 @pytest.mark.parametrize("pooling", ["gap", "cls"])
 @pytest.mark.parametrize("positions", ["learned", "sincos2d"])
@@ -74,6 +93,22 @@ def test_export_and_import_are_inverse_bit_for_bit(supervised, tmp_path, to, poo
     found, back = import_weights.load(to, write(cfg, params, to, tmp_path / "out"), cfg)
     assert_same(back, params)
     assert found == cfg  # eval_resize, classes, channels and the rest of the data section too
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+def test_an_encoder_by_itself_comes_back_too(mae, supervised, tmp_path, capsys, to, pooling):
+    cfg = with_model(mae, pooling=pooling)
+    params = make_params(cfg)
+    assert params.keys() == {"encoder"}
+    out = write(cfg, params, to, tmp_path / "out")
+    found, back = import_weights.load(to, out, cfg)
+    assert_same(back, params)
+    assert found == cfg
+    other, back = import_weights.load(to, out, supervised)
+    assert_same(back, params)
+    assert other.objective == MAEConfig() and other.eval.which == ("knn",)
+    assert other.data == supervised.data and capsys.readouterr().out == ""
 
 
 def test_layer_scale_goes_into_the_weights_for_transformers(supervised, tmp_path):
@@ -100,6 +135,21 @@ def test_timm_gets_our_mlp_dim_and_eval_resize_back(mlp_dim, width):
     assert int(width * timm_vit.ratio(mlp_dim, width)) == mlp_dim
     for resize in (width, mlp_dim):
         assert int(width / timm_vit.crop(width, resize)) == resize
+
+
+def test_the_command_exports_an_encoder_and_probe_measures_it_imported(mae, one_device, tmp_path):
+    cfg = with_model(mae)
+    state = program.build(cfg, one_device).init(jax.random.key(0))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
+    checkpoints.save(state, cfg, checkpoint.BEGIN)
+    checkpoints.close()
+    out, imported = tmp_path / "out", epath.Path(tmp_path / "imported")
+    said = export.export(str(tmp_path / "run"), "transformers", out)
+    assert said == f"transformers.AutoModel.from_pretrained('{out}', add_pooling_layer=False)"
+    assert "local-dir" in export.export(str(tmp_path / "run"), "timm", tmp_path / "timm")
+    import_weights.save(imported, *import_weights.load("transformers", out, cfg))
+    found, original = (probe.probe(str(d)).results for d in (imported, tmp_path / "run"))
+    assert found == original
 
 
 def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_path):

@@ -6,15 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_params
 from safetensors.numpy import load_file, save_file
 
-from supmim_jax import export, import_weights
+from supmim_jax import checkpoint, export, import_weights
 from supmim_jax.config import SetupError
 from supmim_jax.formats import augreg, equivalents, files
 from supmim_jax.formats.layout import to_foreign
+from supmim_jax.types import TrainState
 
 
 @pytest.fixture
@@ -129,6 +131,29 @@ def test_nothing_is_overwritten(exported):
     with pytest.raises(TypeError):
         files.write(path / "new", {}, {"config.json": {"x": object()}})
     assert sorted(path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("leaves", ["segmenter", "tokenizer"])
+def test_a_run_of_neither_classifier_nor_encoder_is_not_exported(supervised, tmp_path, leaves):
+    name = {"segmenter": "finetune_segmentation_debug", "tokenizer": "vqgan_debug"}[leaves]
+    cfg = importlib.import_module(f"configs.{name}").experiment()
+    state = TrainState(jnp.zeros((), jnp.int32), {"x": jnp.zeros(1)}, {}, ())
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
+    checkpoints.save(state, cfg, checkpoint.BEGIN)
+    checkpoints.close()
+    with pytest.raises(SetupError, match=f"which leaves a {leaves}, neither a classifier"):
+        export.export(str(tmp_path / "run"), "timm", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.5], 0.0, "half"])
+def test_other_pixels_are_refused(exported, std):
+    cfg, path = exported
+    processor = path / "transformers" / "preprocessor_config.json"
+    values = json.loads(processor.read_text()) | {"image_std": std}
+    processor.write_text(json.dumps(values))
+    with pytest.raises(SetupError, match=r"image_std is .*, expected a positive number for each"):
+        import_weights.load("transformers", path / "transformers", cfg)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from supmim_jax.config import (
     Config,
     DataConfig,
     DecoderConfig,
+    MAEConfig,
     OptimConfig,
     PatchCodesConfig,
     SupMIMConfig,
@@ -184,6 +185,7 @@ def test_the_masked_branch_is_of_the_image_before_mixing(cfg):
 GOLDEN = {
     "supervised": {"loss": 3.3998, "grad_norm": 0.738245, "params": 2530.35},
     "supmim": {"loss": 6.92066, "grad_norm": 8.82145, "params": 4025.39},
+    "mae": {"loss": 2.79548, "grad_norm": 7.38918, "params": 4014.47},
 }
 INTENDED = (
     "The numbers of the first training steps changed. If that was intended (another loss, "
@@ -191,9 +193,10 @@ INTENDED = (
 )
 
 
-@pytest.mark.parametrize("name", ["supervised", "supmim"])
+@pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
-    cfg = cfg if name == "supmim" else supervised
+    mae = dataclasses.replace(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
+    cfg = {"supervised": supervised, "supmim": cfg, "mae": mae}[name]
     built = program.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(3):

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from supmim_jax import checkpoint, inference, sharding
+from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import (
     CheckpointConfig,
+    CMAEConfig,
     Config,
     DataConfig,
     DecoderConfig,
@@ -218,6 +219,37 @@ def test_a_tokenizer_run_has_its_reconstructions(data_dir, tmp_path):
     assert anchors == ["curves", "evaluations", "predictions", "config", "environment"]
     psnr = json.loads((tmp_path / "results.json").read_text())["psnr"]
     assert float(page.all("data")[0][0]["value"]) == psnr and len(page.all("img")) == 16
+
+
+def test_a_run_of_cmae_has_its_reconstructions_and_the_curves_of_its_terms(data_dir, tmp_path):
+    cfg = Config(
+        batch_size=16,
+        data=DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64),
+        model=ViTConfig(width=16, depth=1, mlp_dim=32),
+        objective=CMAEConfig(),
+        eval=EvalConfig(batch_size=64, which=("knn",)),
+    )
+    workdir, mesh = tmp_path / "run", sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    state = program.build(cfg, mesh).init(jax.random.key(0))
+    checkpoints.save(state, cfg, checkpoint.BEGIN)
+    checkpoints.close()
+    terms = ("loss", "reconstruction", "position", "contrastive")
+    shares = ("position_accuracy", "contrastive_accuracy")
+    lines = [{"step": i, **dict.fromkeys((*terms, *shares), 0.1 + i)} for i in (0, 1)]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    report = gather(str(workdir))
+    page = Page(render(report))
+    anchors = [a["id"] for a, _ in page.all("section")]
+    assert anchors == [
+        *("curves", "evaluations", "neighbours", "predictions", "tokens", "config", "environment")
+    ]
+    titles = [text for _, text in page.all("h3")]
+    assert titles == ["Loss and its terms", "Accuracy on training batches, share"]
+    assert list(report.measured.panels) == ["image", "masked", "reconstruction"]
+    assert (report.measured.panels["image"] == report.measured.examples.images).all()
+    text = " ".join(text for a, text in page.all("section") if a["id"] == "predictions")
+    assert "what the encoder sees of them" in text and "tokens" not in text
 
 
 def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, tmp_path):

@@ -8,7 +8,12 @@ from supmim_jax.formats.layout import Layout
 
 
 class Foreign(NamedTuple):
-    """A model in another library's files, in our terms: `positions` are always learned here."""
+    """A model in another library's files, in our terms: `positions` are always learned here.
+
+    num_classes is 0 where there is no classifier. Arrays whose names begin with one of `leaves_out`
+    are no part of the encoder. The model sees pixels in [0, 1] less `mean` and divided by `std`,
+    which have a number per channel or one for all.
+    """
 
     model: ViTConfig
     num_classes: int
@@ -16,6 +21,9 @@ class Foreign(NamedTuple):
     channels: int
     eval_resize: int
     layout: Layout
+    leaves_out: tuple[str, ...] = ()
+    mean: tuple[float, ...] = (0.5,)  # this encoder's: it sees pixels / 127.5 - 1
+    std: tuple[float, ...] = (0.5,)
 
 
 class Section:
@@ -27,18 +35,33 @@ class Section:
         self.values = values
         self.file = file
 
-    def number(self, key: str, default: int | None = None) -> int:
+    def number(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number, or the side of a square given as a pair."""
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if type(value) is not int or value < 1:
+        if type(value) is not int or value < least:
+            wanted = "a positive whole number" if least else "a whole number from 0"
             raise SetupError(
-                f"{self.file}: {key} is {value!r}, expected a positive whole number (or a pair of "
-                f"equal ones: images and patches are square here)."
+                f"{self.file}: {key} is {value!r}, expected {wanted} (or a pair of equal ones: "
+                f"images and patches are square here)."
             )
         return value
+
+    def per_channel(self, key: str, default: float, channels: int) -> tuple[float, ...]:
+        """A positive number for each channel, or one for all."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        found = value if isinstance(value, list) else [value]
+        if len(found) not in (1, channels) or not all(
+            type(x) in (int, float) and x > 0 for x in found
+        ):
+            raise SetupError(
+                f"{self.file}: {key} is {value!r}, expected a positive number for each of "
+                f"{channels} channels, or one."
+            )
+        return tuple(map(float, found))
 
     def real(self, key: str, default: float) -> float:
         """A number that is not negative; null is the default."""

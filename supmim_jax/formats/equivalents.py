@@ -28,6 +28,23 @@ def fixed(model: ViTConfig, data: DataConfig) -> np.ndarray:
     return sincos2d(side, side, model.width, model.position_grid)
 
 
+def with_our_pixels(
+    params: Any, mean: tuple[float, ...], std: tuple[float, ...], patch: int
+) -> Any:
+    """The patch embedding of pixels u = 2p - 1 from that of (p - mean) / std, p in [0, 1].
+
+    (p - m) / s = u / (2 s) + (0.5 - m) / s: the factor goes into the kernel, the rest into the
+    bias. Nothing changes, to the bit, where mean and std are 0.5.
+    """
+    mean, std = np.array(mean, np.float32), np.array(std, np.float32)
+    kernel, bias = (params["encoder"]["patches"][name] for name in ("kernel", "bias"))
+    by_channel = kernel.reshape(patch, patch, -1, kernel.shape[-1])  # row, column, channel, width
+    shift = (by_channel * ((0.5 - mean) / std)[:, None]).sum((0, 1, 2))
+    scaled = (by_channel / (2 * std)[:, None]).reshape(kernel.shape)
+    patches = {"kernel": scaled, "bias": bias + shift}
+    return params | {"encoder": params["encoder"] | {"patches": patches}}
+
+
 def without_layer_scale(params: Any) -> Any:
     """LayerScale multiplied into the layer before it: (x W + b) s = x (W s) + b s."""
     blocks = dict(params["encoder"]["transformer"]["blocks"])

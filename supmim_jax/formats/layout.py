@@ -135,7 +135,7 @@ def check(found: dict[str, np.ndarray], wanted: dict[str, Any], file: str) -> No
         raise SetupError(
             f"{file} does not hold the weights of the ViT that it describes: "
             f"{'; '.join(problems[:5])}{more}. Nothing was imported; is --from right, and the file "
-            f"whole and of a classifier?"
+            f"whole?"
         )
 
 

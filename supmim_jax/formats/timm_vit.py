@@ -32,21 +32,25 @@ ROWS = (
     *linear(f"{BLOCKS}/fc1", "blocks.{}.mlp.fc1"),
     *linear(f"{BLOCKS}/fc2", "blocks.{}.mlp.fc2"),
     *norm("encoder/norm", "norm"),
-    *linear("head", "head"),
 )
+HEAD = linear("head", "head")
 LAYER_SCALE = (
     Row(f"{BLOCKS}/scale1", ("blocks.{}.ls1.gamma",)),
     Row(f"{BLOCKS}/scale2", ("blocks.{}.ls2.gamma",)),
 )
 
 
-def layout(model: ViTConfig, channels: int, positions: int, cls_positions: bool) -> Layout:
-    """The rows for a model with this many patch positions."""
+def layout(
+    model: ViTConfig, channels: int, positions: int, *, head: bool, cls_positions: bool
+) -> Layout:
+    """The rows for a model with this many patch positions, with or without a classifier."""
     rows = (
         *convolution("patch_embed.proj", model.patch, channels, model.width),
         Row("encoder/positions", ("pos_embed",), shape=(1, positions, model.width)),
         *ROWS,
     )
+    if head:
+        rows += HEAD
     if model.layer_scale:
         rows += LAYER_SCALE
     if model.pooling == "cls":
@@ -57,15 +61,17 @@ def layout(model: ViTConfig, channels: int, positions: int, cls_positions: bool)
 def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
-    side = data.image_size // model.patch
+    side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
+    classes = data.num_classes if head else 0  # timm's way to say that there is no classifier
     params = equivalents.with_positions(params, model, data)
-    tensors = to_foreign(params, layout(model, data.channels, side * side, False))
+    rows = layout(model, data.channels, side * side, head=head, cls_positions=False)
+    tensors = to_foreign(params, rows)
     pool = {"gap": "avg", "cls": "token"}[model.pooling]
     arguments = {
         "img_size": data.image_size,
         "patch_size": model.patch,
         "in_chans": data.channels,
-        "num_classes": data.num_classes,
+        "num_classes": classes,
         "global_pool": pool,
         "embed_dim": model.width,
         "depth": model.depth,
@@ -86,14 +92,14 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
         "crop_mode": "center",
         "mean": [0.5] * data.channels,
         "std": [0.5] * data.channels,
-        "num_classes": data.num_classes,
+        "num_classes": classes,
         "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
     config = {
         "architecture": "vit_base_patch16_224",  # the arguments say everything that it would
-        "num_classes": data.num_classes,
+        "num_classes": classes,
         "num_features": model.width,
         "global_pool": pool,
         "model_args": arguments,
@@ -139,16 +145,21 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
         gelu=args.one_of("act_layer", {"gelu": "exact", "gelu_tanh": "tanh", None: "exact"}, None),
     )
     channels = args.number("in_chans", 3)
+    classes = args.number("num_classes", config.values.get("num_classes"), least=0)
     without = args.one_of("no_embed_class", {True: True, False: False}, False)
     crop_pct = pretrained.real("crop_pct", 0.875) or 1.0
     return Foreign(
         model=model,
-        num_classes=args.number("num_classes", config.values.get("num_classes")),
+        num_classes=classes,
         image_size=image_size,
         channels=channels,
         eval_resize=math.floor(image_size / crop_pct),
         layout=layout(
-            model, channels, (image_size // model.patch) ** 2, pooling == "cls" and not without
+            model,
+            channels,
+            (image_size // model.patch) ** 2,
+            head=classes > 0,
+            cls_positions=pooling == "cls" and not without,
         ),
     )
 

@@ -1,8 +1,10 @@
-"""The two ViTs of transformers that are ours: model types `vit` and `ijepa`.
+"""The ViTs of transformers that are ours: model types `vit` and `ijepa`, and to read `vit_mae`.
 
 `vit` always has a CLS token and classifies from it. `ijepa` has none, and classifies from the mean
 of its normalised tokens: our average pooling. Neither has LayerScale, which is multiplied into the
 layers before it. Names are those that save_pretrained writes; transformers 5 renames them on load.
+The encoder by itself (ViTModel, IJepaModel, ViTMAEModel) has no prefix before its names. `vit_mae`
+is a `vit` that MAE has trained; it has no classifier, and its decoder is left out.
 """
 
 from typing import Any
@@ -15,23 +17,23 @@ from supmim_jax.formats.layout import BLOCKS, Layout, Row, convolution, linear, 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 KNOWN_GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
 TYPES = {"cls": "vit", "gap": "ijepa"}
-CLASSES = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassification"}
+CLASSIFIERS = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassification"}
+ENCODERS = {"cls": "ViTModel", "gap": "IJepaModel"}
+MAE, MAE_ENCODER = "vit_mae", "ViTMAEModel"
+NO_ENCODER = ("pooler.", "decoder.")  # a layer after the CLS token; what predicts masked patches
 BICUBIC = 3  # PIL's number
 EPSILON = 1e-6
 
 
-def layout(model: ViTConfig, channels: int, positions: int) -> Layout:
-    """The rows for a model with this many patch positions."""
-    root = TYPES[model.pooling]
-    layer, width = f"{root}.encoder.layer.{{}}", model.width
+def layout(model: ViTConfig, channels: int, positions: int, *, head: bool, root: str) -> Layout:
+    """The rows for a model with this many patch positions; `root` is before the encoder's names."""
+    layer, width = f"{root}encoder.layer.{{}}", model.width
     attention = f"{layer}.attention.attention"
     rows = (
-        *convolution(
-            f"{root}.embeddings.patch_embeddings.projection", model.patch, channels, width
-        ),
+        *convolution(f"{root}embeddings.patch_embeddings.projection", model.patch, channels, width),
         Row(
             "encoder/positions",
-            (f"{root}.embeddings.position_embeddings",),
+            (f"{root}embeddings.position_embeddings",),
             shape=(1, positions, width),
         ),
         *norm(f"{BLOCKS}/norm1", f"{layer}.layernorm_before"),
@@ -40,24 +42,26 @@ def layout(model: ViTConfig, channels: int, positions: int) -> Layout:
         *norm(f"{BLOCKS}/norm2", f"{layer}.layernorm_after"),
         *linear(f"{BLOCKS}/fc1", f"{layer}.intermediate.dense"),
         *linear(f"{BLOCKS}/fc2", f"{layer}.output.dense"),
-        *norm("encoder/norm", f"{root}.layernorm"),
-        *linear("head", "classifier"),
+        *norm("encoder/norm", f"{root}layernorm"),
     )
+    if head:
+        rows += linear("head", "classifier")
     if model.pooling == "gap":
         return Layout(rows)
-    cls = Row("encoder/cls", (f"{root}.embeddings.cls_token",), shape=(1, 1, width))
-    return Layout((*rows, cls), f"{root}.embeddings.position_embeddings")
+    cls = Row("encoder/cls", (f"{root}embeddings.cls_token",), shape=(1, 1, width))
+    return Layout((*rows, cls), f"{root}embeddings.position_embeddings")
 
 
 def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
-    side = data.image_size // model.patch
+    side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
+    root = f"{TYPES[model.pooling]}." if head else ""
     params = equivalents.with_positions(params, model, data)
     params = equivalents.without_layer_scale(params)
-    tensors = to_foreign(params, layout(model, data.channels, side * side))
+    tensors = to_foreign(params, layout(model, data.channels, side * side, head=head, root=root))
     config = {
-        "architectures": [CLASSES[model.pooling]],
+        "architectures": [(CLASSIFIERS if head else ENCODERS)[model.pooling]],
         "model_type": TYPES[model.pooling],
         "hidden_size": model.width,
         "num_hidden_layers": model.depth,
@@ -71,9 +75,11 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
         "patch_size": model.patch,
         "num_channels": data.channels,
         "qkv_bias": True,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(data.num_classes)},
-        "label2id": {f"LABEL_{i}": i for i in range(data.num_classes)},
     }
+    if head:
+        labels = [f"LABEL_{i}" for i in range(data.num_classes)]
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
     processor = {
         "image_processor_type": "BitImageProcessor",  # the plain resize, crop and normalise
         "do_convert_rgb": data.channels == 3,
@@ -98,14 +104,16 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
       SetupError: it is of another kind, or has parts that this encoder cannot express.
     """
     config = Section(documents["config.json"], file)
-    pooling = config.one_of("model_type", {name: pool for pool, name in TYPES.items()}, None)
+    kinds = {name: pool for pool, name in TYPES.items()} | {MAE: "cls"}
+    pooling = config.one_of("model_type", kinds, None)
+    head, root = _parts(config, pooling)
     config.same("qkv_bias", True, True, "this encoder's attention has biases.")
     config.same(
         "layer_norm_eps",
         EPSILON,
         1e-12,
-        "this encoder's. Google's ViTs were trained with it, though their conversions say 1e-12: "
-        "for those, write 1e-06 into config.json.",
+        "this encoder's. Google's ViTs and MAE's were trained with it, though their conversions "
+        "say 1e-12: for those, write 1e-06 into config.json.",
     )
     model = ViTConfig(
         patch=config.number("patch_size", 16),
@@ -118,24 +126,41 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
     )
     image_size, channels = config.number("image_size", 224), config.number("num_channels", 3)
     labels = config.values.get("id2label") or {}
+    classes = config.number("num_labels", len(labels) or 2) if head else 0  # 2: their own default
+    eval_resize, mean, std = _processor(documents, image_size, channels, file)
+    positions = (image_size // model.patch) ** 2
     return Foreign(
         model=model,
-        num_classes=config.number("num_labels", len(labels) or 2),  # 2: transformers' own default
+        num_classes=classes,
         image_size=image_size,
         channels=channels,
-        eval_resize=_eval_resize(documents, image_size, file),
-        layout=layout(model, channels, (image_size // model.patch) ** 2),
+        eval_resize=eval_resize,
+        layout=layout(model, channels, positions, head=head, root=root),
+        leaves_out=() if head else NO_ENCODER,
+        mean=mean,
+        std=std,
     )
 
 
-def _eval_resize(documents: dict[str, Any], image_size: int, file: str) -> int:
-    """The shorter side before the centre crop; without a crop the image's own."""
+def _parts(config: Section, pooling: str) -> tuple[bool, str]:
+    """Whether there is a classifier, and what is before the names of the encoder's arrays."""
+    classes = config.values.get("architectures") or []
+    if config.values["model_type"] == MAE:
+        return False, "" if MAE_ENCODER in classes else "vit."
+    if ENCODERS[pooling] in classes:
+        return False, ""
+    return True, f"{TYPES[pooling]}."
+
+
+def _processor(
+    documents: dict[str, Any], image_size: int, channels: int, file: str
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """The shorter side before the centre crop (without one the image's own), mean and deviation."""
     processor = Section(
         documents.get("preprocessor_config.json") or {}, f"{file}, preprocessor_config.json"
     )
-    for key in ("image_mean", "image_std"):
-        processor.same(key, 0.5, 0.5, "this encoder sees pixels / 127.5 - 1.")
+    mean, std = (processor.per_channel(f"image_{x}", 0.5, channels) for x in ("mean", "std"))
     if not processor.values.get("do_center_crop"):
-        return image_size
+        return image_size, mean, std
     size = Section(processor.values.get("size"), f"{processor.file}, size")
-    return size.number("shortest_edge", image_size)
+    return size.number("shortest_edge", image_size), mean, std

@@ -47,7 +47,7 @@ class MAE(nnx.Module):
         """The masks of the examples with these ids."""
         return masking.sample("random", self.cfg.mask_ratio, self.encoder.side, key, ids_B)
 
-    def predict_patches(self, images, mask: masking.Mask) -> jax.Array:
+    def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLxP, from float images whose masked patches
         are not looked at."""
         (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),))

@@ -81,7 +81,7 @@ class SupMIM(nnx.Module):
             return self.encoder.embed(images, visible=mask)
         return self.encoder.embed(images, masked=(mask, self.mask_embedding[...]))
 
-    def predict_tokens(self, images, mask: masking.Mask) -> jax.Array:
+    def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLx(outputs), from masked float images."""
         (tokens,) = self.encoder.encode((self.embed_masked(images, mask),))
         return self.decoder(tokens, mask)

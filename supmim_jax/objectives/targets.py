@@ -57,9 +57,18 @@ class Pixels(nnx.Module):
         patches = patchify(images, self.patch)
         if not self.normalize:
             return patches
-        mean = patches.mean(-1, keepdims=True)
-        variance = patches.var(-1, keepdims=True, ddof=1)
-        return (patches - mean) / jnp.sqrt(variance + PIXEL_EPSILON)
+        mean, deviation = statistics(patches)
+        return (patches - mean) / deviation
+
+    def restored(self, patches_BxLxP, images) -> jax.Array:
+        """Inverse of `patches`: pixels BxLxP, with mean and deviation of the patches of `images`.
+
+        This is how predictions are shown, as in MAE's demo: what is not their task is not shown.
+        """
+        if not self.normalize:
+            return patches_BxLxP
+        mean, deviation = statistics(patchify(images, self.patch))
+        return patches_BxLxP * deviation + mean
 
     def loss(self, predicted_BxLxP, patches_BxLxP, masked_BxL) -> jax.Array:
         """Mean squared error over each image's masked patches, B."""
@@ -68,6 +77,12 @@ class Pixels(nnx.Module):
 
     def metrics(self, predicted, patches, masked, weight_B) -> Metrics:
         return {}
+
+
+def statistics(patches_BxLxP) -> tuple[jax.Array, jax.Array]:
+    """Mean and deviation of each patch over its pixels and channels, BxLx1 each."""
+    variance = patches_BxLxP.var(-1, keepdims=True, ddof=1)
+    return patches_BxLxP.mean(-1, keepdims=True), jnp.sqrt(variance + PIXEL_EPSILON)
 
 
 def make(cfg: Config) -> Tokens | Pixels:

@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     examples: Examples
     neighbours: Neighbourhood | None = None  # of runs with an encoder, and so are the tokens
     tokens: np.ndarray | None = None  # float32 BxHxWxD of the examples
-    panels: Panels | None = None  # of runs with image tokens
+    panels: Panels | None = None  # of runs that predict masked patches, or train a tokenizer
     segmented: Segmented | None = None  # of data sets with masks
 
 
@@ -85,7 +85,7 @@ def measure(location: str, cfg: Config, split: str) -> Measured:
             found = found._replace(neighbours=near)
         if cfg.data.masks.field:
             found = found._replace(segmented=segmented(encoder, cfg, split, mesh))
-    if cfg.has_tokens or cfg.objective.name == "vqgan":
+    if picture.shows(cfg):
         found = found._replace(panels=panels(location, shown.images, cfg.seed))
     return found
 
@@ -143,7 +143,7 @@ def segmented(encoder: inference.BoundEncoder, cfg: Config, split: str, mesh: Me
 
 
 def panels(location: str, images_uint8: np.ndarray, seed: int) -> Panels:
-    """Images, their tokens decoded, masked twins and predictions, as `picture` has them."""
+    """Images, masked twins and what is predicted for them, as `picture` has them."""
     restored = picture.restore(location)
     rows = picture.panels(restored, jax.numpy.asarray(images_uint8), jax.random.key(seed))
     return {title: np.round((row + 1) * 127.5).astype(np.uint8) for title, row in rows.items()}

@@ -23,9 +23,13 @@ CHARTS = {  # by title; what metrics.jsonl has besides gets a chart of its own
     "Loss and its terms": (
         "loss",
         *("ce", "mim"),
+        *("reconstruction", "position", "contrastive"),
         *("l1", "l2", "codebook", "commitment", "entropy", "perceptual", "generator"),
     ),
-    "Accuracy on training batches, share": ("accuracy", "mim_accuracy"),
+    "Accuracy on training batches, share": (
+        *("accuracy", "mim_accuracy"),
+        *("position_accuracy", "contrastive_accuracy"),
+    ),
     "Learning rate": ("learning_rate",),
     "Images per second": ("images_per_second",),
     "Share of time waiting for data": ("data_wait",),

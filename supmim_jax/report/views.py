@@ -47,7 +47,7 @@ def neighbour(
 
 
 def predictions(examples: Examples, panels: Panels, classes: Sequence[str]) -> Section:
-    """Images, tokens, masked twins and predicted tokens, or images and reconstructions."""
+    """Images, masked twins and predictions, or a tokenizer's images and reconstructions."""
     titles = [classes[label] for label in examples.labels]
     if "masked" not in panels:
         pairs = {"image": panels["image"], "reconstruction": panels["tokens"]}
@@ -58,6 +58,12 @@ def predictions(examples: Examples, panels: Panels, classes: Sequence[str]) -> S
         "could look like; what the encoder sees of them; and the decoder's likeliest tokens in "
         "the masked places."
     )
+    if "tokens" not in panels:
+        text = (
+            "The first images of the split; what the encoder sees of them; and the same with the "
+            "decoder's predictions in the masked places. Where the target is normalised patches, "
+            "the predictions have the mean and the contrast of the true ones."
+        )
     cards = pictures.cards(titles, panels)
     return section("Masked-image prediction", "predictions", note(text), cards)
 
