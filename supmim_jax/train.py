@@ -6,49 +6,29 @@ devices.
 
 import contextlib
 import json
-import socket
-import time
 
 import jax
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import (
     checkpoint,
     commands,
     distributed,
-    environment,
     evals,
     frozen,
     inference,
     localize,
     program,
+    run_directory,
     sharding,
     start,
 )
 from supmim_jax.config import Config, SetupError
-from supmim_jax.configdict import differences, from_configdict, to_configdict
+from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed, pipeline
 from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine, write_json
-
-# Where a run goes on, how it reads, logs and saves may change between its parts.
-MAY_CHANGE = (
-    "config.mesh.",
-    "config.log.",
-    "config.eval.",
-    "config.checkpoint.",
-    "config.tokens.cache:",  # the same tokens elsewhere, or made in the step: frozen.check_kept
-    "config.objective.target.path:",
-    "config.data.data_dir:",
-    "config.data.workers:",
-    "config.data.threads:",
-    "config.data.prefetch:",
-    "config.data.max_broken:",
-)
-SHARED_WITHIN = 20  # seconds after which every host must see a file that another one wrote
-MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
 
 
 def train(
@@ -75,7 +55,7 @@ def train(
     subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     feed.check(cfg)
     workdir = epath.Path(workdir)
-    check_workdir(workdir, cfg)
+    run_directory.check(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
         return json.loads((workdir / "results.json").read_text())
@@ -85,8 +65,8 @@ def train(
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     frozen.check_kept(host_arrays, cfg, workdir)
     distributed.agree("frozen arrays", {"sha256": frozen.digests(host_arrays)})
-    make_workdir(workdir, cfg, host_arrays)
-    check_shared(workdir)
+    run_directory.make(workdir, cfg, host_arrays)
+    run_directory.check_shared(workdir)
     fixed = sharding.put(host_arrays, prog.frozen)
 
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -98,7 +78,7 @@ def train(
         state, run = start.state(cfg, prog), checkpoint.BEGIN
     last = min(stop_at or cfg.total_steps, cfg.total_steps)
 
-    record_environment(workdir, first, mesh)
+    run_directory.record_environment(workdir, first, mesh)
     writer = MetricsWriter(workdir, first, cfg.log.tensorboard)
     line, finite = ProgressLine(cfg), FiniteCheck()
     if first:
@@ -162,71 +142,6 @@ def evaluate(subject, state, cfg: Config, mesh, step: int, writer, line) -> dict
     shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
     line.say(f"step {step}, {cfg.data.eval_split}: {shown}")
     return results
-
-
-def check_workdir(workdir: epath.Path, cfg: Config) -> None:
-    """Raises SetupError if the workdir holds a run that this config would not continue."""
-    path = workdir / "config.json"
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, json.JSONDecodeError) as error:
-        raise SetupError(f"{path} cannot be read: {error}. Choose another --workdir.") from None
-    if found is None:
-        return
-    found = to_configdict(from_configdict(found)).to_dict()
-    changed = [
-        difference
-        for difference in differences(found, to_configdict(cfg).to_dict())
-        if not difference.startswith(MAY_CHANGE + (() if cfg.needs_masks else MASKS))
-    ]
-    if changed:
-        raise SetupError(
-            f"--workdir {workdir} holds a run of another config: {'; '.join(changed)} "
-            f"(there; here). Choose another --workdir, or the config that began it."
-        )
-
-
-def make_workdir(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
-    """Makes the workdir with what the run begins from: the config and the tokenizer.
-
-    Raises:
-      SetupError: it cannot be written, or is another one on another host.
-    """
-    config = workdir / "config.json"
-    try:
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not config.exists():
-                frozen.save(fixed, cfg, workdir)
-                write_json(config, to_configdict(cfg).to_dict())
-    except OSError as error:
-        raise SetupError(
-            f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
-        ) from None
-
-
-def check_shared(workdir: epath.Path) -> None:
-    """Raises SetupError unless this process sees the workdir that process 0 has made."""
-    distributed.barrier("workdir")
-    waited = time.monotonic()
-    while not (workdir / "config.json").exists():  # network file systems are late by seconds
-        if time.monotonic() - waited > SHARED_WITHIN:
-            raise SetupError(
-                f"--workdir {workdir} of process 0 is not there on {socket.gethostname()}. Give a "
-                f"directory that all hosts share (gs://, NFS, Lustre)."
-            )
-        time.sleep(0.5)
-
-
-def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
-    """Notes in environment.json what the steps after `step` run on."""
-    if jax.process_index() == 0:
-        path, now = workdir / "environment.json", environment.collect(list(mesh.devices.flat))
-        try:
-            parts = json.loads(path.read_text()) if path.exists() else []
-        except json.JSONDecodeError as error:
-            raise SetupError(f"{path} cannot be read: {error}. Remove it to go on.") from None
-        write_json(path, environment.continued(parts, step, now))
 
 
 def main() -> None:

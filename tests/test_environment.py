@@ -7,7 +7,7 @@ import jax
 import pytest
 from etils import epath
 
-from supmim_jax import environment, sharding, train
+from supmim_jax import environment, run_directory, sharding, train
 from supmim_jax.config import SetupError
 
 
@@ -55,10 +55,10 @@ def test_parts_are_noted_where_the_environment_changes_and_no_later():
 def test_training_notes_what_it_runs_on(cfg, tmp_path):
     train.train(cfg, tmp_path, stop_at=1, devices=jax.devices()[:1])
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:2])
-    train.record_environment(epath.Path(tmp_path), 1, mesh)
+    run_directory.record_environment(epath.Path(tmp_path), 1, mesh)
     parts = json.loads((tmp_path / "environment.json").read_text())
     found = [(part["from_step"], part["devices"]) for part in parts]
     assert found == [(0, "1 x cpu"), (1, "2 x cpu")]
     (tmp_path / "environment.json").write_text("[")
     with pytest.raises(SetupError, match=r"environment\.json cannot be read.*Remove it"):
-        train.record_environment(epath.Path(tmp_path), 1, mesh)
+        run_directory.record_environment(epath.Path(tmp_path), 1, mesh)

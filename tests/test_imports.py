@@ -13,6 +13,7 @@ LAYERS = [
     {"inference", "checkpoint", "evals", "commands", "accumulate"},
     {"program"},
     {"frozen", "start", "localize"},
+    {"run_directory"},
     {
         "train",
         "probe",
