@@ -9,7 +9,7 @@ import pytest
 
 from supmim_jax import hlo, sharding
 from supmim_jax.bench import flops
-from supmim_jax.config import DecoderConfig, MeshConfig
+from supmim_jax.config import CMAEConfig, DecoderConfig, MAEConfig, MeshConfig
 from supmim_jax.hlo.trips import steps
 
 N = 32
@@ -234,6 +234,16 @@ def test_supmim_step_on_two_devices(cfg):
     found, expected = result["parts"]["patch embedding"].pop("forward")
     assert found == pytest.approx(expected / 2)
     exact(result)
+
+
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+@pytest.mark.parametrize("objective", [MAEConfig(), CMAEConfig()], ids=lambda o: o.name)
+def test_steps_without_labels(cfg, one_device, objective, pooling):
+    cfg = small(dataclasses.replace(cfg, objective=objective))
+    model = dataclasses.replace(cfg.model, pooling=pooling)
+    result = flops.measure(dataclasses.replace(cfg, model=model), one_device)
+    exact(result)
+    assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4)], ids=str)

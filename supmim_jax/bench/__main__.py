@@ -1,14 +1,14 @@
-"""Measures: python -m supmim_jax.bench data|flops|knn|tokens; --help lists a bench's flags."""
+"""Measures: python -m supmim_jax.bench boxes|data|flops|knn|tokens; --help lists the flags."""
 
 import sys
 
 from absl import flags
 
 from supmim_jax import commands
-from supmim_jax.bench import data, knn, tokens
+from supmim_jax.bench import boxes, data, knn, tokens
 from supmim_jax.bench import flops as flops_
 
-BENCHES = {"data": data, "flops": flops_, "knn": knn, "tokens": tokens}
+BENCHES = {"boxes": boxes, "data": data, "flops": flops_, "knn": knn, "tokens": tokens}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ class Work:
         return self.forward + self.backward
 
 
-OBJECTIVES = ("supervised", "supmim")
+OBJECTIVES = ("supervised", "supmim", "mae", "cmae")
 
 
 def train(cfg: Config) -> dict[str, Work]:
@@ -36,24 +36,63 @@ def train(cfg: Config) -> dict[str, Work]:
     patches = (cfg.data.image_size // model.patch) ** 2
     pixels = model.patch**2 * cfg.data.channels
     prefix = int(model.pooling == "cls")
+    if objective.leaves == "encoder":
+        return _without_labels(cfg, patches, pixels, prefix)
     segments, embedded = [patches + prefix], patches
     parts = {"head": _trained(2 * model.width * cfg.data.num_classes)}
     if objective.name == "supmim":
-        decoder, outputs = objective.decoder, outputs_per_patch(cfg)
         visible = objective.encoder_input == "visible"
         entering = patches - num_masked(patches, objective.mask_ratio) if visible else patches
         segments.append(entering + prefix)
         embedded += entering
-        ends = 2 * (entering + prefix) * model.width * decoder.width
-        ends += 2 * patches * decoder.width * outputs
-        whole = _stack(decoder, [patches + prefix], model.remat)
-        parts["decoder"] = Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
+        parts["decoder"] = _decoder(cfg, patches, entering, prefix, outputs_per_patch(cfg))
         if cfg.has_tokens and not cfg.tokens.cache:
             parts["tokenizer"] = Work(tokenizer(cfg, patches), 0)
     parts["encoder"] = _stack(model, segments, model.remat)
     embedding = 2 * embedded * pixels * model.width
     parts["patch embedding"] = Work(embedding, embedding)
     return parts
+
+
+def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict[str, Work]:
+    """MAE and CMAE: every view's kept patches through the encoder, all through the decoder."""
+    model, objective, views = cfg.model, cfg.objective, cfg.crops_per_example
+    kept = patches - num_masked(patches, objective.mask_ratio)
+    encoder = _stack(model, [kept + prefix] * views, model.remat)
+    embedding = 2 * views * kept * pixels * model.width
+    decoder = _decoder(cfg, patches, kept, prefix, pixels)
+    parts = {
+        "decoder": _times(decoder, views),
+        "encoder": encoder,
+        "patch embedding": Work(embedding, embedding),
+    }
+    if objective.name == "cmae" and objective.position.weight:
+        asked = max(round(objective.position.unplaced * kept), 1)
+        asked = asked if objective.position.leak_free else kept
+        parts["head"] = _trained(2 * views * asked * model.width * patches)
+    if objective.name == "cmae" and objective.contrastive.weight:
+        sizes = objective.contrastive
+        projector = 2 * (model.width + sizes.dim) * sizes.hidden
+        predictor = 4 * sizes.dim * sizes.hidden
+        slow = Work(encoder.forward + embedding + views * projector, 0)
+        fast = _trained(views * (projector + predictor))
+        logits = 2 * views * cfg.batch_size * sizes.dim  # of one image with the global batch
+        forward = slow.forward + fast.forward + logits
+        parts["contrastive"] = Work(forward, fast.backward + logits)  # keys get no gradient
+    return parts
+
+
+def _decoder(cfg: Config, patches: int, entering: int, prefix: int, outputs: int) -> Work:
+    """The decoder of one view, of which `entering` patches come out of the encoder."""
+    decoder = cfg.objective.decoder
+    ends = 2 * (entering + prefix) * cfg.model.width * decoder.width
+    ends += 2 * patches * decoder.width * outputs
+    whole = _stack(decoder, [patches + prefix], cfg.model.remat)
+    return Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
+
+
+def _times(work: Work, count: int) -> Work:
+    return Work(count * work.forward, count * work.backward, count * work.recomputed)
 
 
 def outputs_per_patch(cfg: Config) -> int:

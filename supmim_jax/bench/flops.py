@@ -23,6 +23,7 @@ PARTS = (
     ("PatchCodes.encode", "tokenizer"),
     ("VQGAN.encode", "tokenizer"),
     ("Decoder.__call__", "decoder"),
+    ("CMAE.contrastive", "contrastive"),
     ("ViT.embed", "patch embedding"),
     ("ViT.encode", "encoder"),
     ("Linear.__call__", "head"),

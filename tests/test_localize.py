@@ -1,0 +1,186 @@
+"""Heat maps, their boxes, the pass that finds them in training, and what is saved of it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_params
+
+from supmim_jax import checkpoint, inference, localize, sharding
+from supmim_jax.bench import boxes as bench
+from supmim_jax.config import (
+    CMAEConfig,
+    ConfigError,
+    ContrastiveCropConfig,
+    DecoderConfig,
+    EvalConfig,
+    MeshConfig,
+    SetupError,
+    TokensConfig,
+)
+from supmim_jax.data import pipeline, records, sequence
+from supmim_jax.data.contrastive_crop import WHOLE
+from supmim_jax.models import heat_map
+from supmim_jax.train import train
+from supmim_jax.types import Features
+
+ONE = jax.devices()[:1]
+
+
+@pytest.fixture
+def cropping(cfg):
+    """CMAE for 12 steps whose boxes are found after steps 3, 6 and 9."""
+    boxes = ContrastiveCropConfig(every_epochs=0.75, threshold=0.4)
+    return dataclasses.replace(
+        cfg,
+        data=dataclasses.replace(cfg.data, crop="contrastive", contrastive_crop=boxes),
+        objective=CMAEConfig(decoder=DecoderConfig(depth=1, width=16, mlp_dim=32, heads=2)),
+        eval=EvalConfig(which=("knn",), batch_size=48),
+        log=dataclasses.replace(cfg.log, every=1),
+    )
+
+
+def test_the_figure_is_what_differs_from_the_border():
+    random = np.random.default_rng(0)
+    ground, figure = random.normal(size=(2, 32))
+    shown = np.zeros((8, 8), bool)
+    shown[2:5, 3:7] = True
+    tokens = np.where(shown[..., None], figure, ground) + 0.1 * random.normal(size=(8, 8, 32))
+    for sign in (1.0, -1.0):  # the direction that differs has two ends, of which one is the ground
+        heat = np.asarray(heat_map.heat_map(jnp.asarray(sign * tokens[None] + 5.0)))[0]
+        assert heat.shape == (8, 8) and heat[shown].min() > heat[~shown].max()
+    centred = (tokens - tokens.mean((0, 1))).reshape(64, 32)
+    first = np.linalg.svd(centred)[0][:, 0]
+    assert abs(np.dot(first, heat.reshape(-1))) > 0.999
+
+
+def test_boxes_by_hand():
+    heat = np.full((1, 8, 8), -3.0, np.float32)
+    heat[0, 2:5, 3:7] = 1.0
+    (found,) = np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.5))
+    np.testing.assert_array_equal(found, [2 * 255 // 8, 3 * 255 // 8, 160, 224])  # ceil(5/8, 7/8)
+    heat[0, 7, 0] = -1.1  # 0.475 of the way up
+    assert (np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.5))[0] == found).all()
+    (wider,) = np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.45))
+    np.testing.assert_array_equal(wider, [63, 0, 255, 224])
+    flat = jnp.full((1, 8, 8), 2.0)
+    np.testing.assert_array_equal(heat_map.bounds(flat, 8, 0.5)[0], WHOLE)
+    larger = np.asarray(heat_map.bounds(jnp.asarray(heat[:, :7]), 70, 0.8))[0]
+    assert larger[1] > found[1] and larger[3] < found[3]  # it is enlarged, then cut
+
+
+def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
+    found = []
+    params = make_params(cropping)
+    for mesh in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
+        subject = inference.build_inference(cropping, 48, mesh)  # 64 images: a batch is padded
+        found.append(localize.boxes(subject.bind(params), cropping, mesh))
+    table, other = found
+    assert table.dtype == np.uint8 and table.shape == (64, 4)
+    assert (np.abs(table.astype(int) - other) > 0).mean() < 0.05  # rounding moves few edges
+    assert len(np.unique(table, axis=0)) > 16
+    assert (table[:, 0] < table[:, 2]).all() and (table[:, 1] < table[:, 3]).all()
+
+    encoder = inference.build_inference(cropping, 48, one_device).bind(params)
+    images = next(pipeline.whole_dataset(cropping, "train[:64]", one_device)).views[0]
+    heat = heat_map.heat_map(encoder.features(images).tokens)
+    np.testing.assert_array_equal(heat_map.bounds(heat, 20, 0.4), table[:48])
+
+
+def test_a_record_that_cannot_be_read_has_the_whole_image(cropping, one_device, monkeypatch):
+    reading = sequence.EvaluationRecord.__call__
+    monkeypatch.setattr(
+        sequence.EvaluationRecord,
+        "__call__",
+        lambda self, i: (i, None) if i == 5 else reading(self, i),
+    )
+    encoder = inference.build_inference(cropping, 48, one_device).bind(make_params(cropping))
+    table = localize.boxes(encoder, cropping, one_device)
+    np.testing.assert_array_equal(table[5], WHOLE)
+    assert (table != np.array(WHOLE)).any(1).sum() > 32
+
+
+def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monkeypatch):
+    passes = []
+    finding = localize.boxes
+    monkeypatch.setattr(localize, "boxes", lambda *a: passes.append(1) or finding(*a))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(cropping, whole, devices=ONE)
+    assert len(passes) == 3  # not after the last step
+    for stop_at in (2, 3, 7, None):  # before the first pass, at it, between two
+        train(cropping, parts, stop_at=stop_at, devices=ONE)
+    assert len(passes) == 6
+
+    def losses(workdir: Path) -> list[float]:
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert losses(parts) == losses(whole) and len(losses(whole)) == 12
+    saved = [
+        checkpoint.Checkpoints(d, cropping.checkpoint).restore_boxes(12, cropping)
+        for d in (whole, parts)
+    ]
+    np.testing.assert_array_equal(*saved)
+    assert saved[0].shape == (64, 4) and (saved[0] != np.array(WHOLE)).any()
+
+
+def test_boxes_of_another_number_of_images_or_none_are_refused(cropping, tmp_path):
+    train(cropping, tmp_path, stop_at=4, devices=ONE)
+    checkpoints = checkpoint.Checkpoints(tmp_path, cropping.checkpoint)
+    data = dataclasses.replace(cropping.data, train_examples=63, train_split="train[:63]")
+    other = dataclasses.replace(cropping, data=data)
+    with pytest.raises(SetupError, match=r"boxes is uint8\[64, 4\] in the checkpoint"):
+        checkpoints.restore_boxes(4, other)
+    assert checkpoints.restore_boxes(2, cropping) is None  # there was no pass by then
+    for path in (tmp_path / "checkpoints" / "4" / "boxes").iterdir():
+        if path.is_file():
+            path.unlink()
+    with pytest.raises(SetupError, match="its `boxes` is missing or incomplete"):
+        checkpoint.Checkpoints(tmp_path, cropping.checkpoint).restore_boxes(4, cropping)
+
+
+def test_heat_maps_need_an_encoder_and_no_token_cache(cfg):
+    data = dataclasses.replace(cfg.data, crop="contrastive")
+    with pytest.raises(ConfigError, match=r"boxes is 'heat_map'.*tokens\.cache.*'centre'"):
+        dataclasses.replace(cfg, data=data, tokens=TokensConfig(cache="there"))
+    assert dataclasses.replace(cfg, data=data).steps_per_boxes == 80  # 20 epochs of 4 steps
+    centre = ContrastiveCropConfig(boxes="centre")
+    data = dataclasses.replace(data, contrastive_crop=centre)
+    fixed = dataclasses.replace(cfg, data=data, tokens=TokensConfig(cache="there"))
+    assert fixed.steps_per_boxes == 0
+
+
+class Patches:
+    """An encoder that sees the mean and the deviation of each 4x4 patch."""
+
+    def features(self, images) -> Features:
+        x = jnp.asarray(images, jnp.float32).reshape(len(images), 5, 4, 5, 4, 1)
+        tokens = jnp.stack([x.mean((2, 4, 5)), x.std((2, 4, 5))], -1)
+        return Features(tokens.mean((1, 2)), tokens)
+
+
+def test_boxes_find_the_figures_of_fractals(cropping):
+    """What a box should hold is known from the masks; the whole image is no bad guess."""
+    masks = dataclasses.replace(cropping.data.masks, field="segmentation", num_classes=31)
+    cfg = dataclasses.replace(cropping, data=dataclasses.replace(cropping.data, masks=masks))
+    found = bench.measure(Patches(), cfg, "train[:120]", 120)
+    assert found["heat map > 0.4"][0] > found["whole image"][0] + 0.02
+    assert found["whole image"][1] == 1.0 and found["heat map > 0.4"][1] < 0.9
+    source = records.open_masks(cfg.data, "train[:120]")
+    assert len(source) == 120
+    assert "| whole image |" in bench.report(found)
+    with pytest.raises(SetupError, match=r"masks\.field of the checkpoint is empty"):
+        bench.measure(Patches(), cropping, "train", 1)
+
+
+def test_overlaps_by_hand():
+    a = np.array([[0, 0, 0.5, 1], [0, 0, 1, 1], [0, 0, 0.2, 0.2]])
+    b = np.array([[0.25, 0, 1, 1], [0, 0, 1, 1], [0.5, 0.5, 1, 1]])
+    np.testing.assert_allclose(bench.iou(a, b), [0.25, 1.0, 0.0])
+    shown = np.zeros((4, 8), bool)
+    shown[1:3, 2:6] = True
+    np.testing.assert_allclose(bench.around(shown), [0.25, 0.25, 0.75, 0.75])
