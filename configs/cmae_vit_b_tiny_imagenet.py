@@ -7,9 +7,9 @@ Hardware: one GPU or more; with `:debug` after the file name, any machine.
 Fine-tuned top-1: 65.84 % (paper); not measured here.
 Decoder of 1 layer and 128 channels, weight 0.1, momentum 0.999 and temperature 1 are those of the
 first author's public later code (SDMAE); alpha 0.1 is ContrastiveCrop's for Tiny-ImageNet, whose
-boxes are found anew after each fifth of a run (arXiv 2202.03278). Image size and patch are those of
-configs/mae_vit_b_tiny_imagenet.py; the projector and the position task's weight are our choices, and
-so are its leak and the threshold of our heat map, as they did better on the built-in data
+boxes are found anew after each fifth of a run (arXiv 2202.03278). Image size and patch are those
+of configs/mae_vit_b_tiny_imagenet.py; the projector and the position task's weight are our choices,
+and so are its leak and the threshold of our heat map, as they did better on the built-in data
 (docs/mae.md). The rows of the paper's ablation are the overrides that configs/cmae_fractals.py
 names.
 """

@@ -22,7 +22,7 @@ from supmim_jax.config import (
 )
 from supmim_jax.models.vit import pixels
 from supmim_jax.objectives import losses
-from supmim_jax.objectives.cmae import CMAE
+from supmim_jax.objectives.cmae import CMAE, MomentumBranch
 from supmim_jax.objectives.mae import MAE
 
 OFF = ContrastiveConfig(weight=0.0)
@@ -177,6 +177,28 @@ def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
     slopes = jax.grad(loss, allow_int=True)(state.moving)
     kept = slopes["momentum"]["encoder"], slopes["momentum"]["projector"]
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(kept))
+
+
+def test_keys_are_constants_of_the_gradient(cmae, one_device, monkeypatch):
+    """Although the branch is a copy of the encoder, made in the same step."""
+    built, batch, kept = program.build(cmae, one_device), make_batch(cmae), []
+    state = built.init(jax.random.key(0))
+
+    def loss(params):
+        return nnx.merge(built.graph, params, state.moving, {}).loss(batch, KEY)[0]
+
+    keys_of = MomentumBranch.__call__
+    monkeypatch.setattr(MomentumBranch, "__call__", lambda *a: kept.append(keys_of(*a)) or kept[-1])
+    loss(state.params)
+    keys = kept[0]
+    monkeypatch.setattr(MomentumBranch, "__call__", keys_of)
+    found = jax.grad(loss)(state.params)
+    monkeypatch.setattr(MomentumBranch, "__call__", lambda *a: keys)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        found,
+        jax.grad(loss)(state.params),
+    )
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str)

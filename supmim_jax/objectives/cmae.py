@@ -134,7 +134,7 @@ class MomentumBranch(nnx.Module):
         keep = jnp.where(self.steps[...] == 0, 0.0, momentum)
         for slow, fast in ((self.encoder, encoder), (self.projector, projector)):
             state = nnx.state(slow, Moving)
-            weights = jax.lax.stop_gradient(nnx.to_pure_dict(nnx.state(fast, nnx.Param)))
+            weights = nnx.to_pure_dict(nnx.state(fast, nnx.Param))
             moved = jax.tree.map(
                 lambda s, f: keep * s + (1.0 - keep) * f, nnx.to_pure_dict(state), weights
             )
