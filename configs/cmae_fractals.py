@@ -30,7 +30,7 @@ from supmim_jax.config import (
 
 def experiment() -> Config:
     mae = mae_fractals.experiment()
-    boxes = ContrastiveCropConfig(alpha=0.6, threshold=0.4, every_epochs=12.8)  # a fifth of the run
+    boxes = ContrastiveCropConfig(alpha=0.6, threshold=0.5, every_epochs=12.8)  # a fifth of the run
     return dataclasses.replace(
         mae,
         data=dataclasses.replace(mae.data, crop="contrastive", contrastive_crop=boxes),

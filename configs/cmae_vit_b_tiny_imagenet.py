@@ -29,7 +29,7 @@ from supmim_jax.config import (
 
 def experiment() -> Config:
     mae = mae_vit_b_tiny_imagenet.experiment()
-    boxes = ContrastiveCropConfig(alpha=0.1, threshold=0.4, every_epochs=60)
+    boxes = ContrastiveCropConfig(alpha=0.1, threshold=0.5, every_epochs=60)
     return dataclasses.replace(
         mae,
         data=dataclasses.replace(mae.data, crop="contrastive", contrastive_crop=boxes),

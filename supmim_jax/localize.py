@@ -1,7 +1,5 @@
 """The boxes that ContrastiveCrop crops by: one pass of the encoder over the training images."""
 
-import functools
-
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -22,13 +20,18 @@ def boxes(encoder: Encoder, cfg: Config, mesh: Mesh) -> np.ndarray:
     size, threshold = cfg.data.image_size, cfg.data.contrastive_crop.threshold
     found = np.tile(np.uint8(WHOLE), (cfg.data.train_examples, 1))  # of broken records
     for batch in pipeline.whole_dataset(cfg, cfg.data.train_split, mesh):
-        tokens = encoder.features(batch.views[0]).tokens
-        bounds = _bounds(tokens, size, threshold)
+        bounds = _bounds(heat(encoder, batch.views[0]), size, threshold)
         bounds, ids, weight = features.on_host((bounds, batch.id, batch.weight))
         found[ids[weight > 0]] = bounds[weight > 0]
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _bounds(tokens_BxHxWxD, size: int, threshold: float) -> jax.Array:
-    return heat_map.bounds(heat_map.heat_map(tokens_BxHxWxD), size, threshold)
+def heat(encoder: Encoder, images: jax.Array) -> jax.Array:
+    """Heat maps of uint8 images, float32 BxHxW; each takes two passes of the encoder."""
+    empty = encoder.features(_emptied(images)).tokens
+    return _heat_map(encoder.features(images).tokens, empty)
+
+
+_emptied = jax.jit(heat_map.emptied)
+_heat_map = jax.jit(heat_map.heat_map)
+_bounds = jax.jit(heat_map.bounds, static_argnums=(1, 2))

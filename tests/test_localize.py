@@ -44,18 +44,26 @@ def cropping(cfg):
     )
 
 
-def test_the_figure_is_what_differs_from_the_border():
+def test_an_empty_image_has_the_median_colour():
+    images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
+    found = np.asarray(heat_map.emptied(jnp.asarray(images)))
+    assert found.dtype == np.uint8 and found.shape == images.shape
+    for image, empty in zip(images, found):
+        colour = np.median(image.reshape(-1, 3), axis=0)
+        assert (empty == colour).all()
+
+
+def test_what_differs_from_an_empty_image_is_warm_wherever_it_is():
     random = np.random.default_rng(0)
-    ground, figure = random.normal(size=(2, 32))
+    places = 10 * random.normal(size=(8, 8, 32))  # what tokens say of their places alone
     shown = np.zeros((8, 8), bool)
-    shown[2:5, 3:7] = True
-    tokens = np.where(shown[..., None], figure, ground) + 0.1 * random.normal(size=(8, 8, 32))
-    for sign in (1.0, -1.0):  # the direction that differs has two ends, of which one is the ground
-        heat = np.asarray(heat_map.heat_map(jnp.asarray(sign * tokens[None] + 5.0)))[0]
-        assert heat.shape == (8, 8) and heat[shown].min() > heat[~shown].max()
-    centred = (tokens - tokens.mean((0, 1))).reshape(64, 32)
-    first = np.linalg.svd(centred)[0][:, 0]
-    assert abs(np.dot(first, heat.reshape(-1))) > 0.999
+    shown[0:3, 3:8] = True  # at the border, too
+    tokens = places + np.where(shown[..., None], random.normal(size=32), 0.0)
+    tokens += 0.01 * random.normal(size=tokens.shape)
+    heat = np.asarray(heat_map.heat_map(jnp.asarray(tokens[None]), jnp.asarray(places[None])))[0]
+    assert heat.shape == (8, 8) and heat[shown].min() > 10 * heat[~shown].max()
+    by_hand = np.sqrt(((tokens - places) ** 2).sum(-1))
+    np.testing.assert_allclose(heat, by_hand, rtol=1e-4)
 
 
 def test_boxes_by_hand():
@@ -87,7 +95,8 @@ def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
 
     encoder = inference.build_inference(cropping, 48, one_device).bind(params)
     images = next(pipeline.whole_dataset(cropping, "train[:64]", one_device)).views[0]
-    heat = heat_map.heat_map(encoder.features(images).tokens)
+    empty = encoder.features(heat_map.emptied(images)).tokens
+    heat = heat_map.heat_map(encoder.features(images).tokens, empty)
     np.testing.assert_array_equal(heat_map.bounds(heat, 20, 0.4), table[:48])
 
 

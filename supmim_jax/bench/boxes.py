@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, inference, sharding
+from supmim_jax import checkpoint, inference, localize, sharding
 from supmim_jax.config import IGNORED, Config, MeshConfig, SetupError
 from supmim_jax.data import records
 from supmim_jax.data.contrastive_crop import CENTRE, UNITS, WHOLE
@@ -60,7 +60,7 @@ def measure(encoder: Encoder, cfg: Config, split: str, most: int) -> dict[str, t
     step = cfg.eval.batch_size
     heat = np.concatenate(
         [
-            heat_map.heat_map(encoder.features(jnp.asarray(images[i : i + step])).tokens)
+            localize.heat(encoder, jnp.asarray(images[i : i + step]))
             for i in range(0, len(images), step)
         ]
     )

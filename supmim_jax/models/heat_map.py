@@ -2,33 +2,23 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-ITERATIONS = 32  # of the power method; each costs two products of the tokens with a vector
 
 
-def heat_map(tokens_BxHxWxD) -> jax.Array:
-    """Each token's part in the image's first principal component, float32 BxHxW.
+def emptied(images_BxHxWxC) -> jax.Array:
+    """Images of the same shape and dtype that show nothing: each of its own median colour."""
+    colour = jnp.median(images_BxHxWxC, axis=(1, 2), keepdims=True)
+    return jnp.broadcast_to(colour, images_BxHxWxC.shape).astype(images_BxHxWxC.dtype)
+
+
+def heat_map(tokens_BxHxWxD, empty_BxHxWxD) -> jax.Array:
+    """How far each token is from what the encoder makes of an empty image there, float32 BxHxW.
 
     ContrastiveCrop (arXiv 2202.03278, section 3.2) sums the channels of the last convolution. A
-    ViT's tokens come out of a LayerNorm, so that their channels sum to next to nothing; what sets
-    an object apart from its ground is the direction in which the tokens of an image differ most.
-    Of its two ends the one nearer the middle of the image is the warm one.
+    ViT's tokens come out of a LayerNorm, so that their channels sum to next to nothing, and they
+    tell places apart even where there is nothing to see: hence the distance to `emptied` images.
     """
-    b, h, w, d = tokens_BxHxWxD.shape
-    x = tokens_BxHxWxD.astype(jnp.float32).reshape(b, h * w, d)
-    x = x - x.mean(1, keepdims=True)
-    inner = np.zeros((h, w), np.float32)
-    inner[h // 4 : h - h // 4, w // 4 : w - w // 4] = 1.0
-    start = jnp.asarray(inner - inner.mean()).reshape(-1)  # warm inside, cold outside
-
-    def turn(u_BxL, _):
-        u = jnp.einsum("bld,bkd,bk->bl", x, x, u_BxL, optimize=[(1, 2), (0, 1)])
-        return u / jnp.maximum(jnp.linalg.norm(u, axis=1, keepdims=True), 1e-12), None
-
-    u, _ = jax.lax.scan(turn, jnp.broadcast_to(start, (b, h * w)), length=ITERATIONS)
-    sign = jnp.where((u * start).sum(1, keepdims=True) < 0, -1.0, 1.0)
-    return (u * sign).reshape(b, h, w)
+    difference = tokens_BxHxWxD.astype(jnp.float32) - empty_BxHxWxD.astype(jnp.float32)
+    return jnp.linalg.norm(difference, axis=-1)
 
 
 def bounds(heat_BxHxW, size: int, threshold: float) -> jax.Array:
