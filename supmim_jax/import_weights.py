@@ -71,7 +71,7 @@ def encoder_of(arrays: dict[str, np.ndarray], found: Foreign, file: str) -> dict
 
 def combine(base: Config, found: Foreign) -> Config:
     """The supervised config of the model that was found, with everything else from `base`."""
-    if base.objective.name not in ("supervised", "supmim"):
+    if base.objective.leaves != "classifier":
         raise SetupError(
             f"--config is of objective {base.objective.name!r}, which trains no classifier: give "
             f"one of 'supervised' or 'supmim', as configs/supervised_b14_imagenet1k.py."
