@@ -7,6 +7,7 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 out="$(realpath -m "${1:-$root/runs/local}")" # relative to where it was called
 cd "$root"
 source launch/environment.sh ""
+source launch/cache.sh
 
 mkdir -p "$out"
 python -m supmim_jax.train --config configs/debug_supervised.py --workdir "$out/supervised"

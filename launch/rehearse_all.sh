@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rehearses the ImageNet configs on 256 chips of each kind: a row per step that was compiled, and a
-# JSON file beside it. Needs the extra [tpu] and hours: half a minute to three per row, 36 rows.
+# JSON file beside it. Needs the extra [tpu] and hours: half a minute to three per row, 44 rows.
 # usage: bash launch/rehearse_all.sh <directory for the JSON> [config ...]
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '/^# usage/s/^# //p' "$0" >&2; exit 2; }
@@ -8,7 +8,7 @@ out="$(realpath -m "$1")"
 shift
 cd "$(dirname "$0")/.."
 configs=("$@")
-[ $# -gt 0 ] || configs=(configs/{supervised,supmim,finetune}_*_imagenet*.py)
+[ $# -gt 0 ] || configs=(configs/{supervised,supmim}_*_imagenet*.py configs/{mae,finetune}_*_imagenet1k*.py)
 mkdir -p "$out"
 failed=0
 for config in "${configs[@]}"; do

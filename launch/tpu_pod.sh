@@ -14,6 +14,8 @@
 #   --keep         leaves the slice there at the end, to be paid for
 #   --allow_dirty  takes the committed code although files were edited since
 #   --dry_run      prints the gcloud commands and runs none
+# Compiled programs are kept in <workdir>/compiled, where all workers and later attempts find them;
+# JAX_COMPILATION_CACHE_DIR=gs://... in this terminal names another place, for several runs.
 # Exit code: the training's, see README; 4: no slice.
 set -euo pipefail
 
@@ -132,7 +134,8 @@ PYTHON="$(python)" bash -ec "source launch/environment.sh tpu,fast"'
 # The training, apart from the ssh that starts it; its exit code ends up in the file `exit`.
 begin() {
   local training
-  printf -v training '%q ' python -m supmim_jax.train --distributed --config "$config" \
+  local cache="${JAX_COMPILATION_CACHE_DIR:-${workdir%/}/compiled}"
+  printf -v training '%q ' env "JAX_COMPILATION_CACHE_DIR=$cache" python -m supmim_jax.train --distributed --config "$config" \
     --workdir "$workdir" "${overrides[@]}"
   local script="cd ~/supmim_jax; . .venv/bin/activate; $training; echo \$? > ~/exit"
   printf -v script '%q' "$script"

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from etils import epath
 
 from supmim_jax.config import Config
 from supmim_jax.types import Batch, Metrics
+
+IMPORTED = time.perf_counter()
 
 
 class Diverged(Exception):
@@ -121,6 +125,19 @@ class FiniteCheck:
         )
 
 
+def seconds_since_start() -> float:
+    """Seconds since this process began, in steps of the kernel's clock (10 ms).
+
+    Without /proc (macOS), since this module was imported, some seconds less.
+    """
+    try:
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return time.perf_counter() - IMPORTED
+    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22: starttime
+
+
 class Clock:
     """Seconds of training, and what share of them waited for data; evaluations don't count."""
 
@@ -198,6 +215,11 @@ class ProgressLine:
         print(f"\r\x1b[K{line}" if self.terminal else line, end="", file=self.stream, flush=True)
         if not self.terminal:
             print(file=self.stream, flush=True)
+
+    def started(self, step: int, metrics: Metrics) -> None:
+        """Waits for a process's first step and says how long after the process began it is done."""
+        jax.block_until_ready(metrics)
+        self.say(f"Step {step} is done {seconds_since_start():.1f} s after this process began.")
 
     def say(self, text: str) -> None:
         """A line of its own."""

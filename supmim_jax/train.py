@@ -92,6 +92,8 @@ def train(
                 batch = next(batches)
             state, metrics = prog.step(state, batch, fixed)
             finite(step, metrics, batch)
+            if step == first + 1:
+                line.started(step, metrics)
             del batch  # here, where nothing waits: to give memory back takes its time
             clock.tick()
             writer.after_step(step)

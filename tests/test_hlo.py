@@ -169,12 +169,38 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
 
 def test_custom_calls():
     assert hlo.count(HEAD + CUBLAS).flops == 2 * 8 * 24 * 40
-    for target in ("__onednn$matmul", "__cudnn$fmhaSoftmax", "__cudnn$convForward", "Mosaic"):
+    for target in (
+        "__onednn$matmul",
+        "__cudnn$fmhaScaleBiasSoftmax",
+        "__cudnn$convForward",
+        "Mosaic",
+    ):
         with pytest.raises(hlo.UnknownCost, match=re.escape(target)):
             hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", target))
     assert hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")).flops == 0
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.count("HloModule nothing")
+
+
+ATTENTION = """
+ENTRY %main (q: bf16[8,32,2,16], k: bf16[8,48,2,16]) -> bf16[8,2,32,16] {
+  %q = bf16[8,32,2,16]{3,2,1,0} parameter(0)
+  %k = bf16[8,48,2,16]{3,2,1,0} parameter(1)
+  %c = (bf16[8,2,32,16]{3,1,2,0}, f32[8,2,32]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), \
+custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(f)/attend"}
+  ROOT %d = bf16[8,2,32,16]{3,1,2,0} get-tuple-element(%c), index=0
+}
+"""
+
+
+def test_fused_attention_and_what_its_gradient_repeats():
+    matmul = 2 * (8 * 2) * 32 * 48 * 16
+    assert hlo.count(ATTENTION).by_scope == {"forward: jit(f)/attend": 2 * matmul}
+    gradient = ATTENTION.replace("Softmax", "SoftmaxBackward").replace("f)/", "f)/transpose(f)/")
+    assert hlo.count(gradient).by_scope == {
+        "backward: jit(f)/transpose(f)/attend": 4 * matmul,
+        "recomputed: jit(f)/transpose(f)/attend": matmul,
+    }
 
 
 def test_tpu_writes_batched_matmuls_as_dilated_convolutions():

@@ -79,3 +79,17 @@ def test_tensorflow_is_imported_only_to_write_events_to_prepare_data_and_as_a_ri
             for name in names:
                 assert allowed or name.split(".")[0] != "tensorflow", path
                 assert not name.startswith("clu") or path.name == "metrics.py", path
+
+
+def test_torch_is_imported_only_in_the_rivals_process():
+    """What any other process imports must load where PyTorch is not installed."""
+    rival = {"torch_reference", "torch_model"}
+    for path in PACKAGE.rglob("*.py"):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {x.name.split(".")[0] for x in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {(node.module or "").split(".")[0], (node.module or "").split(".")[-1]}
+                names |= {x.name for x in node.names}
+        assert path.stem in rival or not names & {"torch", *rival}, path

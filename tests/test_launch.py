@@ -1,5 +1,6 @@
 """The scripts, with recording stand-ins for python and gcloud."""
 
+import fnmatch
 import os
 import shlex
 import shutil
@@ -64,6 +65,30 @@ def test_local_installs_once_trains_both_and_compares_them(clone):
     assert calls(clone, "launch/local.sh") == first
 
 
+CACHES = [  # what is set, and what is then the directory of compiled programs
+    ({"HOME": "/h"}, "/h/.cache/supmim_jax/compiled-*"),
+    ({"HOME": "/h", "XDG_CACHE_HOME": "/x y"}, "/x y/supmim_jax/compiled-*"),
+    ({"HOME": "/h", "JAX_COMPILATION_CACHE_DIR": "gs://b/c"}, "gs://b/c"),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CACHES)
+def test_local_keeps_compiled_programs_for_the_next_start(clone, monkeypatch, given, expected):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    stand_in = clone[1] / "bin" / "python"
+    said = f'echo "$2 $JAX_COMPILATION_CACHE_DIR" >> "{clone[0].parent}/caches"\n'
+    stand_in.write_text(stand_in.read_text() + said)
+    calls(clone, "launch/local.sh", **given)
+    lines = (clone[0].parent / "caches").read_text().splitlines()
+    found = [
+        x.partition(" ")[2] for x in lines if x.startswith(("supmim_jax.train", "supmim_jax.probe"))
+    ]
+    assert len(found) == 3 and all(fnmatch.fnmatch(x, expected) for x in found), found
+    sources = Path(REPOSITORY, "launch/slurm.sbatch").read_text()
+    assert sources.index("source launch/cache.sh") < sources.index("python -m supmim_jax.train")
+
+
 def test_the_tests_install_their_extras_and_check_style_first(clone):
     found = calls(clone, "tests/run.sh", EXTRAS="test,parity")
     assert ".[test,parity]" in found[0]
@@ -82,9 +107,11 @@ def test_all_is_rehearsed_on_each_kind_of_chip_and_a_failure_is_the_scripts(clon
     env = os.environ | {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
     assert subprocess.run(script, cwd=root.parent, env=env).returncode == 0
     found = (root.parent / "calls").read_text().splitlines()
-    assert len(found) == 9 * 4 and all(x.startswith("python -m supmim_jax.rehearse") for x in found)
+    assert len(found) == 11 * 4 and all(
+        x.startswith("python -m supmim_jax.rehearse") for x in found
+    )
     assert sum("tokens.cache" in line for line in found) == 4 * 4  # those of supmim
-    assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 9
+    assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 11
     assert (root.parent / "out").is_dir()
     stand_in.write_text(stand_in.read_text() + "exit 2\n")
     one = subprocess.run([*script, "configs/supmim_b14_imagenet1k.py"], cwd=root.parent, env=env)
@@ -158,7 +185,7 @@ def pod(tmp_path):
             capture_output=True,
             text=True,
             timeout=60,
-            env=os.environ
+            env={k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
             | {"PATH": f"{cloud}:{os.environ['PATH'] if path is None else path}"}
             | {"TPU_POD_POLL": "0"},
         )
@@ -291,7 +318,8 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(pod, tm
     # What the worker's shell makes of it.
     stand_in = tmp_path / "bin" / "python"
     stand_in.parent.mkdir()
-    stand_in.write_text("#!/bin/bash\nprintf '%s\\0' \"$@\" > ~/got; exit 7\n")
+    say = 'printf \'%s\\0\' "$@" > ~/got; echo "$JAX_COMPILATION_CACHE_DIR" > ~/cache; exit 7'
+    stand_in.write_text(f"#!/bin/bash\n{say}\n")
     stand_in.chmod(0o755)
     (tmp_path / "supmim_jax" / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "supmim_jax" / ".venv" / "bin" / "activate").write_text("")
@@ -303,6 +331,7 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back_and_runs_none(pod, tm
     assert got[:3] == ["-m", "supmim_jax.train", "--distributed"]
     assert got[3:] == ["--config", "configs/x.py", "--workdir", "gs://b/a b", *odd]
     assert (tmp_path / "exit").read_text() == "7\n"
+    assert (tmp_path / "cache").read_text() == "gs://b/a b/compiled\n"
 
 
 def split_lines(text: str) -> list[list[str]]:
@@ -323,7 +352,7 @@ def jobset(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*script, *arguments], capture_output=True, text=True)
 
 
-ODD = ["--config", "configs/x.py", "--workdir", "gs://b/it's", '--config.y="$(HOME)": {#}']
+ODD = ["--config", "configs/x.py", "--workdir", "gs://b/it's $(X)", '--config.y="$(HOME)": {#}']
 TPU = ["tpu", "--name=b14", "--image=i", "--accelerator=tpu-v5-lite-podslice", "--topology=16x16"]
 GPU = ["gpu", "--name=b14", "--image=i", "--accelerator=nvidia-h100-80gb", "--nodes=2"]
 
@@ -346,18 +375,30 @@ def test_a_jobset_has_what_jax_and_gke_need(kind):
     assert container["command"][:4] == ["python", "-m", "supmim_jax.train", "--distributed"]
     assert [x.replace("$$", "$") for x in container["args"]] == ODD
     assert "$$(HOME)" in container["args"][-1]
+    env = {x["name"]: x["value"].replace("$$", "$") for x in container["env"]}
+    assert env.pop("JAX_COMPILATION_CACHE_DIR") == "gs://b/it's $(X)/compiled"
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 3]}
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 20
     if kind is TPU:
         topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
-        assert topology == "16x16" and "env" not in container
+        assert topology == "16x16" and env == {}
     else:
-        env = {x["name"]: x["value"] for x in container["env"]}
         where = {"JAX_COORDINATOR_ADDRESS": "b14-slice-job-0-0.b14:1234", "JAX_NUM_PROCESSES": "2"}
         assert env == where
         found = distributed.place("", 0, -1, env | {"JOB_COMPLETION_INDEX": "1"})
         assert found == distributed.Place("b14-slice-job-0-0.b14:1234", 2, 1)
+
+
+def test_a_jobset_keeps_compiled_programs_where_it_is_told():
+    for extra, workdir, expected in (
+        ([], "--workdir=gs://b/x/", "gs://b/x/compiled"),
+        (["--cache=gs://shared"], "--workdir=gs://b/x", "gs://shared"),
+    ):
+        out = jobset(*GPU, *extra, "--", "--config=c", workdir)
+        (job,) = yaml.safe_load(out.stdout)["spec"]["replicatedJobs"]
+        (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        assert {"name": "JAX_COMPILATION_CACHE_DIR", "value": expected} in container["env"]
 
 
 @pytest.mark.parametrize(
@@ -380,5 +421,5 @@ def test_the_scripts_are_clean():
         pytest.skip("shellcheck is not installed")
     root = Path(REPOSITORY)
     scripts = [*root.glob("launch/*.s*"), *root.glob("tests/**/*.sh")]
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     subprocess.run([shellcheck, "-x", *scripts], check=True, cwd=root)

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1, help="of GPUs")
     parser.add_argument("--chips", type=int, help="per host; default 4 TPU chips or 8 GPUs")
     parser.add_argument("--queue", default="multislice-queue", help="of Kueue; default xpk's")
+    parser.add_argument("--cache", help="of compiled programs; default <workdir>/compiled")
     parser.add_argument("--restarts", type=int, default=20)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, training = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
@@ -52,8 +53,16 @@ def main() -> None:
     template = string.Template(text[text.index("apiVersion:") :])  # without its opening comment
     # JSON is YAML; Kubernetes would expand $(NAME), and takes $$ for $.
     arguments = json.dumps([x.replace("$", "$$") for x in training])
-    values = vars(given) | {"chips": chips, "hosts": hosts, "arguments": arguments}
+    cache = json.dumps((given.cache or compiled(training)).replace("$", "$$"))
+    values = vars(given) | {"chips": chips, "hosts": hosts, "arguments": arguments, "cache": cache}
     print(template.substitute(values), end="")
+
+
+def compiled(training: list[str]) -> str:
+    """Where compiled programs are kept: in the run's directory, so that a restart finds them."""
+    joined = [x.removeprefix("--workdir=") for x in training if x.startswith("--workdir=")]
+    workdir = joined[-1] if joined else training[training.index("--workdir") + 1]
+    return f"{workdir.rstrip('/')}/compiled"
 
 
 if __name__ == "__main__":

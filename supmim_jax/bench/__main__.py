@@ -1,14 +1,21 @@
-"""Measures: python -m supmim_jax.bench boxes|data|flops|knn|tokens; --help lists the flags."""
+"""Measures: python -m supmim_jax.bench boxes|data|flops|knn|step|tokens; --help lists flags."""
 
 import sys
 
 from absl import flags
 
 from supmim_jax import commands
-from supmim_jax.bench import boxes, data, knn, tokens
+from supmim_jax.bench import boxes, data, knn, step, tokens
 from supmim_jax.bench import flops as flops_
 
-BENCHES = {"boxes": boxes, "data": data, "flops": flops_, "knn": knn, "tokens": tokens}
+BENCHES = {
+    "boxes": boxes,
+    "data": data,
+    "flops": flops_,
+    "knn": knn,
+    "step": step,
+    "tokens": tokens,
+}
 
 
 def main() -> None:

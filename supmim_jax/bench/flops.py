@@ -43,6 +43,11 @@ def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
     start = time.perf_counter()
     compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     seconds = time.perf_counter() - start
+    return counted(cfg, mesh, compiled, seconds)
+
+
+def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> dict:
+    """What `measure` gives, of a step that was compiled in so many seconds."""
     counts = hlo.count(compiled.as_text())
     scopes = {scope: flops * mesh.size for scope, flops in counts.by_scope.items()}
     parts = analytic.train(cfg)
@@ -125,6 +130,15 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
+def check(cfg: Config) -> None:
+    """Raises SetupError where there is no arithmetic to compare counts with."""
+    if cfg.objective.name not in analytic.OBJECTIVES:
+        raise SetupError(
+            f"--config is of objective {cfg.objective.name!r}; FLOPs are counted by hand, and "
+            f"so comparable, for {' and '.join(analytic.OBJECTIVES)} only."
+        )
+
+
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
     config = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
@@ -135,11 +149,7 @@ def command() -> Callable[[], None]:
         if not isinstance(config.value, ConfigDict):
             raise SetupError("--config names no readable file; give the path of one in configs/.")
         cfg = from_configdict(config.value)
-        if cfg.objective.name not in analytic.OBJECTIVES:
-            raise SetupError(
-                f"--config is of objective {cfg.objective.name!r}; FLOPs are counted by hand, and "
-                f"so comparable, for {' and '.join(analytic.OBJECTIVES)} only."
-            )
+        check(cfg)
         result = measure(cfg, sharding.make_mesh(cfg.mesh))
         print(report(result))
         by_scope = result.pop("scopes")

@@ -18,6 +18,9 @@ from supmim_jax.hlo.text import Computation, Instruction, Module, UnknownCost, p
 from supmim_jax.hlo.trips import trip_count
 
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
+# cuDNN's attention: matmuls of queries x keys x head that the arithmetic asks for, and those that
+# it repeats because it hasn't stored the logits.
+FUSED_ATTENTION = {"__cudnn$fmhaSoftmax": (2, 0), "__cudnn$fmhaSoftmaxBackward": (4, 1)}
 # Of custom calls whose work can't be read from the text: libraries' matmuls, and whole kernels.
 OPAQUE = re.compile(
     r"gemm|matmul|dot|conv(?!ert)|blas|dnn|fmha|attention|triton|mosaic|tpu_custom", re.I
@@ -85,6 +88,8 @@ class FlopWalk:
             return sum(called, Counter())
         if any(called) and opcode not in ("async-update", "async-done"):
             raise UnknownCost(f"{instruction.name}: a matmul inside {opcode} runs unknown times.")
+        if instruction.text("custom_call_target") in FUSED_ATTENTION:
+            return attention_cost(instruction, computation, scope(instruction, self.module))
         flops = matmul_flops(instruction, computation)
         return Counter({scope(instruction, self.module): flops}) if flops else Counter()
 
@@ -102,6 +107,23 @@ class FlopWalk:
         times = Counter({name: flops * trips for name, flops in body_cost.items()})
         times.update({name: flops * (trips + 1) for name, flops in condition_cost.items()})
         return times
+
+
+def attention_cost(call: Instruction, computation: Computation, where: str) -> Counter:
+    """FLOPs of a kernel of cuDNN by scope; `where` is that of the call.
+
+    Its first result, the output or the queries' gradient, is always batch x heads x queries x head.
+    """
+    needed, repeated = FUSED_ATTENTION[call.text("custom_call_target")]
+    queries = call.dims[2]
+    result, keys = (
+        math.prod(x) for x in (call.dims, computation.instructions[call.operands[1]].dims)
+    )
+    matmul = 2 * result * (keys * queries // result)
+    cost = Counter({where: needed * matmul})
+    if repeated:
+        cost[f"recomputed: {where.partition(': ')[2]}"] += repeated * matmul
+    return cost
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> int:

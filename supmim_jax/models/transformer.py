@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from supmim_jax.models.attention import device, implementation, keeps_kernel
 from supmim_jax.models.placement import by_rows
 
 Initializer = jax.nn.initializers.Initializer
@@ -15,8 +16,9 @@ XAVIER = nnx.initializers.xavier_uniform()
 # The flat kernel of three square ones: Xavier of each of them, not of their concatenation.
 XAVIER_QKV = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
+NAMED = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mid", "fc1")
 REMAT_POLICIES: dict[str, Callable] = {
-    "names": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mid", "fc1"),
+    "names": jax.checkpoint_policies.save_from_both_policies(NAMED, keeps_kernel),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -77,12 +79,16 @@ class Block(nnx.Module):
         """Multi-head self-attention within each segment of the packed sequence."""
         qkv = checkpoint_name(self.qkv(x_BxNxD), "qkv")
         qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
+        kind = device()
+        forms = [implementation(qkv.dtype, n, qkv.shape[-1], kind) for n in segments]
         parts = []
-        for part in jnp.split(qkv, np.cumsum(segments)[:-1], axis=1):
+        for form, part in zip(forms, jnp.split(qkv, np.cumsum(segments)[:-1], axis=1)):
             q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
-            parts.append(jax.nn.dot_product_attention(q, k, v))
+            parts.append(jax.nn.dot_product_attention(q, k, v, implementation=form))
         mixed = jnp.concatenate(parts, axis=1).reshape(x_BxNxD.shape)
-        return self.project(self.out, checkpoint_name(mixed, "attention"), 0)
+        if "xla" in forms:  # of cuDNN's form, keeps_kernel has kept the parts
+            mixed = checkpoint_name(mixed, "attention")
+        return self.project(self.out, mixed, 0)
 
     def project(self, layer: nnx.Linear, x, which: int):
         """What a residual branch ends with: a linear layer, its outputs times LayerScale.

@@ -1,0 +1,149 @@
+"""PyTorch's train step in another process, so that the two never share threads or memory."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+
+from jax.sharding import Mesh
+
+from supmim_jax.bench.step_timing import Turn
+from supmim_jax.config import Config, SetupError
+from supmim_jax.models.masking import num_masked
+
+
+def shapes(cfg: Config, device: str, compiles: bool) -> dict:
+    """All that the rival is told of a run: sizes and numbers that JSON can hold.
+
+    Raises:
+      SetupError: PyTorch is missing, or the run does what the rival has no code for.
+    """
+    if find_spec("torch") is None:
+        raise SetupError(
+            "--rival compares with PyTorch, which is not installed: pip install -e '.[parity]'"
+        )
+    model, optim, data = cfg.model, cfg.optim, cfg.data
+    if cfg.objective.name not in ("supervised", "supmim"):
+        raise SetupError(
+            f"--rival is for the objectives supervised and supmim, not {cfg.objective.name!r}."
+        )
+    mixing = cfg.objective.classification
+    refused = {
+        "config.objective.classification.cutmix": (mixing.cutmix, 0),
+        "config.optim.name": (optim.name, "adamw"),
+        "config.optim.layer_decay": (optim.layer_decay, 1),
+        "config.optim.accumulate": (optim.accumulate, 1),
+    }
+    if cfg.objective.name == "supmim":
+        refused["config.tokens.cache"] = (bool(cfg.tokens.cache), True)
+    for field, (found, expected) in refused.items():
+        if found != expected:
+            raise SetupError(
+                f"{field} is {found!r}; PyTorch's step is written for {expected!r}. Override it, "
+                f"or leave --rival out."
+            )
+    return {
+        "device": device, "threads": len(os.sched_getaffinity(0)), "compile": compiles,
+        "batch": cfg.batch_size, "image_size": data.image_size, "channels": data.channels,
+        "classes": data.num_classes, "patch": model.patch, "width": model.width,
+        "depth": model.depth, "mlp_dim": model.mlp_dim, "heads": model.heads, "gelu": model.gelu,
+        "cls": model.pooling == "cls", "learned_positions": model.positions == "learned",
+        "layer_scale": model.layer_scale, "drop_path": model.drop_path,
+        "bfloat16": model.dtype == "bfloat16", "loss": mixing.loss,
+        "smoothing": mixing.label_smoothing, "mixup": mixing.mixup, "lr": cfg.peak_lr,
+        "b1": optim.b1, "b2": optim.b2, "weight_decay": optim.weight_decay, "clip": optim.clip,
+        "mim": masked_branch(cfg) if cfg.objective.name == "supmim" else None,
+    }  # fmt: skip
+
+
+def device(mesh: Mesh) -> str:
+    """PyTorch's name of the device that both run on.
+
+    Raises:
+      SetupError: it has none, or ours would run on several.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform == "gpu" and mesh.size > 1:
+        raise SetupError(
+            f"--rival runs on one GPU, ours on {mesh.size}: set CUDA_VISIBLE_DEVICES=0."
+        )
+    if platform not in ("cpu", "gpu"):
+        raise SetupError(f"--rival has no {platform}: leave it out, or set JAX_PLATFORMS=cpu.")
+    return {"cpu": "cpu", "gpu": "cuda"}[platform]
+
+
+def masked_branch(cfg: Config) -> dict:
+    """Sizes of SupMIM's masked branch."""
+    objective, decoder = cfg.objective, cfg.objective.decoder
+    return {
+        "visible": objective.encoder_input == "visible",
+        "masked": num_masked((cfg.data.image_size // cfg.model.patch) ** 2, objective.mask_ratio),
+        "codes": objective.target.codes,
+        "weight": objective.mim_weight,
+        "decoder": {
+            "width": decoder.width,
+            "depth": decoder.depth,
+            "mlp_dim": decoder.mlp_dim,
+            "heads": decoder.heads,
+        },
+    }
+
+
+class Rival:
+    """The process of PyTorch; `about` is what it says of itself."""
+
+    def __init__(self, sizes: dict, parameters: dict[str, int]):
+        """Starts it and waits until it is warm.
+
+        Args:
+          sizes: as from `shapes`.
+          parameters: of our model, by its parts: the rival must have as many.
+
+        Raises:
+          RuntimeError: it ended, or its model is another one.
+        """
+        command = [sys.executable, "-m", "supmim_jax.bench.torch_reference"]
+        threads = str(sizes["threads"])
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path])),
+            "OMP_NUM_THREADS": threads,
+        }
+        self.messages = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.messages}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        self.about = self._asked(json.dumps(sizes))
+        if self.about["parameters"] != parameters:
+            self.__exit__()
+            raise RuntimeError(
+                f"PyTorch's model has {self.about['parameters']} parameters, ours {parameters}: "
+                f"they are not the same, and their speeds say nothing."
+            )
+
+    def run(self, how: str, steps: int) -> Turn:
+        """Of `steps` one after the other; how: of about["ways"]."""
+        return Turn(*self._asked(json.dumps([how, steps])))
+
+    def _asked(self, line: str) -> dict | list:
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last words say why
+        answer = self.process.stdout.readline()
+        if not answer:
+            code = self.process.wait()
+            self.messages.seek(0)
+            said = self.messages.read().decode(errors="replace").strip()
+            raise RuntimeError(f"The process of PyTorch exited with {code}: {said[-1000:]}")
+        return json.loads(answer)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+        self.messages.close()

@@ -1,0 +1,166 @@
+"""The bench of the train step: fields, whose time is whose, refusals. No time is judged."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+from supmim_jax import program
+from supmim_jax.bench import step, step_report, step_timing, step_where, torch_rival
+from supmim_jax.config import (
+    ClassificationConfig,
+    MAEConfig,
+    MeshConfig,
+    PixelsConfig,
+    SetupError,
+    SupervisedConfig,
+)
+from supmim_jax.hlo.text import parse
+
+PLAN = step.Plan(rounds=2, steps=1)
+
+
+def cached(cfg):
+    return dataclasses.replace(cfg, tokens=dataclasses.replace(cfg.tokens, cache="any"))
+
+
+def test_fields_and_tables(cfg):
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(data=2, fsdp=4))
+    result = json.loads(json.dumps(step.measure(cfg, PLAN)))
+    assert result["tokens"] == "in the step" and result["devices"].startswith("8 ")
+    took = result["step"]
+    assert 0 < took["min_s"] <= took["median_s"] <= took["max_s"]
+    assert took["images_per_s"] == pytest.approx(cfg.batch_size / took["median_s"])
+    best = max(result["peak"].values())
+    rate = result["counts"]["model_flops"] / took["median_s"] / 8
+    assert result["mfu"] == pytest.approx(rate / best)
+    assert result["counts"]["ratio"] == pytest.approx(1.0, abs=0.05)
+    assert result["memory"]["bytes"] > 1e5 and result["memory"]["by"] == "the compiler"
+    parts = {"attention", "MLP", "decoder", "optimizer", "patch embedding", "tokenizer", "masks"}
+    assert parts <= set(result["where"])
+    assert sum(result["where"].values()) == pytest.approx(1.0)
+    text = step_report.report(result)
+    assert "| attention | " in text and "| images/s | " in text and "PyTorch" not in text
+
+
+def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
+    found = step_timing.matmul_peak(cfg, jax.devices()[0])
+    rows = cfg.batch_size * 25
+    assert {"512x512x512", f"{rows}x32x64", f"{rows}x64x32"} <= set(found)
+    assert all(rate > 0 for rate in found.values())
+
+
+def test_random_batches_have_ids_of_the_codebook(cfg, one_device):
+    cfg = cached(cfg)
+    like = program.build(cfg, one_device).batch
+    batch = step_timing.random_batch(cfg, like, np.random.default_rng(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), like
+    )
+    assert batch.tokens.max() == cfg.objective.target.codes - 1
+    assert batch.views[0].max() == 255 and (batch.weight == 1).all()
+
+
+def test_turns_alternate():
+    order = []
+
+    def runner(name: str, seconds: float):
+        turn = step_timing.Turn(seconds, 2 * seconds)
+        return lambda steps: order.append((name, steps)) or turn
+
+    turns = step_timing.by_turns({"a": runner("a", 1.0), "b": runner("b", 3.0)}, 2, 7)
+    assert order == [("a", 7), ("b", 7)] * 2
+    assert turns == {"a": [(1.0, 2.0)] * 2, "b": [(3.0, 6.0)] * 2}
+
+
+def test_ratios_are_of_rounds():
+    def turns(*pairs):
+        return [step_timing.Turn(*pair) for pair in pairs]
+
+    found = step.compared(
+        {step.OURS: turns((1, 1), (2, 2), (1, 4)), "eager": turns((3, 1), (2, 2), (2, 2))}
+    )
+    ratios = {"ratio": [2.0, 1.0, 3.0], "cpu_ratio": [1.0, 0.5, 1.0]}
+    assert found == {"eager": {"median_s": 2.0, "cpu_s": 2.0} | ratios}
+
+
+def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
+    prog = program.build(cfg, one_device)
+    compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
+    text = compiled.as_text()
+    module = parse(text)
+    parts = {}
+    for computation in module.computations.values():
+        for name, instruction in computation.instructions.items():
+            parts.setdefault(step_where.part_of(instruction, module), []).append(name)
+    expected = {part for _, part in step_where.TIMED}  # mixing: one-hot labels here
+    assert expected | {step_where.LOSS_AND_HEAD, step_where.UNNAMED} == set(parts)
+    spent = step_where.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
+    assert spent == {"attention": 3, "MLP": 5, step_where.UNNAMED: 2}
+    loops = [x.name for c in module.computations.values() for x in c.instructions.values()
+             if x.opcode == "while"]  # fmt: skip
+    assert not step_where.by_part(text, [(loops[0], 9)])  # its body is counted
+
+
+def test_a_program_that_cannot_be_counted_is_still_timed(cfg, one_device, monkeypatch):
+    def fails(*_):
+        raise step.hlo.UnknownCost("a kernel")
+
+    monkeypatch.setattr(step.flops, "counted", fails)
+    found = step.counts(cfg, one_device, None)
+    assert found["uncounted"] == "a kernel" and found["model_flops"] > 1e6
+
+
+def test_command(tmp_path):
+    out = tmp_path / "result.json"
+    command = [sys.executable, "-m", "supmim_jax.bench", "step", "--config=configs/debug.py"]
+    command += ["--config.batch_size=4", "--config.model.width=16", "--config.model.depth=1"]
+    command += ["--rounds=1", "--steps=1", "--nowhere", f"--json={out}"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    ran = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result == json.loads(out.read_text()) and result["batch_size"] == 4
+    assert "where" not in result
+
+
+def test_what_has_no_arithmetic_or_rival_is_refused(cfg, supervised):
+    with pytest.raises(SetupError, match="objective 'mae'; FLOPs are counted by hand"):
+        step.measure(dataclasses.replace(cfg, objective=MAEConfig()), PLAN)
+    mixed = SupervisedConfig(classification=ClassificationConfig(cutmix=1.0))
+    pixels = dataclasses.replace(cfg.objective, target=PixelsConfig())
+    for changes, field in (
+        ({"objective": mixed}, r"config\.objective\.classification\.cutmix is 1\.0"),
+        ({"objective": pixels}, r"config\.tokens\.cache is False"),
+        ({"optim": dataclasses.replace(cfg.optim, name="lamb")}, r"config\.optim\.name is 'lamb'"),
+    ):
+        with pytest.raises(SetupError, match=field):
+            torch_rival.shapes(dataclasses.replace(cfg, **changes), "cpu", True)
+
+
+def test_the_rivals_device_is_ours():
+    def mesh(platform: str, count: int):
+        devices = np.array([types.SimpleNamespace(platform=platform)] * count)
+        return types.SimpleNamespace(devices=devices, size=count)
+
+    assert torch_rival.device(mesh("cpu", 8)) == "cpu"
+    assert torch_rival.device(mesh("gpu", 1)) == "cuda"
+    with pytest.raises(SetupError, match="one GPU, ours on 2: set CUDA_VISIBLE_DEVICES=0"):
+        torch_rival.device(mesh("gpu", 2))
+    with pytest.raises(SetupError, match="has no tpu: leave it out"):
+        torch_rival.device(mesh("tpu", 1))
+
+
+def test_without_torch_the_extra_is_named(cfg, monkeypatch):
+    monkeypatch.setattr(torch_rival, "find_spec", lambda name: None)
+    with pytest.raises(SetupError, match=r"not installed: pip install -e '\.\[parity\]'"):
+        step.measure(cfg, dataclasses.replace(PLAN, rival=True))

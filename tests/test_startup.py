@@ -1,0 +1,62 @@
+"""The time from a command to its first step is said, and a second start finds compiled programs."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+from conftest import REPOSITORY
+
+from supmim_jax import metrics
+
+TRAIN = ["-m", "supmim_jax.train", "--config=configs/debug_supervised.py", "--config.epochs=1"]
+
+
+def test_seconds_since_the_process_began():
+    program = "import time; time.sleep(0.3); from supmim_jax import metrics; "
+    program += "print(metrics.seconds_since_start())"
+    out = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert 0.3 < float(out.stdout) < 600  # an upper bound that no load reaches
+
+
+def test_without_proc_it_counts_from_the_import(monkeypatch):
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(metrics.Path, "read_text", gone)
+    monkeypatch.setattr(metrics, "IMPORTED", metrics.time.perf_counter() - 1000)
+    assert 1000 <= metrics.seconds_since_start() < 1600
+
+
+def test_the_first_step_is_said_once(cfg):
+    stream = io.StringIO()
+    metrics.ProgressLine(cfg, stream).started(7, {"loss": jnp.ones(())})
+    said = r"Step 7 is done \d+\.\d s after this process began\.\n"
+    assert re.fullmatch(said, stream.getvalue())
+
+
+def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
+    compiled = tmp_path / "compiled"
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    command = [sys.executable, *TRAIN, "--config.model.width=16", "--config.model.depth=1"]
+    command += ["--config.eval.which=('top1',)", f"--config.data.data_dir={data_dir}", "--workdir"]
+
+    def run(name: str) -> str:
+        out = subprocess.run(
+            [*command, str(tmp_path / name)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr
+        return out.stderr
+
+    said = [run(name) for name in ("cold", "warm")]
+    entries = {path.name for path in compiled.glob("jit_step*-cache")}
+    assert len(entries) == 1  # the second run added none
+    assert all(len(re.findall(r"Step 1 is done .* after this process", x)) == 1 for x in said)

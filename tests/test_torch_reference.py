@@ -1,0 +1,109 @@
+"""PyTorch's step is the same job as ours: as many parameters, the same kind of step."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from supmim_jax import program  # noqa: E402
+from supmim_jax.bench import step, step_report, torch_reference, torch_rival  # noqa: E402
+from supmim_jax.config import ClassificationConfig  # noqa: E402
+
+
+def variants(cfg, name: str):
+    """A config of the tests by name, its tokens from a cache."""
+    objective, model = cfg.objective, cfg.model
+    if name == "visible, cls":
+        objective = dataclasses.replace(objective, encoder_input="visible", mask_ratio=0.7)
+        model = dataclasses.replace(model, pooling="cls", positions="sincos2d", gelu="tanh")
+    if name == "layer scale, mixup":
+        mixing = ClassificationConfig(mixup=0.5, loss="bce")
+        objective = dataclasses.replace(objective, classification=mixing)
+        model = dataclasses.replace(model, layer_scale=1e-4)
+    tokens = dataclasses.replace(cfg.tokens, cache="any")
+    return dataclasses.replace(cfg, objective=objective, model=model, tokens=tokens)
+
+
+NAMES = ["masked", "visible, cls", "layer scale, mixup"]
+
+
+def ours(cfg, mesh) -> dict[str, int]:
+    params = program.build(cfg, mesh).state.params
+    return {name: step.sizes_of(tree) for name, tree in params.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_models_have_the_same_parameters(cfg, one_device, name):
+    cfg = variants(cfg, name)
+    trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))
+    assert trainer.parameters() == ours(cfg, one_device)
+    assert {"encoder", "head", "decoder"} <= set(trainer.parameters())
+
+
+def test_the_supervised_twin_has_no_decoder(supervised, one_device):
+    trainer = torch_reference.Trainer(torch_rival.shapes(supervised, "cpu", False))
+    assert trainer.parameters() == ours(supervised, one_device)
+    assert set(trainer.parameters()) == {"encoder", "head"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_goes_through_every_parameter_and_learns(cfg, name):
+    """Forward through both branches, backward, clip and AdamW: as ours."""
+    cfg = variants(cfg, name)
+    optim = dataclasses.replace(cfg.optim, lr=1e-2)
+    shapes = torch_rival.shapes(dataclasses.replace(cfg, optim=optim), "cpu", False)
+    trainer = torch_reference.Trainer(shapes | {"drop_path": 0.0})
+    before = {k: v.detach().clone() for k, v in trainer.model.named_parameters()}
+    losses = [float(trainer.step()) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    for key, value in trainer.model.named_parameters():
+        assert not torch.equal(before[key], value), key
+    norm = sum(float((p.grad**2).sum()) for p in trainer.model.parameters()) ** 0.5
+    assert norm <= cfg.optim.clip * 1.001
+    decayed = {len(g["params"]): g["weight_decay"] for g in trainer.optimizer.param_groups}
+    assert set(decayed.values()) == {cfg.optim.weight_decay, 0.0}
+
+
+@pytest.mark.parametrize("name", ["masked", "visible, cls"])
+def test_both_do_the_same_flops(cfg, one_device, name):
+    """Counted by PyTorch and in our program; PyTorch's logits are of masked patches alone."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from supmim_jax.bench import flops
+
+    cfg = variants(cfg, name)
+    trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter doesn't know the CPU's fused attention
+    with plain, FlopCounterMode(display=False) as counter:
+        trainer.step()
+    expected = flops.measure(cfg, one_device)["hlo_flops_per_step"]
+    decoder, patches = cfg.objective.decoder.width, 25
+    kept = patches - torch_rival.masked_branch(cfg)["masked"]
+    expected -= 3 * 2 * cfg.batch_size * kept * decoder * cfg.objective.target.codes
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_by_turns_in_another_process(cfg, one_device):
+    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=8))
+    plan = step.Plan(rounds=2, steps=1, rival=True, compile_rival=False, where=False)
+    result = json.loads(json.dumps(step.measure(cfg, plan)))
+    assert result["tokens"] == "given"  # to both
+    assert set(result["rival"]["times"]) == {"eager"}
+    assert result["rival"]["threads"] == result["threads"]
+    for median, least, most in map(result["rival"]["times"]["eager"].get, ("ratio", "cpu_ratio")):
+        assert 0 < least <= median <= most
+    text = step_report.report(result)
+    assert "| PyTorch 2" in text and "--nocompile_rival" in text
+    assert jax.default_backend() == "cpu"
+
+
+def test_another_model_is_no_rival(cfg):
+    sizes = torch_rival.shapes(variants(cfg, "masked"), "cpu", False)
+    with pytest.raises(RuntimeError, match=r"they are not the same, and their speeds say nothing"):
+        torch_rival.Rival(sizes, {"encoder": 1})
+    with pytest.raises(RuntimeError, match=r"(?s)PyTorch exited with 1: .*KeyError"):
+        torch_rival.Rival({"threads": 1}, {})
