@@ -17,8 +17,10 @@ from supmim_jax.bench import step, step_report, step_timing, step_where, torch_r
 from supmim_jax.config import (
     ClassificationConfig,
     MAEConfig,
+    MasksConfig,
     MeshConfig,
     PixelsConfig,
+    SegmentationObjectiveConfig,
     SetupError,
     SupervisedConfig,
 )
@@ -101,7 +103,7 @@ def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
     for computation in module.computations.values():
         for name, instruction in computation.instructions.items():
             parts.setdefault(step_where.part_of(instruction, module), []).append(name)
-    expected = {part for _, part in step_where.TIMED}  # mixing: one-hot labels here
+    expected = {part for _, part in step_where.TIMED} - {"contrastive"}  # mixing: one-hot labels
     assert expected | {step_where.LOSS_AND_HEAD, step_where.UNNAMED} == set(parts)
     spent = step_where.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
     assert spent == {"attention": 3, "MLP": 5, step_where.UNNAMED: 2}
@@ -134,8 +136,12 @@ def test_command(tmp_path):
 
 
 def test_what_has_no_arithmetic_or_rival_is_refused(cfg, supervised):
-    with pytest.raises(SetupError, match="objective 'mae'; FLOPs are counted by hand"):
-        step.measure(dataclasses.replace(cfg, objective=MAEConfig()), PLAN)
+    masks = dataclasses.replace(cfg.data, masks=MasksConfig(field="segmentation"))
+    other = dataclasses.replace(cfg, data=masks, objective=SegmentationObjectiveConfig())
+    with pytest.raises(SetupError, match="objective 'segmentation'; FLOPs are counted by hand"):
+        step.measure(other, PLAN)
+    with pytest.raises(SetupError, match="supervised and supmim, not 'mae'"):
+        torch_rival.shapes(dataclasses.replace(cfg, objective=MAEConfig()), "cpu", True)
     mixed = SupervisedConfig(classification=ClassificationConfig(cutmix=1.0))
     pixels = dataclasses.replace(cfg.objective, target=PixelsConfig())
     for changes, field in (
