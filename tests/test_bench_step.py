@@ -169,4 +169,4 @@ def test_the_rivals_device_is_ours():
 def test_without_torch_the_extra_is_named(cfg, monkeypatch):
     monkeypatch.setattr(torch_rival, "find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"not installed: pip install -e '\.\[parity\]'"):
-        step.measure(cfg, dataclasses.replace(PLAN, rival=True))
+        step.measure(cached(cfg), dataclasses.replace(PLAN, rival=True))

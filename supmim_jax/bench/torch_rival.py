@@ -20,10 +20,6 @@ def shapes(cfg: Config, device: str, compiles: bool) -> dict:
     Raises:
       SetupError: PyTorch is missing, or the run does what the rival has no code for.
     """
-    if find_spec("torch") is None:
-        raise SetupError(
-            "--rival compares with PyTorch, which is not installed: pip install -e '.[parity]'"
-        )
     model, optim, data = cfg.model, cfg.optim, cfg.data
     if cfg.objective.name not in ("supervised", "supmim"):
         raise SetupError(
@@ -44,6 +40,10 @@ def shapes(cfg: Config, device: str, compiles: bool) -> dict:
                 f"{field} is {found!r}; PyTorch's step is written for {expected!r}. Override it, "
                 f"or leave --rival out."
             )
+    if find_spec("torch") is None:
+        raise SetupError(
+            "--rival compares with PyTorch, which is not installed: pip install -e '.[parity]'"
+        )
     return {
         "device": device, "threads": len(os.sched_getaffinity(0)), "compile": compiles,
         "batch": cfg.batch_size, "image_size": data.image_size, "channels": data.channels,
