@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 
 from supmim_jax import program
-from supmim_jax.bench import step, step_report, step_timing, step_where, torch_rival
+from supmim_jax.bench import step, step_data, step_report, step_timing, step_where, torch_rival
 from supmim_jax.config import (
     ClassificationConfig,
     MAEConfig,
@@ -50,6 +51,33 @@ def test_fields_and_tables(cfg):
     assert sum(result["where"].values()) == pytest.approx(1.0)
     text = step_report.report(result)
     assert "| attention | " in text and "| images/s | " in text and "PyTorch" not in text
+    assert "data wait" not in text.split("Time is by")[0]
+
+
+def test_the_share_of_time_that_waits_for_data(cfg, monkeypatch):
+    """By the config's own pipeline, on any mesh; a pipeline that is slow is seen."""
+    cfg = dataclasses.replace(cfg, mesh=MeshConfig(data=2, fsdp=4))
+    plan = step.Plan(rounds=2, steps=2, where=False, data=True)
+    result = json.loads(json.dumps(step.measure(cfg, plan)))
+    found = result["data"]
+    assert found["steps"] == 4 and 0 <= found["wait_s"] < found["step_s"]
+    assert found["wait_share"] == pytest.approx(found["wait_s"] / found["step_s"])
+    assert f"| data wait | {found['wait_share']:.1%} of that" in step_report.report(result)
+
+    def slow(cfg, mesh):
+        for _ in range(cfg.total_steps):
+            time.sleep(0.2)
+            yield like
+
+    prog = types.SimpleNamespace(state={}, fixed={}, compiled=lambda s, b, f: (s, b))
+    like = jax.numpy.zeros(())
+    monkeypatch.setattr(step_data.pipeline, "train_dataset", slow)
+    found = step_data.measure(cfg, None, prog, 3)
+    assert found["wait_share"] > 0.9 and 0.2 <= found["wait_s"] < 0.4
+    with pytest.raises(SetupError, match="takes 13 steps, and a run of this config has 12: give"):
+        step_data.measure(cfg, None, prog, 11)
+    with pytest.raises(SetupError, match="measure one at a time"):
+        step.measure(cfg, dataclasses.replace(plan, rival=True))
 
 
 def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):

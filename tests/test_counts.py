@@ -15,6 +15,7 @@ from configs import debug, debug_supervised
 from supmim_jax import hlo, program, sharding
 from supmim_jax.bench import analytic, flops
 from supmim_jax.config import MeshConfig
+from supmim_jax.models.masking import num_masked
 
 MIB = 2**20
 # MiB of temporaries, and instructions in all computations, of this code with jax 0.10.2.
@@ -105,6 +106,29 @@ def test_parameters_and_moments_are_updated_in_place(steps, name):
     assert aliases.count("may-alias") + aliases.count("must-alias") == len(state)
     size = sum(x.size * x.dtype.itemsize for x in state)
     assert compiled.memory_analysis().alias_size_in_bytes == pytest.approx(size, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["masked", "visible"])
+def test_logits_are_of_masked_patches_alone_and_stay_in_bfloat16(one_device, name):
+    """Forward and backward; and no gather or scatter, which XLA does not fuse, makes others."""
+    cfg, codes = config(name), 40  # no other array has 40 columns
+    target = dataclasses.replace(cfg.objective.target, codes=codes)
+    cfg = dataclasses.replace(
+        cfg,
+        batch_size=8,
+        model=dataclasses.replace(cfg.model, dtype="bfloat16"),
+        objective=dataclasses.replace(cfg.objective, target=target),
+        tokens=dataclasses.replace(cfg.tokens, cache="any"),
+    )
+    prog = program.build(cfg, one_device)
+    text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()
+    types = {
+        found
+        for line in text.splitlines()
+        if re.search(r"stablehlo\.(dot_general|gather|scatter)", line)
+        for found in re.findall(rf"tensor<8x(\d+)x{codes}x(\w+)>", line)
+    }
+    assert types == {(str(num_masked(25, cfg.objective.mask_ratio)), "bf16")}
 
 
 def test_matmuls_are_in_bfloat16_but_for_the_head_and_parameters_are_not(one_device):

@@ -18,9 +18,12 @@ from supmim_jax.config import (
     ContrastiveCropConfig,
     DecoderConfig,
     EvalConfig,
+    MasksConfig,
     MeshConfig,
+    SegmentationObjectiveConfig,
     SetupError,
     TokensConfig,
+    VQGANObjectiveConfig,
 )
 from supmim_jax.data import pipeline, records, sequence
 from supmim_jax.data.contrastive_crop import WHOLE
@@ -157,6 +160,11 @@ def test_heat_maps_need_an_encoder_and_no_token_cache(cfg):
     with pytest.raises(ConfigError, match=r"boxes is 'heat_map'.*tokens\.cache.*'centre'"):
         dataclasses.replace(cfg, data=data, tokens=TokensConfig(cache="there"))
     assert dataclasses.replace(cfg, data=data).steps_per_boxes == 80  # 20 epochs of 4 steps
+    masks = MasksConfig(field="segmentation")
+    small = dataclasses.replace(data, image_size=16, eval_resize=16, masks=masks)
+    for other in (SegmentationObjectiveConfig(), VQGANObjectiveConfig()):
+        with pytest.raises(ConfigError, match=f"'heat_map'.* not '{other.name}': take 'centre'"):
+            dataclasses.replace(cfg, data=small, objective=other)
     centre = ContrastiveCropConfig(boxes="centre")
     data = dataclasses.replace(data, contrastive_crop=centre)
     fixed = dataclasses.replace(cfg, data=data, tokens=TokensConfig(cache="there"))

@@ -23,7 +23,7 @@ from supmim_jax.config import (
 )
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
-from supmim_jax.models.vit import patchify, pixels
+from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.objectives.cmae import CMAE
 from supmim_jax.objectives.mae import MAE
 
@@ -120,11 +120,18 @@ def test_masked_pixels_reach_no_prediction_and_kept_patches_no_loss(mae, monkeyp
     assert (predicted == model.predict(hidden, mask)).all()
 
     monkeypatch.setattr(MAE, "mask", lambda self, key, ids: mask)
-    monkeypatch.setattr(Decoder, "__call__", lambda *_: changed)
+    hidden = model.decoder(model.encoded(images, mask), mask)
+    assert hidden.shape == (len(images), 19, 16)
+    rows = jnp.take_along_axis(predicted, mask.hidden[..., None], axis=1)
+    np.testing.assert_allclose(hidden, rows, atol=1e-6)
+    monkeypatch.setattr(Decoder, "__call__", lambda *_: hidden)  # the encoder sees kept patches
+    other = make_batch(mae, seed=1).views[0]
     losses = []
     for where in (jnp.zeros_like(mask.masked), ~mask.masked, mask.masked):
-        changed = jnp.where(where[..., None], 7.0, predicted)
-        losses.append(float(model.loss(batch, key)[0]))
+        where = jnp.broadcast_to(where[..., None], (*where.shape, 16))
+        where = unpatchify(where, mae.model.patch, model.encoder.side)
+        view = jnp.where(where, other, batch.views[0])
+        losses.append(float(model.loss(dataclasses.replace(batch, views=(view,)), key)[0]))
     assert losses[0] == losses[1] != losses[2]
 
 

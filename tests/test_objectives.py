@@ -21,6 +21,7 @@ from supmim_jax.config import (
     SupMIMConfig,
     ViTConfig,
 )
+from supmim_jax.models.vit import pixels
 from supmim_jax.objectives import classification, losses
 from supmim_jax.objectives.supmim import SupMIM
 
@@ -42,12 +43,62 @@ def test_cross_entropies_by_hand():
     )
 
 
-def test_only_masked_tokens_and_real_examples_count():
-    logits = jnp.log(jnp.array([[[0.9, 0.1], [0.4, 0.6], [0.25, 0.75]]]))
-    masked = jnp.array([[False, True, True]])
-    found = losses.masked_token_cross_entropy(logits, jnp.array([[1, 0, 1]]), masked)
-    np.testing.assert_allclose(found, [-(np.log(0.4) + np.log(0.75)) / 2], rtol=1e-6)
+def test_only_real_examples_count():
     assert losses.mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cross_entropy_of_tokens_and_its_gradient_by_hand(dtype):
+    """Sums in float32 of logits as they are; the gradient is softmax - one_hot, rounded once."""
+    exact = [[0.0, np.log(3.0), 0.0], [np.log(2.0), 0.0, np.log(5.0)]]
+    logits, ids = jnp.array([exact], dtype), jnp.array([[1, 0]])
+    x = np.asarray(logits, np.float64)
+    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    by_hand = -np.log([p[0, 0, 1], p[0, 1, 0]])
+    np.testing.assert_allclose(by_hand, -np.log([3 / 5, 2 / 8]), rtol=1e-2)
+    found = losses.token_cross_entropy(logits, ids)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [by_hand], rtol=1e-6)
+    slope = jax.grad(lambda y: losses.token_cross_entropy(y, ids).sum())(logits)
+    assert slope.dtype == logits.dtype
+    p[0, 0, 1] -= 1
+    p[0, 1, 0] -= 1
+    np.testing.assert_allclose(
+        slope.astype(jnp.float32), p, rtol=1e-5 if dtype == "float32" else 2**-8
+    )
+    huge = losses.token_cross_entropy(1e4 * jnp.ones((1, 1, 3)), ids[:, :1])
+    np.testing.assert_allclose(huge, [[np.log(3)]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("encoder_input", ["masked", "visible"])
+def test_tokens_of_kept_patches_do_not_matter(cfg, encoder_input):
+    """Loss and accuracy are plain means over the masked places of what `predict` says of all."""
+    cfg = dataclasses.replace(
+        cfg,
+        batch_size=4,
+        model=dataclasses.replace(cfg.model, drop_path=0.0),
+        objective=dataclasses.replace(cfg.objective, encoder_input=encoder_input, mask_ratio=0.7),
+        tokens=dataclasses.replace(cfg.tokens, cache="any"),
+    )
+    model, batch, key = SupMIM(cfg, rngs=nnx.Rngs(0)), make_batch(cfg), jax.random.key(0)
+
+    @jax.jit
+    def run(ids):
+        mask = model.mask(jax.random.split(key, 3)[2], batch.id)
+        terms = model.loss(dataclasses.replace(batch, tokens=ids), key)[1]
+        return terms, model.predict(pixels(batch.views[0]), mask), mask.masked
+
+    ids = np.random.default_rng(0).integers(0, 16, (4, 25)).astype(np.uint16)
+    terms, logits, masked = jax.tree.map(np.asarray, run(ids))
+    assert (masked.sum(1) == 18).all() and logits.shape == (4, 25, 16)
+    assert run(np.where(masked, ids, 15 - ids))[0] == terms
+    assert run(np.where(masked, 15 - ids, ids))[0]["mim"] != terms["mim"]
+
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, ids[..., None].astype(int), 2)[..., 0]
+    np.testing.assert_allclose(terms["mim"], nll[masked].mean(), rtol=1e-5)
+    hits = logits.argmax(-1) == ids
+    np.testing.assert_allclose(terms["mim_accuracy"], hits[masked].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("encoder_input", ["masked", "visible"])

@@ -230,7 +230,7 @@ def test_mae_tokens_predictions_and_gradients(mae):
 
     def loss(encoder, decoder):
         (tokens,) = encoder.encode((encoder.embed(x, visible=mask),))
-        predictions = decoder(tokens, mask)
+        predictions = decoder(tokens, mask, every_patch=True)
         return jnp.square(predictions).mean(), (tokens, predictions)
 
     grad = nnx.grad(loss, argnums=(0, 1), has_aux=True)
@@ -238,6 +238,8 @@ def test_mae_tokens_predictions_and_gradients(mae):
     logits = model(pixels, noise=noise).logits
     assert_close(tokens, model.vit(pixels, noise=noise).last_hidden_state)
     assert_close(predictions, logits)
+    hidden = np.take_along_axis(logits.detach().numpy(), np.asarray(mask.hidden)[..., None], 1)
+    assert_close(decoder(tokens, mask), hidden)
 
     logits.square().mean().backward()
     gradients = {

@@ -55,7 +55,8 @@ def train(cfg: Config) -> dict[str, Work]:
 
 
 def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict[str, Work]:
-    """MAE and CMAE: every view's kept patches through the encoder, all through the decoder."""
+    """MAE and CMAE: every view's kept patches through the encoder, all through the decoder, and
+    the masked ones out of it."""
     model, objective, views = cfg.model, cfg.objective, cfg.crops_per_example
     kept = patches - num_masked(patches, objective.mask_ratio)
     encoder = _stack(model, [kept + prefix] * views, model.remat)
@@ -67,8 +68,7 @@ def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict
         "patch embedding": Work(embedding, embedding),
     }
     if objective.name == "cmae" and objective.position.weight:
-        asked = max(round(objective.position.unplaced * kept), 1)
-        asked = asked if objective.position.leak_free else kept
+        asked = objective.position.asked(kept)
         parts["head"] = _trained(2 * views * asked * model.width * patches)
     if objective.name == "cmae" and objective.contrastive.weight:
         sizes = objective.contrastive
@@ -86,7 +86,7 @@ def _decoder(cfg: Config, patches: int, entering: int, prefix: int, outputs: int
     """The decoder of one view, of which `entering` patches come out of the encoder."""
     decoder = cfg.objective.decoder
     ends = 2 * (entering + prefix) * cfg.model.width * decoder.width
-    ends += 2 * patches * decoder.width * outputs
+    ends += 2 * num_masked(patches, cfg.objective.mask_ratio) * decoder.width * outputs
     whole = _stack(decoder, [patches + prefix], cfg.model.remat)
     return Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
 

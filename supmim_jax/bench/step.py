@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import hlo, program, sharding
-from supmim_jax.bench import analytic, flops, step_timing, step_where, torch_rival
+from supmim_jax.bench import analytic, flops, step_data, step_timing, step_where, torch_rival
 from supmim_jax.bench.step_report import report
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import from_configdict
@@ -33,6 +33,7 @@ class Plan:
     rival: bool = False
     compile_rival: bool = True  # by torch.compile
     where: bool = True
+    data: bool = False
 
 
 def command() -> Callable[[], None]:
@@ -45,6 +46,7 @@ def command() -> Callable[[], None]:
         "rival": boolean("rival", False, "By turns with PyTorch's step; tokens from a cache."),
         "compile_rival": boolean("compile_rival", True, "PyTorch's by torch.compile."),
         "where": boolean("where", True, "Profile a round: shares of time by part."),
+        "data": boolean("data", False, "Also feed it the config's data: time waited for them."),
     }
     path = flags.DEFINE_string("json", "", "Also write the result to this file.")
     flags.mark_flag_as_required("config")
@@ -68,9 +70,12 @@ def measure(cfg: Config, plan: Plan) -> dict:
     """All results as a dict that JSON can hold; `report` says what they mean.
 
     Raises:
-      SetupError: of this objective there is no arithmetic, or PyTorch is asked for and missing.
+      SetupError: of this objective there is no arithmetic, PyTorch or data are asked for and
+        missing, or both are asked for.
     """
     flops.check(cfg)
+    if plan.rival and plan.data:
+        raise SetupError("--rival and --data take the time of each other: measure one at a time.")
     if plan.rival and cfg.has_tokens and not cfg.tokens.cache:
         # Both sides are given random ids, as from a cache: none is read.
         cfg = dataclasses.replace(cfg, tokens=dataclasses.replace(cfg.tokens, cache="random"))
@@ -108,6 +113,8 @@ def measure(cfg: Config, plan: Plan) -> dict:
     result["peak"] = step_timing.matmul_peak(cfg, device)
     rate = result["counts"]["model_flops"] / result["step"]["median_s"]
     result["mfu"] = rate / mesh.size / max(result["peak"].values())
+    if plan.data:
+        result["data"] = step_data.measure(cfg, mesh, ours, plan.rounds * plan.steps)
     if plan.where:
         result["where"] = step_where.shares(lambda: ours.run(plan.steps), compiled.as_text())
     return result

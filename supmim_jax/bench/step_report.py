@@ -39,6 +39,11 @@ def numbers(result: dict) -> list[str]:
         "tracing, s": f"{result['trace_s']:.1f}",
         "compiling, s": f"{result['compile_s']:.1f}{cached}",
     }
+    if data := result.get("data"):
+        rows["step fed by the input pipeline, ms"] = (
+            f"{1e3 * data['step_s']:.1f} (mean of {data['steps']} steps in one go)"
+        )
+        rows["data wait"] = f"{data['wait_share']:.1%} of that, {1e3 * data['wait_s']:.2f} ms"
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
@@ -79,5 +84,6 @@ def where(result: dict) -> list[str]:
         *lines,
         "",
         "Time is by a profile of a round: of all threads or streams together, waiting included. "
-        "Batches stay on the device: what a run waits for data is data_wait in its metrics.jsonl.",
+        "Its batch stays on the device: what a run waits for data is measured by --data, and is "
+        "data_wait in its metrics.jsonl.",
     ]

@@ -9,12 +9,13 @@ import json
 import os
 import pickle
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
+
+from supmim_jax.bench.companion import Companion
 
 # dct_method: TensorFlow's default, "", is the fast and less exact one. antialias: what makes a
 # smaller image a mean of the larger one's pixels; off by default.
@@ -26,44 +27,17 @@ VARIANTS = {
 }
 
 
-class Rival:
+class Rival(Companion):
     """tf.data on `cores` cores over tf.Examples with "image" and "label"."""
 
     def __init__(self, examples: list[bytes], boxes: np.ndarray, size: int, batch: int, cores: int):
         """boxes: int32 Nx5, top, left, height, width, mirrored, one for each example."""
-        command = [sys.executable, "-m", "supmim_jax.bench.tfdata_reference"]
-        path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
-        environment = os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        self.messages = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.messages}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        pickle.dump((examples, boxes, size, batch, cores), self.process.stdin)
-        self.process.stdin.flush()
-        self.version = self._answer()["version"]
+        super().__init__("tfdata_reference", "tf.data", {"TF_CPP_MIN_LOG_LEVEL": "3"})
+        self.version = self.asked(pickle.dumps((examples, boxes, size, batch, cores)))["version"]
 
     def measure(self, variant: str, batches: int) -> dict[str, float]:
         """Seconds of wall clock and of CPU for the next batches, and `halves` of the last one."""
-        self.process.stdin.write(json.dumps([variant, batches]).encode() + b"\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            self.messages.seek(0)
-            said = self.messages.read().decode(errors="replace").strip()
-            raise RuntimeError(f"The process of tf.data exited with {code}: {said[-1000:]}")
-        return json.loads(line)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
-        self.messages.close()
+        return self.asked([variant, batches])
 
 
 def dataset(tf, path: str, boxes: np.ndarray, size: int, batch: int, cores: int, variant: str):

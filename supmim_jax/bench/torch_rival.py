@@ -1,14 +1,11 @@
 """PyTorch's train step in another process, so that the two never share threads or memory."""
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from importlib.util import find_spec
 
 from jax.sharding import Mesh
 
+from supmim_jax.bench.companion import Companion
 from supmim_jax.bench.step_timing import Turn
 from supmim_jax.config import Config, SetupError
 from supmim_jax.models.masking import num_masked
@@ -91,7 +88,7 @@ def masked_branch(cfg: Config) -> dict:
     }
 
 
-class Rival:
+class Rival(Companion):
     """The process of PyTorch; `about` is what it says of itself."""
 
     def __init__(self, sizes: dict, parameters: dict[str, int]):
@@ -104,16 +101,8 @@ class Rival:
         Raises:
           RuntimeError: it ended, or its model is another one.
         """
-        command = [sys.executable, "-m", "supmim_jax.bench.torch_reference"]
-        threads = str(sizes["threads"])
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path])),
-            "OMP_NUM_THREADS": threads,
-        }
-        self.messages = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.messages}
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        self.about = self._asked(json.dumps(sizes))
+        super().__init__("torch_reference", "PyTorch", {"OMP_NUM_THREADS": str(sizes["threads"])})
+        self.about = self.asked(sizes)
         if self.about["parameters"] != parameters:
             self.__exit__()
             raise RuntimeError(
@@ -123,27 +112,4 @@ class Rival:
 
     def run(self, how: str, steps: int) -> Turn:
         """Of `steps` one after the other; how: of about["ways"]."""
-        return Turn(*self._asked(json.dumps([how, steps])))
-
-    def _asked(self, line: str) -> dict | list:
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its last words say why
-        answer = self.process.stdout.readline()
-        if not answer:
-            code = self.process.wait()
-            self.messages.seek(0)
-            said = self.messages.read().decode(errors="replace").strip()
-            raise RuntimeError(f"The process of PyTorch exited with {code}: {said[-1000:]}")
-        return json.loads(answer)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
-        self.messages.close()
+        return Turn(*self.asked([how, steps]))

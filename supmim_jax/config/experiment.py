@@ -3,13 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from supmim_jax.config.data import (
-    DataConfig,
-    ProbeDataConfig,
-)
-from supmim_jax.config.evaluation import (
-    EvalConfig,
-)
+from supmim_jax.config.data import DataConfig, ProbeDataConfig
+from supmim_jax.config.evaluation import EvalConfig
 from supmim_jax.config.fields import INF, ConfigError, within
 from supmim_jax.config.model import ViTConfig
 from supmim_jax.config.objective import (
@@ -20,9 +15,7 @@ from supmim_jax.config.objective import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.config.tokenizer import (
-    TokensConfig,
-)
+from supmim_jax.config.tokenizer import TokensConfig
 from supmim_jax.config.training import (
     CheckpointConfig,
     InitConfig,

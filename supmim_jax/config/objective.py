@@ -90,6 +90,10 @@ class PositionConfig:
     leak_free: bool = True
     unplaced: float = within(0.75, 0.01, 1.0)  # that share, with leak_free
 
+    def asked(self, kept: int) -> int:
+        """How many of so many visible patches are asked for their places."""
+        return max(round(self.unplaced * kept), 1) if self.leak_free else kept
+
 
 @dataclass(frozen=True)
 class CMAEConfig:

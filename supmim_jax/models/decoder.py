@@ -10,11 +10,12 @@ from supmim_jax.models.transformer import Transformer, layer_norm, linear, sinco
 
 
 class Decoder(nnx.Module):
-    """Encoder tokens to one prediction per patch.
+    """Encoder tokens to one prediction for each masked patch.
 
     With kept tokens only (MAE's form) it inserts a mask token at every masked place; with a token
     per patch (`masked` form) it takes them as they are. Positions are fixed 2-D sine-cosine ones,
-    as in MAE. A CLS token, if there is one, goes through and is dropped before the output.
+    as in MAE. A CLS token, if there is one, goes through and is dropped before the output, as are
+    kept patches: no loss asks for them.
     """
 
     def __init__(
@@ -49,8 +50,11 @@ class Decoder(nnx.Module):
         self.norm = layer_norm(cfg.width, dtype, rngs)
         self.output = linear(cfg.width, outputs, dtype, rngs)
 
-    def __call__(self, tokens_BxNxD, mask: Mask) -> jax.Array:
-        """Predictions for every patch, kept ones too, float32 BxLx(outputs)."""
+    def __call__(self, tokens_BxNxD, mask: Mask, every_patch: bool = False) -> jax.Array:
+        """Predictions in the encoder's dtype: BxMx(outputs), as `mask.hidden`.
+
+        With `every_patch` for kept ones too, BxLx(outputs) in their places.
+        """
         x = self.embed(tokens_BxNxD)
         patches = mask.masked.shape[1]
         kept = mask.keep.shape[1] if self.inserts_masked else patches
@@ -62,5 +66,7 @@ class Decoder(nnx.Module):
             x = jnp.take_along_axis(x, mask.restore[..., None], axis=1)
         x = x + jnp.asarray(sincos2d(self.side, self.side, x.shape[2])).astype(x.dtype)
         x = jnp.concatenate([cls, x], axis=1)
-        x = self.norm(self.transformer(x, (x.shape[1],)))
-        return self.output(x[:, x.shape[1] - patches :]).astype(jnp.float32)
+        x = self.transformer(x, (x.shape[1],))[:, cls.shape[1] :]
+        if not every_patch:
+            x = jnp.take_along_axis(x, mask.hidden[..., None], axis=1)
+        return self.output(self.norm(x))

@@ -17,6 +17,7 @@ MAX_ASPECT = 1 / 0.3
 
 class Mask(NamedTuple):
     keep: jax.Array  # int32 BxK: indices of the kept patches
+    hidden: jax.Array  # int32 BxM: indices of the masked patches, in no order; K + M = L
     restore: jax.Array  # int32 BxL: place of each patch in [kept, masked]
     masked: jax.Array  # bool BxL: True where masked
 
@@ -32,7 +33,7 @@ def from_scores(scores_BxL, ratio: float) -> Mask:
     kept = patches - num_masked(patches, ratio)
     order = jnp.argsort(scores_BxL, axis=1)
     restore = jnp.argsort(order, axis=1)
-    return Mask(order[:, :kept], restore, restore >= kept)
+    return Mask(order[:, :kept], order[:, kept:], restore, restore >= kept)
 
 
 def sample(form: str, ratio: float, side: int, key: jax.Array, ids_B) -> Mask:

@@ -56,7 +56,7 @@ class CMAE(MAE):
         outputs = self.encoder.encode(inputs, batch.row_key(drop_key))
 
         errors = [
-            self.target.loss(self.decoder(tokens, mask), self.target.patches(view), mask.masked)
+            self.target.loss(self.decoder(tokens, mask), self.target.patches(view, mask))
             for view, tokens in zip(views, outputs, strict=True)
         ]
         loss = reconstruction = losses.mean(sum(errors), weight)
@@ -83,8 +83,7 @@ class CMAE(MAE):
 
     def asked(self, mask: masking.Mask) -> int:
         """How many kept patches are asked for their places: the first, in their random order."""
-        kept, position = mask.keep.shape[1], self.cfg.position
-        return max(round(position.unplaced * kept), 1) if position.leak_free else kept
+        return self.cfg.position.asked(mask.keep.shape[1])
 
     def position(self, tokens_BxNxD, mask: masking.Mask) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of the places and the share of right ones, means over tokens: B each."""

@@ -1,4 +1,4 @@
-"""Losses as pure functions of float32 logits; each gives one value per example."""
+"""Losses as pure functions, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,15 @@ def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
     return -(targets_BxV * log_yes + (1.0 - targets_BxV) * log_no).sum(-1)
 
 
-def masked_token_cross_entropy(logits_BxLxV, ids_BxL, masked_BxL) -> jax.Array:
-    """Cross-entropy of the token ids, mean over each image's masked patches, B."""
-    log_p = jax.nn.log_softmax(logits_BxLxV)
-    nll = -jnp.take_along_axis(log_p, ids_BxL[..., None], axis=-1)[..., 0]
-    return (nll * masked_BxL).sum(-1) / masked_BxL.sum(-1)
+def token_cross_entropy(logits_BxMxV, ids_BxM) -> jax.Array:
+    """Cross-entropy of each token's id, float32 BxM, of logits in any dtype.
+
+    In forms that XLA fuses, forward and backward: what it writes to memory of the logits' size is
+    in their own dtype. A gather of the ids' logits, or log_softmax, would leave float32.
+    """
+    logits = logits_BxMxV.astype(jnp.float32)
+    own = ids_BxM[..., None] == jnp.arange(logits.shape[-1])
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(own, logits, 0.0).sum(-1)
 
 
 def info_nce(queries_BxD, keys_BxD, temperature: float, weight_B) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Masked autoencoder (MAE, arXiv 2111.06377): the pixels of masked patches from the others."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from supmim_jax.config import Config
@@ -36,10 +37,8 @@ class MAE(nnx.Module):
         drop_key, mask_key = jax.random.split(key)
         images = pixels(batch.views[0])
         mask = self.mask(mask_key, batch.id)
-        inputs = (self.encoder.embed(images, visible=mask),)
-        (tokens,) = self.encoder.encode(inputs, batch.row_key(drop_key))
-        predicted = self.decoder(tokens, mask)
-        errors = self.target.loss(predicted, self.target.patches(images), mask.masked)
+        predicted = self.decoder(self.encoded(images, mask, batch.row_key(drop_key)), mask)
+        errors = self.target.loss(predicted, self.target.patches(images, mask))
         loss = losses.mean(errors, batch.weight)
         return loss, {"loss": loss}
 
@@ -47,8 +46,14 @@ class MAE(nnx.Module):
         """The masks of the examples with these ids."""
         return masking.sample("random", self.cfg.mask_ratio, self.encoder.side, key, ids_B)
 
+    def encoded(self, images, mask: masking.Mask, key=None) -> jax.Array:
+        """Tokens of the kept patches of float images, BxKxD, a CLS token besides if there is one;
+        `key` draws DropPath."""
+        (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),), key)
+        return tokens
+
     def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLxP, from float images whose masked patches
         are not looked at."""
-        (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),))
-        return self.decoder(tokens, mask)
+        tokens = self.encoded(images, mask)
+        return self.decoder(tokens, mask, every_patch=True).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """SupMIM: supervised learning with masked image modelling on the side (arXiv 2312.00950)."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from supmim_jax.config import Config
@@ -56,9 +57,9 @@ class SupMIM(nnx.Module):
         logits = self.head(encoder.pool(tokens))
         ce = classification.loss(cfg, logits, targets, batch.weight)
 
-        target = self.target(batch)
+        target = self.target(batch, mask)
         predicted = self.decoder(masked_tokens, mask)
-        mim = losses.mean(self.target.loss(predicted, target, mask.masked), batch.weight)
+        mim = losses.mean(self.target.loss(predicted, target), batch.weight)
 
         loss = ce + self.cfg.mim_weight * mim
         return loss, {
@@ -66,7 +67,7 @@ class SupMIM(nnx.Module):
             "ce": ce,
             "mim": mim,
             "accuracy": classification.accuracy(logits, batch),
-            **self.target.metrics(predicted, target, mask.masked, batch.weight),
+            **self.target.metrics(predicted, target, batch.weight),
         }
 
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
@@ -84,4 +85,4 @@ class SupMIM(nnx.Module):
     def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLx(outputs), from masked float images."""
         (tokens,) = self.encoder.encode((self.embed_masked(images, mask),))
-        return self.decoder(tokens, mask)
+        return self.decoder(tokens, mask, every_patch=True).astype(jnp.float32)

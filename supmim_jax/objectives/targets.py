@@ -6,6 +6,7 @@ from flax import nnx
 
 from supmim_jax.config import Config
 from supmim_jax.models import tokenizer
+from supmim_jax.models.masking import Mask
 from supmim_jax.models.variables import freeze
 from supmim_jax.models.vit import patchify, pixels
 from supmim_jax.objectives import losses
@@ -25,20 +26,20 @@ class Tokens(nnx.Module):
             self.tokenizer = tokenizer.make(target, cfg.model.patch, cfg.data, rngs)
             freeze(self.tokenizer)
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        """int32 ids BxL."""
-        if batch.tokens is not None:
-            return batch.tokens.astype(jnp.int32)
-        return self.tokenizer.encode(target_image(batch))
+    def __call__(self, batch: Batch, mask: Mask) -> jax.Array:
+        """int32 ids BxM of the masked patches."""
+        ids = batch.tokens
+        if ids is None:
+            ids = self.tokenizer.encode(target_image(batch))
+        return jnp.take_along_axis(ids.astype(jnp.int32), mask.hidden, axis=1)
 
-    def loss(self, predicted_BxLxV, ids_BxL, masked_BxL) -> jax.Array:
+    def loss(self, predicted_BxMxV, ids_BxM) -> jax.Array:
         """Cross-entropy, mean over each image's masked patches, B."""
-        return losses.masked_token_cross_entropy(predicted_BxLxV, ids_BxL, masked_BxL)
+        return losses.token_cross_entropy(predicted_BxMxV, ids_BxM).mean(-1)
 
-    def metrics(self, predicted_BxLxV, ids_BxL, masked_BxL, weight_B) -> Metrics:
-        hits = (predicted_BxLxV.argmax(-1) == ids_BxL) & masked_BxL
-        share = hits.sum(-1) / masked_BxL.sum(-1)
-        return {"mim_accuracy": losses.mean(share.astype(jnp.float32), weight_B)}
+    def metrics(self, predicted_BxMxV, ids_BxM, weight_B) -> Metrics:
+        hits = (predicted_BxMxV.argmax(-1) == ids_BxM).astype(jnp.float32)
+        return {"mim_accuracy": losses.mean(hits.mean(-1), weight_B)}
 
 
 class Pixels(nnx.Module):
@@ -48,20 +49,21 @@ class Pixels(nnx.Module):
         self.patch, self.normalize = cfg.model.patch, normalize
         self.outputs = cfg.model.patch**2 * cfg.data.channels
 
-    def __call__(self, batch: Batch) -> jax.Array:
-        """float32 patches BxLxP."""
-        return self.patches(target_image(batch))
+    def __call__(self, batch: Batch, mask: Mask) -> jax.Array:
+        """float32 masked patches BxMxP."""
+        return self.patches(target_image(batch), mask)
 
-    def patches(self, images) -> jax.Array:
-        """float32 patches BxLxP of float images BxHxWxC."""
+    def patches(self, images, mask: Mask) -> jax.Array:
+        """float32 masked patches BxMxP of float images BxHxWxC."""
         patches = patchify(images, self.patch)
+        patches = jnp.take_along_axis(patches, mask.hidden[..., None], axis=1)
         if not self.normalize:
             return patches
         mean, deviation = statistics(patches)
         return (patches - mean) / deviation
 
     def restored(self, patches_BxLxP, images) -> jax.Array:
-        """Inverse of `patches`: pixels BxLxP, with mean and deviation of the patches of `images`.
+        """Inverse of `patches`, but of all: pixels BxLxP, with each patch's mean and deviation.
 
         This is how predictions are shown, as in MAE's demo: what is not their task is not shown.
         """
@@ -70,12 +72,11 @@ class Pixels(nnx.Module):
         mean, deviation = statistics(patchify(images, self.patch))
         return patches_BxLxP * deviation + mean
 
-    def loss(self, predicted_BxLxP, patches_BxLxP, masked_BxL) -> jax.Array:
+    def loss(self, predicted_BxMxP, patches_BxMxP) -> jax.Array:
         """Mean squared error over each image's masked patches, B."""
-        error = ((predicted_BxLxP - patches_BxLxP) ** 2).mean(-1)
-        return (error * masked_BxL).sum(-1) / masked_BxL.sum(-1)
+        return ((predicted_BxMxP.astype(jnp.float32) - patches_BxMxP) ** 2).mean((1, 2))
 
-    def metrics(self, predicted, patches, masked, weight_B) -> Metrics:
+    def metrics(self, predicted, patches, weight_B) -> Metrics:
         return {}
 
 
