@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from supmim_jax import checkpoint, inference
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
-from supmim_jax.data import feed, token_cache
+from supmim_jax.data import feed, token_cache, token_plan
 from supmim_jax.metrics import write_json
 from supmim_jax.models import maskgit, patch_codes
 
@@ -67,9 +67,22 @@ def _codebook(cfg: Config, workdir: epath.Path) -> dict:
     kept = [epath.Path(d) / FILE for d in (cfg.tokens.cache, workdir) if d]
     path = epath.Path(target.path) if target.path else next(filter(_exists, kept), None)
     if path:
-        return patch_codes.load(path, target, cfg.model.patch, cfg.data.channels)
+        found = patch_codes.load(path, target, cfg.model.patch, cfg.data.channels)
+        if cfg.tokens.cache and not target.path and path == kept[0]:
+            _check_made(found, cfg.tokens.cache)
+        return found
     images = feed.first_images(cfg, target.fit_images)
     return patch_codes.fit(target, cfg.model.patch, images, cfg.seed)
+
+
+def _check_made(codebook: dict, cache: str) -> None:
+    """Raises SetupError unless the codebook in a token cache is the one that it was made with."""
+    wanted = token_plan.read_plan(epath.Path(cache)).fingerprint["tokenizer_sha256"]
+    if digest(codebook) != wanted:
+        raise SetupError(
+            f"{epath.Path(cache) / FILE} is not the codebook that this token cache was made with, "
+            f"of SHA-256 {wanted[:12]}... Copy the cache again, or write another one."
+        )
 
 
 def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
@@ -84,7 +97,14 @@ def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
     """Raises SetupError if the run in workdir began with another tokenizer."""
     path = workdir / IDENTITY
     if cfg.has_tokens and path.exists():
-        kept, here = json.loads(path.read_text())["sha256"], identity(arrays, cfg)
+        try:
+            kept = str(json.loads(path.read_text())["sha256"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise SetupError(
+                f"{path} cannot be read: {error!r}. It says which tokenizer the run began with: "
+                f"copy it again, or choose another --workdir."
+            ) from None
+        here = identity(arrays, cfg)
         if kept != here:
             raise SetupError(
                 f"--workdir {workdir} holds a run with the tokenizer of SHA-256 {kept[:12]}..., "
@@ -96,7 +116,7 @@ def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
 def identity(arrays: dict, cfg: Config) -> str:
     """SHA-256 of the tokenizer's arrays, which a cache knows of those that made it."""
     if cfg.tokens.cache:
-        plan = token_cache.read_plan(epath.Path(cfg.tokens.cache))
+        plan = token_plan.read_plan(epath.Path(cfg.tokens.cache))
         return plan.fingerprint["tokenizer_sha256"]
     return digest(arrays["target"]["tokenizer"])
 

@@ -24,13 +24,15 @@ from ml_collections import ConfigDict, config_flags
 from supmim_jax import commands, frozen, inference, sharding
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
-from supmim_jax.data import feed, token_cache
+from supmim_jax.data import feed, token_cache, token_plan
 from supmim_jax.metrics import write_json
 from supmim_jax.models import patch_codes
 
 # ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
 # compression saves more than that where tokens are many (bench tokens).
-RECORD_BYTES, SHARD_BYTES = 66, 2**17
+RECORD_BYTES, SHARD_BYTES = 70, 2**17
+
+Row = tuple[np.ndarray, int]  # ids of a record, and the mark of its image
 
 
 def tokenize(
@@ -38,7 +40,7 @@ def tokenize(
     directory: epath.Path,
     views: int,
     records_per_shard: int = token_cache.RECORDS_PER_SHARD,
-) -> token_cache.Plan:
+) -> token_plan.Plan:
     """Writes this process's missing shards of the cache, on its own devices.
 
     Args:
@@ -60,7 +62,7 @@ def tokenize(
     prog = inference.build_tokenizer(cfg, batch_size, mesh)
     feed.check(cfg)
     arrays = frozen.tokenizer(cfg, directory, prog.arrays)
-    plan = token_cache.Plan(
+    plan = token_plan.Plan(
         fingerprint=token_cache.fingerprint(cfg, frozen.digest(arrays)),
         views=views,
         examples=cfg.data.train_examples,
@@ -74,32 +76,41 @@ def tokenize(
     for index in range(jax.process_index(), plan.shards, jax.process_count()):
         path, records = plan.path(directory, index), plan.shard(index)
         if not path.exists():
-            token_cache.write_shard(path, progress(encoded(bound, cfg, records, batch_size, mesh)))
+            rows = progress(encoded(bound, cfg, records, batch_size, mesh))
+            token_cache.write_shard(path, token_cache.packed(plan, index, rows))
     return plan
 
 
 def encoded(
     bound: inference.BoundTokenizer, cfg: Config, records: range, batch_size: int, mesh: Mesh
-) -> Iterator[np.ndarray]:
-    """uint16 ids L of each record in turn; the next batch is under way while one is handed out."""
+) -> Iterator[Row]:
+    """uint16 ids L of each record in turn, and the mark of its image.
+
+    The next batch is under way while one is handed out.
+    """
     rows = jax.NamedSharding(mesh, sharding.BATCH)
-    pending: tuple[jax.Array, int] | None = None
-    for images in feed.target_images(cfg, records.start, records.stop, batch_size):
+    pending: tuple[jax.Array, np.ndarray] | None = None
+    for images, marks in feed.target_images(cfg, records.start, records.stop, batch_size):
         count = len(images)
         padded = np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
         ids = bound.encode(jax.device_put(padded, rows))
         if pending:
-            yield from np.asarray(pending[0])[: pending[1]].astype(np.uint16)
-        pending = ids, count
+            yield from _rows(*pending)
+        pending = ids, marks
     if pending:
-        yield from np.asarray(pending[0])[: pending[1]].astype(np.uint16)
+        yield from _rows(*pending)
 
 
-def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: dict) -> None:
+def _rows(ids: jax.Array, marks: np.ndarray) -> Iterator[Row]:
+    """Those of a batch that are no padding."""
+    return zip(np.asarray(ids)[: len(marks)].astype(np.uint16), marks.tolist(), strict=True)
+
+
+def _begin(directory: epath.Path, plan: token_plan.Plan, cfg: Config, arrays: dict) -> None:
     """Makes the directory with its manifest, or checks that it is this plan's."""
-    manifest = directory / token_cache.MANIFEST
+    manifest = directory / token_plan.MANIFEST
     if manifest.exists():
-        found = token_cache.read_plan(directory)
+        found = token_plan.read_plan(directory)
         token_cache.check_same(found.fingerprint, plan.fingerprint, directory)
         if found != plan:
             raise SetupError(
@@ -114,19 +125,19 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
         if jax.process_index() == 0:
             if cfg.objective.target.name == "patch_codes":
                 patch_codes.save(directory / frozen.FILE, arrays)
-            write_json(manifest, dataclasses.asdict(plan))
+            write_json(manifest, plan.manifest)
     except OSError as error:
         raise SetupError(
             f"--cache {directory} cannot be written: {error}. Choose a directory that you own."
         ) from None
 
 
-def estimated_bytes(plan: token_cache.Plan) -> int:
+def estimated_bytes(plan: token_plan.Plan) -> int:
     """An upper bound of the cache's size."""
     return plan.records * (2 * plan.tokens + RECORD_BYTES) + plan.shards * SHARD_BYTES
 
 
-def _check_space(directory: epath.Path, plan: token_cache.Plan) -> None:
+def _check_space(directory: epath.Path, plan: token_plan.Plan) -> None:
     """Raises SetupError if a local disk has no room for the whole cache."""
     if "://" in str(directory):
         return
@@ -141,7 +152,7 @@ def _check_space(directory: epath.Path, plan: token_cache.Plan) -> None:
 class Progress:
     """Says what will be written, then how far it is, on stderr."""
 
-    def __init__(self, plan: token_cache.Plan, directory: epath.Path):
+    def __init__(self, plan: token_plan.Plan, directory: epath.Path):
         own = range(jax.process_index(), plan.shards, jax.process_count())
         missing = [i for i in own if not plan.path(directory, i).exists()]
         self.total = sum(len(plan.shard(i)) for i in missing)
@@ -154,7 +165,7 @@ class Progress:
             file=sys.stderr,
         )
 
-    def __call__(self, rows: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    def __call__(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Passes the rows on and counts them."""
         for row in rows:
             yield row

@@ -52,6 +52,25 @@ def test_a_config_comes_back_through_the_door(objective):
         ("eval.which", [], "config.eval.which is []; it must be a tuple of one or more entries"),
         ("eval.which", ["segmentation"], "'segmentation', but data.masks.field is empty"),
         ("eval.knn.ks", (5, 0), "config.eval.knn.ks[1] is 0; it must be 1 or more"),
+        ("epochs", float("inf"), "config.epochs is inf; it must be 0.0 to 3.4e+38"),
+        (
+            "epochs",
+            1e38,
+            "epochs is 1e+38: of data.train_examples = 240 in batches of 64 these are",
+        ),
+        ("epochs", 10**400, "... of type int; it must be float"),
+        ("optim.lr", 1e-40, "config.optim.lr is 1e-40; a float32 holds 0, or 1.2e-38 and more"),
+        ("optim.final_lr", 0.1, "optim.final_lr is 0.1, above the peak of 0.001"),
+        ("optim.b1", 1.0, "config.optim.b1 is 1.0; it must be 0.0 to 0.999999"),
+        ("batch_size", 2**31, "config.batch_size is 2147483648; it must be 1 to 2147483647"),
+        ("model.width", 10**9, "config.model.width is 1000000000; it must be 1 to 65536"),
+        ("data.channels", 1.0, "config.data.channels is 1.0; known are 1, 3"),
+        ("objective.name", [], "config.objective.name is []; known are 'supervised'"),
+        ("objective", {"name": {}}, "config.objective.name is {}; known are 'supervised'"),
+        ("data.name", "a\nb", "config.data.name is 'a\\nb', which has control characters"),
+        ("data.name", "\ud800", "or is not Unicode; it must be one line of text"),
+        ("tokens.cache", "a" * 3000, "config.tokens.cache has 3000 characters; it must have 1000"),
+        ("data.a\x1b[2J", 1, r"config.data.'a\x1b[2J' does not exist"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(path, value, message):
@@ -71,6 +90,33 @@ def test_a_typo_is_answered_with_the_known_key():
     values["objective"]["mask_raito"] = 0.5
     with pytest.raises(ConfigError, match=r"Did you mean config\.objective\.mask_ratio\?"):
         configdict.from_configdict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"objective": config.MAEConfig(), "model": config.ViTConfig(patch=1)},
+            "a patch of one value has no deviation",
+        ),
+        (
+            {"objective": SupMIMConfig(target=config.PixelsConfig()), "model": {"patch": 1}},
+            "a patch of one value has no deviation",
+        ),
+        (
+            {"batch_size": 10**9, "optim": config.OptimConfig(lr=1e35, lr_batch=1)},
+            "optim.lr is 1e+35 at optim.lr_batch = 1, which is 1e+44",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(changes, message):
+    if isinstance(changes.get("model"), dict):
+        changes = changes | {"model": config.ViTConfig(**changes["model"])}
+    with pytest.raises(ConfigError) as error:
+        Config(**changes)
+    assert message in str(error.value)
+    with pytest.raises(ConfigError, match="multipliers has 11 entries"):
+        config.VQGANConfig(multipliers=(1,) * 11)
 
 
 def test_derived_values_follow_an_override():

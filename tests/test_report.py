@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from supmim_jax import checkpoint, inference, program, sharding
 from supmim_jax.config import (
@@ -205,6 +207,61 @@ def test_whatever_comes_from_outside_is_text(report, html):
     assert {a["src"][:5] for a, _ in page.all("img")} == {"data:"}
     assert len(page.all("img")) == len(Page(html).all("img"))
     assert page.all("h1")[0][1] == HOSTILE and HOSTILE in [text for _, text in page.all("mark")]
+
+
+def test_files_that_are_hostile_are_text_or_refused(run, html, tmp_path):
+    """All that the report reads of a workdir, its name too; half characters and controls."""
+    hostile = f"{HOSTILE}]]>&amp;'`\x00\x1b\ud800\u202e"
+    workdir = shutil.copytree(run, tmp_path / HOSTILE.replace("/", "") / "run@<svg onload=x>'\"")
+    (step,) = [p for p in (workdir / "checkpoints").iterdir() if p.name == "4"]
+    saved = json.loads((step / "config" / "metadata").read_text())
+    saved["objective"]["perceptual"] = saved["objective"].get("perceptual")
+    del saved["objective"]["perceptual"]
+    saved["objective"]["target"]["path"] = ""
+    saved["init"]["checkpoint"] = HOSTILE
+    (step / "config" / "metadata").write_text(json.dumps(saved))
+    (workdir / "config.json").write_text(json.dumps(saved))
+    parts = json.loads((workdir / "environment.json").read_text())
+    parts = [{**parts[0], hostile: hostile, **dict.fromkeys(list(parts[0])[:4], hostile)}, *parts]
+    (workdir / "environment.json").write_text(json.dumps(parts))
+    lines = [{"step": i, hostile: i, f"eval/{hostile}": 2.0, "loss": math.nan} for i in range(3)]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    results = {"split": hostile, "top1": 1.0, hostile: 1e300, "knn": -math.inf}
+    (workdir / "results.json").write_text(json.dumps(results))
+    values = {"metrics": {hostile: 1}, "step": hostile, "data": {"name": hostile}}
+    name = HOSTILE.replace("/", "")
+    (workdir / "evals" / f"{name}.json").write_text(json.dumps(values))
+    location = epath.Path(workdir)
+    page = Page(Path(write(f"{location}@4", out=str(tmp_path / "out.html"))).read_text())
+    tags = {tag for tag, _, _ in Page(html).found}
+    for tag, attributes, _ in page.found:
+        assert tag in tags and not {x for x in attributes if x.startswith("on")}
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    assert len(page.all("style")) == 1 and not page.all("script")
+    shown = hostile.replace("\x00\x1b\ud800", "\ufffd" * 3)
+    text = page.all("body")[0][1]
+    assert text.count(shown) >= 8 and HOSTILE in text and name in text
+    assert page.all("h1")[0][1] == workdir.name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n' + 200_000 * "[" + '\n{"step": 2}\n'),
+        ("metrics.jsonl", '{"step": 1' + 400 * "0" + ', "loss": 1}\n{"step": 2}\n'),
+        ("metrics.jsonl", b"\xff\xfe\n{}"),
+        ("results.json", 200_000 * "["),
+        ("results.json", '{"top1": 1' + 400 * "0" + "}"),
+        ("environment.json", '[{"from_step": [], "x": 1}]'),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_refused(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SetupError, match=f"{name} cannot be used"):
+        for read in (files.curves, files.evaluations, files.environments):
+            read(epath.Path(tmp_path))
 
 
 def test_a_tokenizer_run_has_its_reconstructions(data_dir, tmp_path):

@@ -1,6 +1,7 @@
 """The token cache: equal to tokens made in the step, refused where it isn't, safe to restart."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -17,7 +18,7 @@ from supmim_jax.config import (
     TokensConfig,
     VQGANConfig,
 )
-from supmim_jax.data import feed, pipeline, token_cache
+from supmim_jax.data import feed, pipeline, records, token_cache, token_plan
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -25,6 +26,11 @@ ONE = jax.devices()[:1]
 
 def with_cache(cfg, directory, views=0):
     return dataclasses.replace(cfg, tokens=TokensConfig(cache=str(directory), views=views))
+
+
+def encoded_images(cfg) -> list[bytes]:
+    source = records.open_training_source(cfg.data)
+    return [source[i]["image"] for i in range(len(source))]
 
 
 def replaced(cfg, section, **changes):
@@ -131,11 +137,11 @@ def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, mo
     written = []
     write = token_cache.write_shard
 
-    def failing(path, rows):
+    def failing(path, encoded):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(path.name)
-        write(path, rows)
+        write(path, encoded)
 
     monkeypatch.setattr(token_cache, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -155,7 +161,9 @@ def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, mo
         if (caches / "three").exists()
         else whole
     )
-    assert all((whole[v, i] == other[v, i]).all() for v in range(2) for i in range(64))
+    images = encoded_images(cfg)
+    for v, i in itertools.product(range(2), range(64)):
+        assert (whole.read(v, i, images[i]) == other.read(v, i, images[i])).all()
 
 
 def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
@@ -169,7 +177,9 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
         assert done == (["00001", "00003"] if process else ["00000", "00001", "00002", "00003"])
     monkeypatch.undo()
     a, b = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, directory))
-    assert all((a[v, i] == b[v, i]).all() for v in range(3) for i in range(64))
+    images = encoded_images(cfg)
+    for v, i in itertools.product(range(3), range(64)):
+        assert (a.read(v, i, images[i]) == b.read(v, i, images[i])).all()
 
 
 @pytest.mark.parametrize(
@@ -289,29 +299,72 @@ def test_damage_is_named(cfg, cache, tmp_path):
         ):
             feed.check(with_cache(cfg, directory))
     directory, shard = copied("fewer")
-    token_cache.write_shard(shard, iter(np.zeros((7, 25), np.uint16)))
+    token_cache.write_shard(shard, iter([bytes(54)] * 7))
     with pytest.raises(SetupError, match=r"tokens-00002.* has 7 records, expected 50"):
         feed.check(with_cache(cfg, directory))
-    directory, shard = copied("range")
-    token_cache.write_shard(shard, iter(np.full((50, 25), 16, np.uint16)))
-    opened = token_cache.open_cache(with_cache(cfg, directory))
-    with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has 25 ids up to 16; .*16"):
-        opened[1, 40]
+    directory, shard = copied("zeros")
+    token_cache.write_shard(shard, iter([bytes(54)] * 50))
+    opened, images = token_cache.open_cache(with_cache(cfg, directory)), encoded_images(cfg)
+    with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has a wrong checksum"):
+        opened.read(1, 40, images[40])
     directory, _ = copied("manifest")
-    (directory / token_cache.MANIFEST).write_text("{")
+    (directory / token_plan.MANIFEST).write_text("{")
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read"):
         feed.check(with_cache(cfg, directory))
     with pytest.raises(SetupError, match=r"There is no token cache in .*nowhere"):
         feed.check(with_cache(cfg, tmp_path / "nowhere"))
 
 
+def test_tokens_are_those_of_the_image_that_was_tokenised(cfg, cache):
+    """Data sets without seals may have changed unseen; their records' tokens then don't fit."""
+    opened, images = token_cache.open_cache(with_cache(cfg, cache)), encoded_images(cfg)
+    opened.read(2, 5, images[5])
+    for wrong in (images[6], images[5][:-1], images[5] + b"x", b""):
+        with pytest.raises(
+            SetupError, match=r"view 2 of example 5 .* image of record 5 is no longer"
+        ):
+            opened.read(2, 5, wrong)
+
+
+@pytest.mark.parametrize(
+    "change", [{"views": 2}, {"records_per_shard": 49}, {"codes": 15}, {"x": 1}]
+)
+def test_a_manifest_that_was_changed_is_refused(cfg, cache, tmp_path, change):
+    values = json.loads((cache / token_plan.MANIFEST).read_text())
+    (tmp_path / token_plan.MANIFEST).write_text(json.dumps(values | change))
+    with pytest.raises(SetupError, match=r"manifest\.json cannot be read: its checksum is wrong"):
+        feed.check(with_cache(cfg, tmp_path))
+    del values["sha256"]
+    (tmp_path / token_plan.MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(SetupError, match=r"it has no checksum, as those of earlier versions"):
+        feed.check(with_cache(cfg, tmp_path))
+
+
+def test_a_records_checksum_is_of_all_that_it_belongs_to():
+    """Of the cache, the place in it (views of an image have one mark), the image and the ids."""
+    given = (bytes(32), 5, 7, b"ids")
+    others = [(bytes(31) + b"x", 5, 7, b"ids"), (bytes(32), 6, 7, b"ids")]
+    others += [(bytes(32), 5, 8, b"ids"), (bytes(32), 5, 7, b"idt")]
+    assert len({token_cache._checksum(*x) for x in (given, *others)}) == 5
+
+
+def test_a_codebook_that_took_the_place_of_the_caches_is_refused(cfg, cache, tmp_path):
+    for path in cache.iterdir():
+        path.copy(epath.Path(tmp_path) / path.name)
+    np.savez(tmp_path / frozen.FILE, codes=np.load(cache / frozen.FILE)["codes"] + 1)
+    with pytest.raises(
+        SetupError, match=r"tokenizer\.npz is not the codebook that this token cache"
+    ):
+        frozen.tokenizer(with_cache(cfg, tmp_path), epath.Path(tmp_path), {})
+
+
 def test_a_cache_in_use_is_not_written_over(cfg, cache):
-    before = json.loads((cache / token_cache.MANIFEST).read_text())
+    before = json.loads((cache / token_plan.MANIFEST).read_text())
     with pytest.raises(SetupError, match=r"has 3 views in shards of 50; asked for are 4"):
         tokenize.tokenize(cfg, cache, views=4, records_per_shard=50)
     with pytest.raises(SetupError, match=r"tokens\.seed: 0; 1"):
         tokenize.tokenize(dataclasses.replace(cfg, seed=1), cache, views=3, records_per_shard=50)
-    assert json.loads((cache / token_cache.MANIFEST).read_text()) == before
+    assert json.loads((cache / token_plan.MANIFEST).read_text()) == before
 
 
 def test_a_run_without_tokens_has_no_cache(supervised, tmp_path):

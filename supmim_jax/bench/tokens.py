@@ -11,7 +11,7 @@ from etils import epath
 
 from supmim_jax.config import DataConfig, VQGANConfig
 from supmim_jax.configdict import section
-from supmim_jax.data import token_cache, transforms
+from supmim_jax.data import seals, token_cache, token_plan, transforms
 
 IMAGENET = 1_281_167  # training images
 SIDE = 16  # tokens each way
@@ -45,9 +45,10 @@ def compare(records: int, epochs: int, images: int) -> str:
         cache = write(epath.Path(directory), records)
         size = sum(p.stat().length for p in epath.Path(directory).glob("*.arrayrecord")) / records
         order = np.random.default_rng(1).permutation(records)[:20_000]
-        [cache[0, int(i)] for i in order[:100]]
+        image = bytes(100_000)
+        [cache.read(0, int(i), image) for i in order[:100]]
         start = time.perf_counter()
-        [cache[0, int(i)] for i in order]
+        [cache.read(0, int(i), image) for i in order]
         read = (time.perf_counter() - start) / len(order)
     encoded = [jpeg(i) for i in range(16)]
     example = transforms.TrainExample(DATA, seed=0, views=1)
@@ -71,7 +72,7 @@ def compare(records: int, epochs: int, images: int) -> str:
 
 def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
     """A cache of one shard of random ids."""
-    plan = token_cache.Plan(
+    plan = token_plan.Plan(
         fingerprint={"tokenizer": section(VQGANConfig())},
         views=1,
         examples=records,
@@ -80,8 +81,9 @@ def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
         records_per_shard=records,
     )
     random = np.random.default_rng(0)
-    rows = (random.integers(0, plan.codes, plan.tokens, np.uint16) for _ in range(records))
-    token_cache.write_shard(plan.path(directory, 0), rows)
+    mark = seals.mark(bytes(100_000))
+    rows = ((random.integers(0, plan.codes, plan.tokens, np.uint16), mark) for _ in range(records))
+    token_cache.write_shard(plan.path(directory, 0), token_cache.packed(plan, 0, rows))
     return token_cache.TokenCache(directory, plan)
 
 

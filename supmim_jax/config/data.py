@@ -41,7 +41,7 @@ class DataConfig:
     num_classes: int = within(30, 2, INF)
     label_field: str = "label"  # the data set's feature that is the class
     masks: MasksConfig = MasksConfig()  # only segmentation and the report read them
-    image_size: int = within(20, 1, INF)  # pixels, what the encoder sees
+    image_size: int = within(20, 1, 2**14)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
     crop: Literal["inception", "random", "contrastive"] = "random"
     contrastive_crop: ContrastiveCropConfig = ContrastiveCropConfig()
@@ -55,7 +55,7 @@ class DataConfig:
     augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most
     color_jitter: float = within(0.3, 0.0, 1.0)  # brightness, contrast, saturation
     erasing: float = within(0.0, 0.0, 1.0)  # probability of random erasing, after all else
-    eval_resize: int = within(24, 1, INF)  # pixels of the shorter side before the centre crop
+    eval_resize: int = within(24, 1, 2**14)  # pixels of the shorter side before the centre crop
     # Broken records that training may replace by others, as a share of those read (in the first
     # epoch: of the data set); above it the run stops.
     max_broken: float = within(0.001, 0.0, 1.0)
@@ -91,7 +91,7 @@ class ProbeDataConfig:
     num_classes: int = within(0, 0, INF)
     label_field: str = ""
     masks: MasksConfig = MasksConfig()  # the run's, if its field is ""
-    eval_resize: int = within(0, 0, INF)
+    eval_resize: int = within(0, 0, 2**14)
     workers: int = within(-1, -1, 256)
     threads: int = within(0, 0, 256)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from supmim_jax.config.data import DataConfig, ProbeDataConfig
 from supmim_jax.config.evaluation import EvalConfig
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import INF, LARGEST, ConfigError, within
 from supmim_jax.config.model import ViTConfig
 from supmim_jax.config.objective import (
     CMAEConfig,
@@ -50,6 +50,7 @@ class Config:
 
     def __post_init__(self):
         self._check_sizes()
+        self._check_schedule()
         self._check_objective()
         self._check_masks()
         self._check_boxes()
@@ -64,11 +65,36 @@ class Config:
             )
         if self.objective.masks_patches and size == patch:
             raise ConfigError(f"model.patch is {patch}, the whole image: nothing is left to mask.")
+        if self._normalizes_patches and patch**2 * self.data.channels == 1:
+            raise ConfigError(
+                "model.patch is 1 with data.channels = 1: a patch of one value has no deviation to "
+                "be normalised by. Take larger patches."
+            )
         if self.objective.name == "vqgan" and size % self.objective.tokenizer.downsampling:
             raise ConfigError(
                 f"data.image_size is {size}, but {len(self.objective.tokenizer.multipliers)} "
                 f"objective.tokenizer.multipliers make tokens of "
                 f"{self.objective.tokenizer.downsampling} pixels; it must be a multiple of that."
+            )
+
+    def _check_schedule(self) -> None:
+        if self.total_steps > LARGEST[int]:
+            raise ConfigError(
+                f"epochs is {self.epochs:g}: of data.train_examples = {self.data.train_examples} "
+                f"in batches of {self.batch_size} these are {self.total_steps:.3g} steps, and "
+                f"steps are counted to {LARGEST[int]}."
+            )
+        if self.num_views > LARGEST[int]:
+            raise ConfigError(f"epochs is {self.epochs:g}; views are counted to {LARGEST[int]}.")
+        if self.peak_lr > LARGEST[float]:
+            raise ConfigError(
+                f"optim.lr is {self.optim.lr:g} at optim.lr_batch = {self.optim.lr_batch}, which "
+                f"is {self.peak_lr:g} at batch_size = {self.batch_size}: more than a float32 holds."
+            )
+        if self.optim.final_lr > self.peak_lr:
+            raise ConfigError(
+                f"optim.final_lr is {self.optim.final_lr:g}, above the peak of {self.peak_lr:g} "
+                f"that the cosine comes from (optim.lr, at optim.lr_batch). Lower it, or raise lr."
             )
 
     def _check_objective(self) -> None:
@@ -125,6 +151,13 @@ class Config:
                 f"learns, but tokens.cache = {self.tokens.cache!r} holds the tokens of crops that "
                 f"were drawn before: take 'centre', or leave tokens.cache empty."
             )
+
+    @property
+    def _normalizes_patches(self) -> bool:
+        """Whether the target is the pixels of each patch, by their own deviation."""
+        if self.objective.name == "supmim":
+            return self.objective.target.name == "pixels"
+        return self.objective.leaves == "encoder" and self.objective.normalize_patches
 
     @property
     def has_tokens(self) -> bool:

@@ -3,6 +3,9 @@
 from dataclasses import field
 
 INF = float("inf")
+# What the device's int32 and float32 hold.
+LARGEST = {int: 2**31 - 1, float: 3.4e38}
+SMALLEST = 1.2e-38
 
 
 class SetupError(Exception):
@@ -14,5 +17,8 @@ class ConfigError(SetupError):
 
 
 def within(default, low, high):
-    """A number field that must lie in [low, high]; of a tuple, each entry."""
+    """A number field that must lie in [low, high]; of a tuple, each entry.
+
+    Where `high` is INF, only LARGEST bounds it: no field may be infinite.
+    """
     return field(default=default, metadata={"range": (low, high)})

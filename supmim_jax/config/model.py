@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import ConfigError, within
 
 VARIANTS = {  # width, depth, mlp_dim, heads: ViT (2010.11929) and Scaling ViTs (2106.04560)
     "Ti": (192, 12, 768, 3),
@@ -17,16 +17,16 @@ VARIANTS = {  # width, depth, mlp_dim, heads: ViT (2010.11929) and Scaling ViTs 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    patch: int = within(4, 1, INF)  # pixels
-    width: int = within(64, 1, INF)
-    depth: int = within(4, 1, INF)
-    mlp_dim: int = within(256, 1, INF)
-    heads: int = within(2, 1, INF)
+    patch: int = within(4, 1, 2**14)  # pixels
+    width: int = within(64, 1, 2**16)
+    depth: int = within(4, 1, 2**10)
+    mlp_dim: int = within(256, 1, 2**18)
+    heads: int = within(2, 1, 2**16)
     pooling: Literal["gap", "cls"] = "gap"
     positions: Literal["learned", "sincos2d"] = "learned"
     # sincos2d: patches per side of the grid that the coordinates are of, for an encoder that was
     # trained at another image size; 0: the image's own.
-    position_grid: int = within(0, 0, INF)
+    position_grid: int = within(0, 0, 2**14)
     layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
     drop_path: float = within(0.0, 0.0, 0.99)  # of the last block, rising linearly from 0
     gelu: Literal["exact", "tanh"] = "exact"
@@ -53,10 +53,10 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    depth: int = within(1, 1, INF)
-    width: int = within(64, 1, INF)
-    mlp_dim: int = within(256, 1, INF)
-    heads: int = within(2, 1, INF)
+    depth: int = within(1, 1, 2**10)
+    width: int = within(64, 1, 2**16)
+    mlp_dim: int = within(256, 1, 2**18)
+    heads: int = within(2, 1, 2**16)
 
     def __post_init__(self):
         if self.width % self.heads or self.width % 4:

@@ -76,8 +76,8 @@ class ContrastiveConfig:
     weight: float = within(0.1, 0.0, INF)  # 0 leaves out the task, the second view and the branch
     temperature: float = within(1.0, 1e-3, INF)
     momentum: float = within(0.999, 0.0, 1.0)
-    hidden: int = within(256, 1, INF)  # of projector and predictor
-    dim: int = within(64, 1, INF)  # in which views are compared
+    hidden: int = within(256, 1, 2**16)  # of projector and predictor
+    dim: int = within(64, 1, 2**16)  # in which views are compared
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class AdversarialConfig:
     weight: float = within(0.0, 0.0, INF)
     r1_weight: float = within(10.0, 0.0, INF)  # gradient penalty on real images (1801.04406)
     start: float = within(0.25, 0.0, 1.0)  # share of the run after which it acts on the tokenizer
-    filters: int = within(64, 1, INF)
+    filters: int = within(64, 1, 2**12)
     layers: int = within(3, 1, 8)  # that halve the resolution
 
 

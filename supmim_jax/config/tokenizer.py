@@ -5,6 +5,8 @@ from typing import Literal
 
 from supmim_jax.config.fields import INF, ConfigError, within
 
+MOST_LEVELS = 10  # resolutions of a VQGAN: tokens of up to 512 pixels
+
 
 @dataclass(frozen=True)
 class PatchCodesConfig:
@@ -21,16 +23,21 @@ class VQGANConfig:
 
     name: Literal["vqgan"] = "vqgan"
     path: str = ""  # MaskGIT's msgpack file, or workdir[@step] of a run of objectives/vqgan.py
-    filters: int = within(128, 1, INF)  # channels at full resolution
-    multipliers: tuple[int, ...] = within((1, 1, 2, 2, 4), 1, INF)  # of them; halves between
-    res_blocks: int = within(2, 1, INF)  # per resolution
-    groups: int = within(32, 1, INF)  # of GroupNorm
+    filters: int = within(128, 1, 2**14)  # channels at full resolution
+    multipliers: tuple[int, ...] = within((1, 1, 2, 2, 4), 1, 2**10)  # of them; halves between
+    res_blocks: int = within(2, 1, 64)  # per resolution
+    groups: int = within(32, 1, 2**14)  # of GroupNorm
     codes: int = within(1024, 2, 65535)
-    code_dim: int = within(256, 1, INF)
+    code_dim: int = within(256, 1, 2**14)
     # "highest" gives the ids of float32 on any hardware; "default" is faster on TPUs and GPUs.
     precision: Literal["highest", "default"] = "highest"
 
     def __post_init__(self):
+        if len(self.multipliers) > MOST_LEVELS:
+            raise ConfigError(
+                f"multipliers has {len(self.multipliers)} entries, each but one a halving of the "
+                f"resolution; give at most {MOST_LEVELS}."
+            )
         for multiplier in self.multipliers:
             if self.filters * multiplier % self.groups:
                 raise ConfigError(

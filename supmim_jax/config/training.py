@@ -29,8 +29,8 @@ class OptimConfig:
     final_lr: float = within(0.0, 0.0, INF)  # at the end of the cosine
     warmup_epochs: float = within(5.0, 0.0, INF)
     weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate; matrices
-    b1: float = within(0.9, 0.0, 1.0)
-    b2: float = within(0.999, 0.0, 1.0)
+    b1: float = within(0.9, 0.0, 0.999999)
+    b2: float = within(0.999, 0.0, 0.999999)
     clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
     layer_decay: float = within(1.0, 0.0, 1.0)  # of the rate, per encoder layer from the top
     accumulate: int = within(1, 1, INF)  # micro-batches whose gradients make one step

@@ -42,12 +42,15 @@ def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
 
 def pixels(encoded: bytes, channels: int) -> np.ndarray | None:
     """uint8 HxWxC of an encoded image; None where it cannot be decoded."""
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
-    except cv2.error:  # its header asks for more than OpenCV allows, 2^30 pixels
-        return None
+    image = _decoded(encoded, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB)
     return None if image is None else image.reshape(*image.shape[:2], channels)
+
+
+def _decoded(encoded: bytes, flag: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
+    except cv2.error:  # its header asks for more pixels than supmim_jax/__init__.py allows
+        return None
 
 
 def decode_mask(record: dict, shape: tuple[int, int], cfg: DataConfig, example: int) -> np.ndarray:
@@ -58,7 +61,7 @@ def decode_mask(record: dict, shape: tuple[int, int], cfg: DataConfig, example: 
       SetupError: it is an image of another size than `shape`, or of other classes.
     """
     encoded, masks, name = record["mask"], cfg.masks, f"{cfg.name} record {example}"
-    mask = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED) if encoded else None
+    mask = _decoded(encoded, cv2.IMREAD_UNCHANGED)
     if mask is None:
         raise BrokenRecord(f"{name}: the mask is {len(encoded)} bytes that cannot be decoded.")
     if mask.shape[:2] != shape:

@@ -133,10 +133,13 @@ def _once(source, make, cfg: Config, split: str, rows: Sequence[int]) -> Feed:
     return Feed(batches, cfg.data, split, "it counts as a grey image, if its label can be read")
 
 
-def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-    """The images of records [first, stop) of a token cache, uint8 BxHxWxC in batches.
+def target_images(
+    cfg: Config, first: int, stop: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images of records [first, stop) of a token cache, and the marks of their files, in batches.
 
-    Record v * examples + i is view v of example i; the last batch may be smaller.
+    These are uint8 BxHxWxC and uint32 B. Record v * examples + i is view v of example i; the last
+    batch may be smaller.
     """
     source = records.open_training_source(cfg.data)
     make = train_example(dataclasses.replace(cfg, tokens=TokensConfig()))
@@ -146,7 +149,7 @@ def target_images(cfg: Config, first: int, stop: int, batch_size: int) -> Iterat
         .map(sequence.Intact(source, transforms.TargetExample(make)))
     )
     for arrays in _decoded(examples.batch(batch_size), cfg.data):
-        yield arrays["image"]
+        yield arrays["image"], arrays["mark"]
 
 
 def train_example(cfg: Config, boxes: np.ndarray | None = None) -> Any:

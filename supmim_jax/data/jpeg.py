@@ -14,6 +14,7 @@ from importlib import metadata
 
 import numpy as np
 
+import supmim_jax
 from supmim_jax.data.crops import Box
 
 # Of turbojpeg.h, libjpeg-turbo 3.
@@ -67,7 +68,9 @@ def size(encoded: bytes) -> tuple[int, int] | None:
         if marker in FRAMES:
             precision, components = encoded[at + 4], encoded[at + 9]
             height, width = (int.from_bytes(encoded[i : i + 2]) for i in (at + 5, at + 7))
-            return (height, width) if (precision, components) == (8, 3) and height else None
+            if (precision, components) != (8, 3) or height * width > supmim_jax.MOST_PIXELS:
+                return None
+            return (height, width) if height else None
         if marker == EXIF:
             return None
         at += 2 + int.from_bytes(encoded[at + 2 : at + 4])

@@ -8,11 +8,11 @@ from etils import epath
 from google.protobuf.message import DecodeError
 
 from supmim_jax.config import ConfigError, DataConfig, SetupError
-from supmim_jax.data import fractals
+from supmim_jax.data import fractals, metadata, seals
 from supmim_jax.data.decode import BrokenRecord
 
 # What ArrayRecord raises for a wrong checksum, and a parser for a record of another form.
-UNREADABLE = (RuntimeError, ValueError, KeyError, DecodeError)
+UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, DecodeError)
 PREPARE = "python -m supmim_jax.data.prepare"
 
 
@@ -88,24 +88,29 @@ def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, fiel
 def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields: dict) -> Records:
     features = {name: builder.info.features[name] for name in fields.values()}
     try:
+        shards = tuple(
+            (str(part.filename), part.examples_in_shard)
+            for part in builder.info.splits[split].file_instructions
+        )
         raw = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        # The files alone: tfds's own source would bring the builder's module into every worker.
-        return Records(raw.data_source, tfds.features.FeaturesDict(features), fields)
-    except (ValueError, KeyError) as error:
-        known = ", ".join(builder.info.splits)
-        raise SetupError(
-            f"{cfg.name!r} has no split {split!r} ({str(error).strip('. ')}). Its splits are "
-            f"{known}; parts are written as 'train[:90%]'. Set config.data.train_split and "
-            f"config.data.eval_split."
-        ) from None
     except NotImplementedError:
         raise SetupError(
             f"{cfg.name!r} in {builder.data_dir} is stored as {builder.info.file_format.value}, "
             f"which has no random access. Convert it: `{PREPARE} --from_tfrecord "
             f"{builder.data_dir} --data_dir <another directory>`."
         ) from None
+    except Exception as error:  # whatever tfds makes of a split's name or of broken metadata
+        known = ", ".join(builder.info.splits)
+        raise SetupError(
+            f"{cfg.name!r} has no split {split!r} ({metadata.first_line(error)}). Its splits are "
+            f"{known}; parts are written as 'train[:90%]'. Set config.data.train_split and "
+            f"config.data.eval_split."
+        ) from None
+    seals.check_shards(str(builder.data_dir), shards)
+    # The files alone: tfds's own source would bring the builder's module into every worker.
+    return Records(raw.data_source, tfds.features.FeaturesDict(features), fields)
 
 
 def version(cfg: DataConfig) -> str:
@@ -130,24 +135,32 @@ def open_training_source(cfg: DataConfig, masks: bool = False) -> Records:
 
 
 def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
+    metadata.check_name(cfg.name, "config.data.name")
     name, _, variant = cfg.name.partition("/")
+    where = cfg.data_dir or "the default directory of tfds"
     try:
         if name == "fractals":
             return fractals.prepare(variant, cfg.data_dir)
+        metadata.check_classes(cfg.name, cfg.data_dir)
         builder = tfds.builder(cfg.name, data_dir=cfg.data_dir or None)
+    except SetupError:
+        raise
     except (ValueError, tfds.core.DatasetNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0].strip(".")
-        where = cfg.data_dir or "its default directory"
         raise SetupError(
             f"config.data.name is {cfg.name!r}, which is neither one of tfds's nor in {where} "
-            f"(config.data.data_dir): {reason}. A folder of images becomes a data set with "
-            f"`{PREPARE} --image_folder`."
+            f"(config.data.data_dir): {metadata.first_line(error)}. A folder of images becomes a "
+            f"data set with `{PREPARE} --image_folder`."
         ) from None
     except OSError as error:
         raise SetupError(
-            f"The data set {cfg.name!r} cannot be made or read in "
-            f"{cfg.data_dir or 'the default directory of tfds'}: {error}. Set config.data.data_dir "
-            f"to a directory that you own."
+            f"The data set {cfg.name!r} cannot be made or read in {where}: {error}. Set "
+            f"config.data.data_dir to a directory that you own."
+        ) from None
+    except Exception as error:  # tfds wraps what json and protobuf raise in many ways
+        raise SetupError(
+            f"The data set {cfg.name!r} in {where} cannot be opened: its dataset_info.json, "
+            f"features.json or names of classes are damaged ({metadata.first_line(error)}). "
+            f"Prepare it again."
         ) from None
     if not epath.Path(builder.data_dir).exists():
         where = f" --data_dir {cfg.data_dir}" if cfg.data_dir else ""

@@ -2,14 +2,17 @@
 
 A cache is a directory with `manifest.json` (what the tokens are of: its fingerprint) and
 `tokens-00000-of-00012.arrayrecord` ... Record v * examples + i holds view v of example i: uint16
-ids in row order, little-endian. A shard appears under its name when it is complete.
+ids in row order and a CRC-32, little-endian. The checksum is of the ids and of what they belong to:
+this cache, this record and the file of this image. So tokens that were swapped, or are of images
+that changed since, are found when they are read. A shard has its name when it is complete.
 """
 
 import concurrent.futures
 import json
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from array_record.python import array_record_module
@@ -17,10 +20,10 @@ from etils import epath
 
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
-from supmim_jax.data import records
+from supmim_jax.data import records, seals
+from supmim_jax.data.token_plan import Plan, read_plan
 
-VERSION = 1  # goes up when the same config gives other crops or tokens
-MANIFEST = "manifest.json"
+VERSION = 2  # goes up when the same config gives other crops or tokens
 # Records are read one by one in random order. A read costs time for each group of its file and for
 # each record of its group: 16 and shards of 65536 are near the optimum (bench tokens).
 WRITER = "group_size:16,zstd"
@@ -51,52 +54,6 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
     return json.loads(json.dumps(found))  # as it reads in the manifest: lists, not tuples
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a cache consists of; `manifest.json` is this."""
-
-    fingerprint: dict
-    views: int
-    examples: int
-    tokens: int  # per view of an image
-    codes: int
-    records_per_shard: int
-
-    @property
-    def records(self) -> int:
-        return self.views * self.examples
-
-    @property
-    def shards(self) -> int:
-        return -(-self.records // self.records_per_shard)
-
-    def shard(self, index: int) -> range:
-        """The records of a shard."""
-        start = index * self.records_per_shard
-        return range(start, min(start + self.records_per_shard, self.records))
-
-    def path(self, directory: epath.Path, index: int) -> epath.Path:
-        return directory / f"tokens-{index:05d}-of-{self.shards:05d}.arrayrecord"
-
-
-def read_plan(directory: epath.Path) -> Plan:
-    """The plan of a cache.
-
-    Raises:
-      SetupError: there is none, or it cannot be read.
-    """
-    path = directory / MANIFEST
-    try:
-        return Plan(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise SetupError(
-            f"There is no token cache in {directory}: {MANIFEST} is missing. Write one with "
-            f"`python -m supmim_jax.tokenize --config ... --epochs ... --cache {directory}`."
-        ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise SetupError(f"{path} cannot be read: {error}. Write the cache again.") from None
-
-
 def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
     """Raises SetupError, naming each difference, unless both fingerprints are equal."""
     changed = differences(stored, wanted, "tokens")
@@ -108,21 +65,35 @@ def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
         )
 
 
-def write_shard(path: epath.Path, rows: Iterator[np.ndarray]) -> None:
-    """Writes uint16 arrays as one shard, under its name when it is complete."""
+def packed(plan: Plan, index: int, rows: Iterator[tuple[np.ndarray, int]]) -> Iterator[bytes]:
+    """The records of a shard from the ids of each and the mark of its image (`seals.mark`)."""
+    digest = bytes.fromhex(plan.digest)
+    for record, (ids, mark) in zip(plan.shard(index), rows, strict=True):
+        encoded = ids.astype("<u2").tobytes()
+        yield encoded + _checksum(digest, record, mark, encoded)
+
+
+def _checksum(digest: bytes, record: int, mark: int, ids: bytes) -> bytes:
+    """CRC-32 of a record's ids and of what they belong to."""
+    of = zlib.crc32(digest + struct.pack("<QI", record, mark))
+    return struct.pack("<I", zlib.crc32(ids, of))
+
+
+def write_shard(path: epath.Path, encoded: Iterator[bytes]) -> None:
+    """Writes records as one shard, under its name when it is complete."""
     part = path.with_suffix(".part")
     writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
-    for row in rows:
-        writer.write(row.astype("<u2").tobytes())
+    for record in encoded:
+        writer.write(record)
     writer.close()
     part.replace(path)
 
 
 class TokenCache:
-    """cache[view, id] -> uint16 ids; travels to worker processes, which open their own readers."""
+    """Reads ids; travels to worker processes, which open their own readers."""
 
     def __init__(self, directory: epath.Path, plan: Plan):
-        self.directory, self.plan = directory, plan
+        self.directory, self.plan, self.digest = directory, plan, bytes.fromhex(plan.digest)
         self.readers: dict[int, array_record_module.ArrayRecordReader] = {}
         self.lock = threading.Lock()
 
@@ -132,30 +103,36 @@ class TokenCache:
     def __setstate__(self, state: tuple[epath.Path, Plan]) -> None:
         self.__init__(*state)
 
-    def __getitem__(self, at: tuple[int, int]) -> np.ndarray:
-        """uint16 L.
+    def read(self, view: int, example: int, image: bytes) -> np.ndarray:
+        """The ids of a view of an example, uint16 L.
+
+        Args:
+          view: of the example, from 0.
+          example: its id.
+          image: the encoded image of the record with this id.
 
         Raises:
-          SetupError: the record cannot be read, or isn't ids of the tokenizer.
+          SetupError: the record cannot be read, or its checksum is of something else.
         """
-        view, example = at
         record = view * self.plan.examples + example
         shard, place = divmod(record, self.plan.records_per_shard)
         path = self.plan.path(self.directory, shard)
         try:
-            ids = np.frombuffer(self._reader(shard, path).read([place])[0], "<u2")
+            found = self._reader(shard, path).read([place])[0]
         except (RuntimeError, ValueError, IndexError) as error:
             raise SetupError(
                 f"{path} cannot be read: {error}. Delete it and run supmim_jax.tokenize again: it "
                 f"writes what is missing."
             ) from None
-        if ids.shape != (self.plan.tokens,) or ids.max() >= self.plan.codes:
+        encoded, stored = found[:-4], found[-4:]
+        if stored != _checksum(self.digest, record, seals.mark(image), encoded):
             raise SetupError(
-                f"{path}: view {view} of example {example} has {ids.size} ids up to "
-                f"{ids.max(initial=0)}; expected {self.plan.tokens}, each below {self.plan.codes}. "
-                f"Delete it and run supmim_jax.tokenize again."
+                f"{path}: what should be view {view} of example {example} has a wrong checksum. "
+                f"The file is damaged or of another place or cache, or the image of record "
+                f"{example} is no longer the one that was tokenised. If the data set is as it was, "
+                f"delete the file and run supmim_jax.tokenize again; else write another cache."
             )
-        return ids
+        return np.frombuffer(encoded, "<u2")
 
     def _reader(self, shard: int, path: epath.Path) -> array_record_module.ArrayRecordReader:
         with self.lock:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from supmim_jax.config import IGNORED, DataConfig
-from supmim_jax.data import augment, jpeg
+from supmim_jax.data import augment, jpeg, seals
 from supmim_jax.data.crops import (
     cropped,
     cropped_mask,
@@ -138,7 +138,7 @@ class TrainExample:
         if self.with_target:
             found["target"] = targets[0][0]
         if self.tokens is not None:
-            found["tokens"] = self.tokens[view, example]
+            found["tokens"] = self.tokens.read(view, example, record["image"])
         return found
 
     def targets(self, view: int, example: int, record: dict) -> list[tuple[np.ndarray, int]]:
@@ -151,12 +151,13 @@ class TrainExample:
 
 @dataclass(frozen=True)
 class TargetExample:
-    """Grain transform: (view, id, record) to the image whose tokens a cache holds."""
+    """Grain transform: (view, id, record) to the image whose tokens a cache holds, and its mark."""
 
     example: TrainExample
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
-        return {"image": self.example.targets(*drawn)[0][0]}
+        mark = np.uint32(seals.mark(drawn[2]["image"]))
+        return {"image": self.example.targets(*drawn)[0][0], "mark": mark}
 
 
 @dataclass(frozen=True)

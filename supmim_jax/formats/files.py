@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from supmim_jax.config import SetupError
+from supmim_jax.models import npz
 
 WEIGHTS = "model.safetensors"
 FLOATS = ("float32", "float16", "bfloat16")  # all of which float32 holds exactly
@@ -85,17 +85,17 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Its arrays as float32."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: _float32(file[name], name, path) for name in file.files}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        arrays = npz.read(path)
+    except ValueError as error:
         raise SetupError(f"{path} cannot be read as .npz: {error}") from None
+    return {name: _float32(array, name, path) for name, array in arrays.items()}
 
 
 def read_json(path: Path) -> Any:
     """The document of a JSON file."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SetupError(f"{path} cannot be read as JSON: {error}") from None
 
 

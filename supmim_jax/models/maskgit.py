@@ -5,7 +5,6 @@ Its file is `tokenizer_imagenet256_checkpoint`, linked from github.com/google-re
 
 import re
 
-import msgpack
 import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
@@ -42,7 +41,7 @@ def load(path: epath.Path, cfg: VQGANConfig, like: dict) -> dict:
     Raises:
       SetupError: the file is missing or cut, or a parameter is missing, left over or misshapen.
     """
-    stored = traverse_util.flatten_dict(_read(path), sep="/")
+    stored = _read(path)
     wanted = {
         their_name(ours, cfg): (ours, x.shape)
         for ours, x in traverse_util.flatten_dict(like, sep="/").items()
@@ -69,16 +68,19 @@ def _kind(x) -> str:
 
 
 def _read(path: epath.Path) -> dict:
+    """What the file holds, by its path in the tree."""
     try:
         data = path.read_bytes()
-        tree = serialization.msgpack_restore(data)
     except OSError as error:
         raise SetupError(f"The tokenizer {path} cannot be read: {error}") from None
-    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
+    try:
+        tree = serialization.msgpack_restore(data)  # no pickle: arrays are bytes, shape and dtype
+        if isinstance(tree, dict):
+            tree = tree["params"] if set(tree) == {"params"} else tree
+            return traverse_util.flatten_dict(tree, sep="/")
+    except Exception as error:  # msgpack and Flax raise all kinds for a damaged file
         raise SetupError(
             f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file ({error}). "
             f"Fetch it again; MaskGIT's is a Flax checkpoint in msgpack."
         ) from None
-    if not isinstance(tree, dict):
-        raise SetupError(f"The tokenizer {path} holds no parameter tree, but {type(tree)}.")
-    return tree["params"] if set(tree) == {"params"} else tree
+    raise SetupError(f"The tokenizer {path} holds no parameter tree, but {type(tree)}.")

@@ -5,8 +5,6 @@ The tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids`
 takes as an argument and neither optimises nor checkpoints.
 """
 
-import zipfile
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from etils import epath
 from flax import nnx
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError
+from supmim_jax.models import npz
 from supmim_jax.models.variables import Frozen
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.models.vqgan import nearest
@@ -100,9 +99,8 @@ def load(path: epath.Path, cfg: PatchCodesConfig, patch: int, channels: int) -> 
     """
     expected = shape(cfg, patch, channels)
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            codes = arrays["codes"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        codes = npz.read(path)["codes"]
+    except (ValueError, KeyError) as error:
         raise SetupError(
             f"The codebook {path} cannot be read ({error}). It must be an .npz with one array "
             f"`codes`; leave objective.target.path empty to fit a new one."

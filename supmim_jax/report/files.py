@@ -1,7 +1,6 @@
 """What a run left in its workdir, as plain values, each file checked as it is read."""
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,8 @@ from etils import epath
 from supmim_jax import environment
 from supmim_jax.config import SetupError
 
+LARGEST_INT = 2**53  # that a float holds
+LARGEST_DRAWN = 1e100
 ABOUT = ("objective", "epochs", "seconds", "split")  # of results.json; the rest was measured
 
 
@@ -29,20 +30,20 @@ def curves(workdir: epath.Path) -> dict[str, list[tuple[int, float]]]:
       SetupError: a line but the last, which may have been cut, is not of {"step": s, name: value}.
     """
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = _text(path).splitlines() if path.exists() else []
     found: dict[str, list[tuple[int, float]]] = {}
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
             step = values.pop("step")
-            if not (_is_numbers(values) and type(step) is int):
+            if not (_is_numbers(values) and type(step) is int and 0 <= step < LARGEST_INT):
                 raise ValueError
-        except (ValueError, LookupError, AttributeError, TypeError):
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
             if number == len(lines):
                 break
             raise _refused(path, f"line {number} is no object of numbers with a step") from None
         for name, value in values.items():
-            if math.isfinite(value):
+            if abs(value) < LARGEST_DRAWN:  # and so no NaN
                 found.setdefault(name, []).append((step, value))
     return found
 
@@ -127,13 +128,21 @@ def _object(path: epath.Path) -> dict:
 
 def _parsed(path: epath.Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise _refused(path, str(error)) from None
+
+
+def _text(path: epath.Path) -> str:
+    try:
+        return path.read_text()
     except (OSError, ValueError) as error:
         raise _refused(path, str(error)) from None
 
 
 def _is_numbers(values: dict) -> bool:
-    return all(type(value) in (int, float) for value in values.values())
+    numbers = all(type(value) in (int, float) for value in values.values())
+    return numbers and all(type(x) is float or abs(x) < LARGEST_INT for x in values.values())
 
 
 def _is_part(part: Any) -> bool:

@@ -3,11 +3,13 @@
 import base64
 import hashlib
 import html
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from supmim_jax.report.style import CSS
 
+BARRED = ("Cc", "Cs")  # categories of Unicode
 VOID = ("img", "link", "meta", "col", "br")
 
 
@@ -23,7 +25,7 @@ def element(tag: str, /, *children: str, **attributes: str | int) -> Markup:
     Underscores in names of attributes become hyphens, and class_ is class.
     """
     pairs = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(str(value))}"'
         for key, value in attributes.items()
     )
     if tag in VOID:
@@ -31,9 +33,15 @@ def element(tag: str, /, *children: str, **attributes: str | int) -> Markup:
     return Markup(f"<{tag}{pairs}>{join(*children)}</{tag}>")
 
 
+def escaped(text: str) -> str:
+    """Text without a meaning in HTML; controls and half characters, which it lacks, as �."""
+    kept = (c if c in "\t\n" or unicodedata.category(c) not in BARRED else "�" for c in text)
+    return html.escape("".join(kept))
+
+
 def join(*children: str) -> Markup:
     """Children one after the other, escaped unless they are Markup."""
-    return Markup("".join(x if isinstance(x, Markup) else html.escape(x) for x in children))
+    return Markup("".join(x if isinstance(x, Markup) else escaped(x) for x in children))
 
 
 class Section(NamedTuple):

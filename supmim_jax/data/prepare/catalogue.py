@@ -7,7 +7,7 @@ from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
 from supmim_jax.config import SetupError
-from supmim_jax.data import fractals, records
+from supmim_jax.data import fractals, metadata, records, seals
 from supmim_jax.data.prepare import imagenet, progress, report, shards, target
 
 UNPACK = (
@@ -75,10 +75,12 @@ def prepare(
         return report.planned(final, splits, needed)
     target.check_space(final, needed or 0)
     _build(builder, name, root, manual)
+    seals.write(epath.Path(builder.data_path))
     return report.finished(builder, name, data_dir, "Prepared")
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    metadata.check_name(name, "--name")
     try:
         return tfds.builder(name, data_dir=data_dir or None)
     except tfds.core.DatasetNotFoundError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
+import supmim_jax
 from supmim_jax.config import SetupError
 from supmim_jax.data.decode import pixels
 from supmim_jax.data.prepare import progress, shards, target
@@ -110,7 +111,8 @@ def fault(path: epath.Path, decode: bool) -> str:
     if not encoded.startswith(MAGIC):
         return f"begins with {encoded[:4].hex(' ')}, which is neither JPEG nor PNG"
     if decode and pixels(encoded, 3) is None:
-        return "cannot be decoded: it is damaged or cut"
+        most = supmim_jax.MOST_PIXELS
+        return f"cannot be decoded: it is damaged, cut, or has more than {most} pixels"
     return ""
 
 

@@ -82,7 +82,7 @@ def _fault(path: epath.Path, archive: Archive, verify: bool) -> str:
     try:
         with path.open("rb") as file:
             inside = _fault_inside(file, archive)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
         inside = f"is no readable tar archive ({error})"
     if inside or not verify:
         return inside
@@ -106,11 +106,13 @@ def _fault_inside(file, archive: Archive) -> str:
             return f"holds {other[0]!r}, expected names as {archive.member}"
         if archive.nested and len(members) != archive.members:
             return f"holds {len(members)} archives, expected {archive.members}"
+        if links := [m.name for m in members if not m.isfile()]:
+            return f"holds {links[0]!r}, which is no plain file"
         content = tar.extractfile(first)
         if archive.nested:
             with tarfile.open(fileobj=content, mode="r:") as of_class:
                 image = of_class.next()
-                start = of_class.extractfile(image).read(3) if image else b""
+                start = of_class.extractfile(image).read(3) if image and image.isfile() else b""
         else:
             start = content.read(3)
     if start != JPEG:

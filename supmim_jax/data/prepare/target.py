@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from supmim_jax.config import SetupError
+from supmim_jax.data import seals
 from supmim_jax.data.prepare import progress
 from supmim_jax.metrics import write_json
 
@@ -36,9 +37,10 @@ def unfinished(final: epath.Path) -> epath.Path:
 def manifest(directory: epath.Path) -> dict:
     """What prepared.json in the directory says; {} if there is none, or half of one."""
     try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+        found = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_done(final: epath.Path, made_of: dict) -> bool:
@@ -51,7 +53,7 @@ def is_done(final: epath.Path, made_of: dict) -> bool:
         return False
     found = manifest(final)
     if found.get("fingerprint") != made_of["fingerprint"]:
-        origin = f"made of {found['source']}" if found else f"without {MANIFEST}"
+        origin = f"made of {found.get('source')}" if found else f"without {MANIFEST}"
         raise SetupError(
             f"{final} already holds a data set ({origin}), and not of {made_of['source']} as it "
             f"is now, with these options. Remove that directory, or choose another name (--as) "
@@ -84,6 +86,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[epath.Path]:
         for path in part.iterdir():
             if path.name == LOCK or path.name.endswith(".part"):
                 path.unlink()
+        seals.write(part)
         part.rename(final)
 
 

@@ -6,6 +6,7 @@ it, keeps nothing of a shard that was interrupted, and leaves the class names be
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
@@ -81,7 +82,20 @@ def _read_info(source: epath.Path) -> dataset_info_pb2.DatasetInfo:
             f"{source} has no features.json: it is of tfds 3 or older. Prepare it anew with --name "
             f"{proto.name}."
         )
+    _check_names(proto, source)
     return proto
+
+
+def _check_names(proto: dataset_info_pb2.DatasetInfo, source: epath.Path) -> None:
+    """Raises SetupError unless what becomes part of paths to write stays below --data_dir."""
+    names = {"name": proto.name, "configName": proto.config_name, "version": proto.version}
+    names |= {f"splits[{i}].name": split.name for i, split in enumerate(proto.splits)}
+    for field, name in names.items():
+        if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII) and (name or field != "configName"):
+            raise SetupError(
+                f"{source / INFO}: {field} is {name!r}, expected letters, digits, '_', '.', '+' "
+                f"and '-': it becomes part of a path. Prepare the data set again."
+            )
 
 
 def _jobs(source: epath.Path, proto: dataset_info_pb2.DatasetInfo) -> dict[str, list[shards.Job]]:
@@ -93,7 +107,10 @@ def _jobs(source: epath.Path, proto: dataset_info_pb2.DatasetInfo) -> dict[str, 
     splits = dataset_info.get_split_dict_from_proto(proto, source, "tfrecord")
     jobs: dict[str, list[shards.Job]] = {}
     sizes = {path.name: path.stat().length for path in source.iterdir()}
-    wanted = [path.name for split in splits.values() for path in split.filepaths]
+    paths = [path for split in splits.values() for path in split.filepaths]
+    if outside := [path for path in paths if path.parent != source]:
+        raise SetupError(f"{source / INFO} names {outside[0]}, which is outside {source}.")
+    wanted = [path.name for path in paths]
     missing = [name for name in wanted if name not in sizes]
     if missing:
         raise SetupError(

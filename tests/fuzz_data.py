@@ -1,0 +1,392 @@
+"""Random damage to data: what is read is right, or refused by name; never silently wrong.
+
+  python tests/fuzz_data.py --what arrayrecord --mutations 500
+  python tests/fuzz_data.py --what cache --mutations 500
+
+Each mutation is done to a copy of a whole data set (as data.prepare writes it) or token cache, and
+undone afterwards. All of it is then read by the product's own path: `feed.check`, every record by
+`records`, `feed.training` and `feed.evaluation`, and every entry of the cache. That happens in a
+child process, so that a crash or a hang is an outcome, too. With --unsealed the data set has no
+seals.json, as tfds's own builder leaves it; then files may take each other's places unnoticed.
+"""
+
+import argparse
+import json
+import os
+import random
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import cv2
+import numpy as np
+from absl import logging
+from etils import epath
+
+from supmim_jax.config import (
+    Config,
+    DataConfig,
+    PatchCodesConfig,
+    SetupError,
+    SupMIMConfig,
+    TokensConfig,
+    ViTConfig,
+)
+from supmim_jax.data import feed, records, seals, token_cache, token_plan
+from supmim_jax.data.decode import BrokenRecord
+from supmim_jax.data.prepare import folder, shards
+
+NAME, EXAMPLES, CLASSES, HELD_OUT, VIEWS = "specimens", 36, 3, 9, 3
+SHARD_END = 256  # bytes at each end that a seal is of: the shards are small
+TIMEOUT = 60.0  # seconds for one mutation
+SPLITS = {"train": EXAMPLES, "validation": HELD_OUT}
+RIGHT, REFUSED, REPLACED = "right values", "refused by name", "broken records replaced and counted"
+MOVED = "whole records under other ids"  # of data without seals, where shards changed places
+
+
+class Moved(Exception):
+    """A record is whole, but has the id of another."""
+
+
+def config(root: Path, cached: bool) -> Config:
+    """A run of two epochs on the specimens."""
+    data = DataConfig(
+        **{"name": NAME, "data_dir": str(root / "data"), "train_examples": EXAMPLES},
+        **{"num_classes": CLASSES, "max_broken": 1.0, "flip": False, "threads": 1},
+    )
+    return Config(
+        batch_size=6,
+        epochs=2,
+        data=data,
+        model=ViTConfig(width=16, depth=1, mlp_dim=16),
+        objective=SupMIMConfig(target=PatchCodesConfig(codes=16)),
+        tokens=TokensConfig(cache=str(root / "cache") if cached else "", views=VIEWS),
+    )
+
+
+def make(root: Path) -> None:
+    """The data set, whose images' brightness is their id in the split, and its token cache."""
+    for split, count in (("train", EXAMPLES), ("val", HELD_OUT)):
+        for i in range(count):
+            noise = np.random.default_rng(i).integers(0, 9, (24, 24, 3), np.uint8)
+            path = root / "photos" / split / f"class_{i * CLASSES // count}" / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(cv2.imencode(".png", noise // 9 + np.uint8(4 * i))[1].tobytes())
+    shards.RECORDS_PER_SHARD, seals.SHARD_END = 12, SHARD_END
+    folder.prepare(epath.Path(root / "photos"), NAME, str(root / "data"))
+    cfg = config(root, cached=False)
+    (root / "cache").mkdir()
+    plan = token_plan.Plan(
+        fingerprint=token_cache.fingerprint(cfg, "0" * 64),
+        **{"views": VIEWS, "examples": EXAMPLES, "tokens": 25, "codes": 16},
+        records_per_shard=27,
+    )
+    (root / "cache" / token_plan.MANIFEST).write_text(json.dumps(plan.manifest, indent=2))
+    source = records.open_training_source(cfg.data)
+    for index in range(plan.shards):
+        rows = (
+            (tokens(record), seals.mark(source[record % EXAMPLES]["image"]))
+            for record in plan.shard(index)
+        )
+        path = plan.path(epath.Path(root / "cache"), index)
+        token_cache.write_shard(path, token_cache.packed(plan, index, rows))
+
+
+def tokens(record: int) -> np.ndarray:
+    """What the cache holds of a record."""
+    return np.random.default_rng([record, 7]).integers(0, 16, 25, np.uint16)
+
+
+def read(root: Path, what: str) -> str:
+    """Reads everything as training and evaluation do, and tells what came of it."""
+    cfg = config(root, cached=what == "cache")
+    seals.check_shards.cache_clear()
+    replaced = 0
+    try:
+        feed.check(cfg)
+        replaced += read_training(cfg)
+        for split, count in SPLITS.items():
+            replaced += read_split(cfg, split, count)
+        if what == "cache":
+            read_cache(cfg)
+    except Moved:
+        sealed = (root / "data" / NAME / "1.0.0" / seals.FILE).exists()
+        assert not (sealed or what == "cache"), "records under other ids"
+        return MOVED
+    except SetupError as error:
+        text = str(error)
+        assert str(root) in text or NAME in text or "config." in text, f"nothing is named: {text}"
+        return REFUSED
+    return REPLACED if replaced else RIGHT
+
+
+def read_training(cfg: Config) -> int:
+    """Broken records in the batches of the run; asserts that the others are right."""
+    fed = feed.training(cfg, range(cfg.batch_size))
+    seen = 0
+    for arrays in fed:
+        check_examples(arrays, EXAMPLES)
+        if cfg.tokens.cache:
+            step, first = divmod(seen, EXAMPLES)
+            view = step % VIEWS
+            for example, ids in zip(arrays["id"].tolist(), arrays["tokens"], strict=True):
+                assert (ids == tokens(view * EXAMPLES + example)).all(), "wrong tokens"
+            assert first + len(arrays["id"]) <= EXAMPLES
+        seen += len(arrays["id"])
+    assert seen == 2 * EXAMPLES, "another number of examples"
+    return fed.broken
+
+
+def read_split(cfg: Config, split: str, count: int) -> int:
+    """Broken records of a split, by evaluation's path and one by one."""
+    source, broken = records.open_source(cfg.data, split), 0
+    assert len(source) == count, "another number of records"
+    for i in range(count):
+        try:
+            found = source[i]
+        except BrokenRecord:
+            broken += 1
+            continue
+        if found["label"] != i * CLASSES // count:
+            raise Moved
+    fed = feed.evaluation(cfg, split, range(cfg.eval.batch_size))
+    for arrays in fed:
+        check_examples(arrays, count)
+    return broken + fed.broken
+
+
+def check_examples(arrays: dict, count: int) -> None:
+    """Asserts that every example that counts is the one that its id says."""
+    for image, label, weight, i in zip(
+        *(arrays[name] for name in ("image", "label", "weight", "id")), strict=True
+    ):
+        if weight and not (image == 128).all():  # grey stands for an image that is broken
+            shown = round(float(image.mean()) / 4)
+            assert label == shown * CLASSES // count, "a label of another image"
+            if shown != i:
+                raise Moved
+
+
+def read_cache(cfg: Config) -> None:
+    cache, source = token_cache.open_cache(cfg), records.open_training_source(cfg.data)
+    for view in range(VIEWS):
+        for i in range(EXAMPLES):
+            ids = cache.read(view, i, source[i]["image"])
+            assert (ids == tokens(view * EXAMPLES + i)).all(), "wrong tokens"
+
+
+def mutate(files: list[Path], draw: random.Random) -> str:
+    """Damages one of the files, or two; tells how."""
+    path, before = draw.choice(files), [path.read_bytes() for path in files]
+    kinds: list[Callable] = [flip, flip, cut, remove, append, zero]
+    if sum(is_metadata(x) == is_metadata(path) for x in files) > 1:
+        kinds += [swap, duplicate]
+    if is_metadata(path):
+        kinds += 4 * [edit]
+    kind = draw.choice(kinds)
+    while all(x.exists() for x in files) and before == [x.read_bytes() for x in files]:
+        kind(path, files, draw)
+    return f"{kind.__name__}: {'metadata' if is_metadata(path) else 'shard'}"
+
+
+def is_metadata(path: Path) -> bool:
+    return path.suffix in (".json", ".txt")
+
+
+def place(content: bytes, draw: random.Random) -> int:
+    """Of a byte, mostly of one that is not padding."""
+    at = draw.randrange(len(content))
+    while not content[at] and draw.random() < 0.99:
+        at = draw.randrange(len(content))
+    return at
+
+
+def flip(path: Path, _, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[place(content, draw)] ^= 1 << draw.randrange(8)
+    path.write_bytes(bytes(content))
+
+
+def cut(path: Path, _, draw: random.Random) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content))])
+
+
+def remove(path: Path, *_) -> None:
+    path.unlink()
+
+
+def append(path: Path, _, draw: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + draw.randbytes(draw.choice((1, 16, 4096, 65536))))
+
+
+def zero(path: Path, _, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    start, size = place(content, draw), draw.choice((8, 64, 512, 4096))
+    content[start : start + size] = bytes(len(content[start : start + size]))
+    path.write_bytes(bytes(content))
+
+
+def swap(path: Path, files: list[Path], draw: random.Random) -> None:
+    """Swaps two files of a kind, as a copy that went wrong might."""
+    others = [x for x in files if x != path and is_metadata(x) == is_metadata(path)]
+    other = draw.choice(others)
+    mine = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(mine)
+
+
+def duplicate(path: Path, files: list[Path], draw: random.Random) -> None:
+    """One file in place of another."""
+    others = [x for x in files if x != path and is_metadata(x) == is_metadata(path)]
+    path.write_bytes(draw.choice(others).read_bytes())
+
+
+def edit(path: Path, _, draw: random.Random) -> None:
+    """Another value in metadata: a number, a text, a key or a line."""
+    if path.suffix == ".txt":
+        lines = path.read_text().splitlines()
+        draw.choice((lines.reverse, lines.pop, lambda: lines.append("../../x")))()
+        path.write_text("\n".join(lines) + "\n")
+        return
+    values = json.loads(path.read_text())
+    places = list(_places(values))
+    holder, key = draw.choice(places)
+    old = holder[key]
+    new = [None, "", "../../x", "x", [], {}, 0, -1, 2**63, [[]], "12", ["11", "13", "12"], True]
+    number = isinstance(old, int) or (isinstance(old, str) and old.isdecimal())
+    holder[key] = draw.choice([int(old) + 1, str(int(old) - 1), *new] if number else new)
+    if draw.random() < 0.2:
+        del holder[key]
+    path.write_text(json.dumps(values))
+
+
+def _places(values):
+    """Every container and key in nested JSON."""
+    keys = values if isinstance(values, dict) else range(len(values))
+    for key in keys:
+        yield values, key
+        if isinstance(values[key], dict | list):
+            yield from _places(values[key])
+
+
+def child(root: Path, what: str) -> None:
+    """Answers a line for each line that comes in: the outcome of reading."""
+    seals.SHARD_END = SHARD_END
+    logging.set_verbosity(logging.FATAL)
+    for _ in sys.stdin:
+        try:
+            found = read(root, what)
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            at = [x for x in frames if "/tests/" not in x.filename]
+            where = f"{Path(at[-1].filename).name}:{at[-1].lineno}" if at else "here"
+            found = f"VIOLATION {type(error).__name__} at {where}: {str(error)[:300]!r}"
+        print(f"outcome {' '.join(found.split())}", flush=True)
+
+
+class Reader:
+    """The child process; a new one after a crash or a hang."""
+
+    def __init__(self, root: Path, what: str):
+        self.command = (sys.executable, __file__, "--child", str(root), "--what", what)
+        self.process = None
+
+    def __call__(self) -> str:
+        if self.process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            quiet = {"stderr": subprocess.DEVNULL, "text": True}
+            self.process = subprocess.Popen(self.command, **pipes, **quiet)
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        end = time.monotonic() + TIMEOUT
+        while time.monotonic() < end:
+            ready, _, _ = select.select([self.process.stdout], [], [], 1.0)
+            if not ready:
+                continue
+            line = self.process.stdout.readline()
+            if line.startswith("outcome "):
+                return line.removeprefix("outcome ").strip()
+            if not line:
+                code = self.process.wait()
+                self.process = None
+                return f"VIOLATION the process died with {code}"
+        self.close()
+        return "VIOLATION it hung"
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[Counter, dict]:
+    """Outcomes by kind of mutation, and an example of each violation."""
+    draw, found, violations = random.Random(number), Counter(), {}
+    with tempfile.TemporaryDirectory(prefix="supmim_jax_fuzz_") as directory:
+        root = Path(directory)
+        make(root)
+        target = root / "cache" if what == "cache" else root / "data" / NAME / "1.0.0"
+        if not sealed:
+            (root / "data" / NAME / "1.0.0" / seals.FILE).unlink()
+        whole = root / "whole"
+        shutil.copytree(target, whole)
+        reader = Reader(root, what)
+        assert reader() == RIGHT, "what is whole is not read"
+        for i in range(mutations):
+            files = sorted(path for path in target.iterdir() if path.is_file())
+            kind = mutate(files, draw)
+            outcome = reader()
+            if outcome.startswith("VIOLATION"):
+                violations.setdefault(outcome, f"mutation {i}: {kind}")
+                outcome = "VIOLATION"
+            found[kind, outcome] += 1
+            shutil.rmtree(target)
+            shutil.copytree(whole, target)
+        reader.close()
+    return found, violations
+
+
+def table(found: Counter) -> str:
+    kinds = sorted({kind for kind, _ in found})
+    outcomes = sorted({outcome for _, outcome in found})
+    rows = [["mutation", *outcomes]]
+    rows += [[kind, *(str(found[kind, outcome]) for outcome in outcomes)] for kind in kinds]
+    rows += [["all", *(str(sum(found[k, o] for k in kinds)) for o in outcomes)]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--what", choices=("arrayrecord", "cache"), default="arrayrecord")
+    parser.add_argument("--mutations", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unsealed", action="store_true")
+    parser.add_argument("--child", default="")
+    given = parser.parse_args()
+    if given.child:
+        child(Path(given.child), given.what)
+        return 0
+    begin = time.monotonic()
+    found, violations = fuzz(given.what, given.mutations, given.seed, not given.unsealed)
+    print(f"{given.what}, seed {given.seed}:\n{table(found)}")
+    for violation, example in violations.items():
+        print(f"{violation}\n  {example}")
+    print(f"{time.monotonic() - begin:.0f} s")
+    return int(bool(violations))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
