@@ -8,14 +8,13 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from supmim_jax import distributed, environment
-from supmim_jax.config import Config, SetupError
+from supmim_jax import distributed, environment, preemption
+from supmim_jax.config import OF_THE_USER, Config, SetupError
 from supmim_jax.configdict import section
-from supmim_jax.metrics import Diverged
+from supmim_jax.finite import Diverged
+from supmim_jax.preemption import EXIT_SETUP
 
-EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
 EXIT_DIVERGED = 3  # training met NaN or infinity
-EXIT_STOPPED = 143  # by SIGTERM, as a shell reports it; the same command goes on
 
 # Of config.data: where and how a host reads; all else must be the same on every host.
 PER_HOST = ("data_dir", "workers", "threads", "prefetch")
@@ -31,6 +30,7 @@ def start(run: Callable[[], None]) -> None:
         if len(argv) > 1:
             fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
         logging.set_verbosity(logging.ERROR)
+        preemption.listen()
         try:
             run()
         except SetupError as error:
@@ -38,6 +38,8 @@ def start(run: Callable[[], None]) -> None:
         except Diverged as error:
             fail(str(error), EXIT_DIVERGED)
         except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_USER:
+                fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
             if not distributed.active():
                 raise
             traceback.print_exc()

@@ -8,39 +8,43 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
 
 from supmim_jax.config import Config
-from supmim_jax.types import Batch, Metrics
+from supmim_jax.types import Metrics
 
 IMPORTED = time.perf_counter()
 
 
-class Diverged(Exception):
-    """A loss term or the gradient is no longer finite."""
+ROLLED_BACK = "rolled_back_from"
 
 
 class MetricsWriter:
     """Appends {"step": s, name: value} lines to workdir/metrics.jsonl; process 0 only.
 
-    Lines after `step`, from a run that was cut off later than its last checkpoint, are dropped
-    first: each step has one line, however often the run was resumed.
+    What comes after the checkpoint of `step`, in a run that was cut off later, is dropped first:
+    each step has one line of training and one of evaluation, however often the run was resumed.
+
+    Args:
+      workdir: of the run.
+      step: that the run goes on from.
+      last: the run's last step. Its evaluation gives the results, and is never taken as read.
+      tensorboard: also writes for TensorBoard.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, tensorboard: bool):
+    def __init__(self, workdir: epath.Path, step: int, last: int, tensorboard: bool):
         self.path = workdir / "metrics.jsonl"
         self.active = jax.process_index() == 0
         self.tensorboard = None
+        self.evaluated = False  # whether the evaluation after `step` is there
         if not self.active:
             return
         if self.path.exists():
-            kept = [
-                x for x in self.path.read_text().splitlines(keepends=True) if _step_of(x) <= step
-            ]
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(kept))
-            part.replace(self.path)
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [x for x in lines if not _again(_values(x), step, last)]
+            found = map(_values, kept)
+            self.evaluated = any(x["step"] == step and _is_evaluation(x) for x in found)
+            write_whole(self.path, "".join(kept))
         if tensorboard:
             # clu's writers import TensorFlow, which a machine that trains need not have.
             from clu import metric_writers, periodic_actions
@@ -54,7 +58,7 @@ class MetricsWriter:
             self.profile(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line; it is on disk when this returns."""
+        """Adds one line; it is handed to the system when this returns."""
         if not self.active:
             return
         with self.path.open("a") as file:
@@ -76,53 +80,36 @@ def write_image(workdir: epath.Path, step: int, name: str, png: epath.Path) -> N
 
 def write_json(path: epath.Path, values: dict | list) -> None:
     """Writes the file so that a reader sees all of it or none."""
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes the file so that a reader, also one after a power failure, sees all of it or none."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=1) + "\n")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        with contextlib.suppress(AttributeError, OSError):  # an object store's has no descriptor
+            os.fsync(file.fileno())
     part.replace(path)
 
 
-def _step_of(line: str) -> float:
-    """Step of a line of metrics.jsonl; a line that was cut in the middle counts as the last."""
+def _values(line: str) -> dict:
+    """A line of metrics.jsonl; one that was cut in the middle counts as after all steps."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+        return {"step": float("inf")} | json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return {"step": float("inf")}
 
 
-class FiniteCheck:
-    """Looks at each step's metrics one step late, so that the device is never kept waiting."""
+def _is_evaluation(values: dict) -> bool:
+    return any(name.startswith("eval/") for name in values)
 
-    def __init__(self):
-        self.pending: tuple[int, Metrics, jax.Array] | None = None
 
-    def __call__(self, step: int, metrics: Metrics, batch: Batch) -> None:
-        """Checks the step before and remembers this one.
-
-        Raises:
-          Diverged: a value is NaN or infinite; names the step, its terms and the ids.
-        """
-        previous, self.pending = self.pending, (step, metrics, batch.id)
-        self._check(previous)
-
-    def flush(self) -> None:
-        """Checks the remembered step, so that no poisoned state is saved or reported."""
-        previous, self.pending = self.pending, None
-        self._check(previous)
-
-    def _check(self, pending) -> None:
-        if pending is None:
-            return
-        step, metrics, ids = pending
-        values = {name: float(value) for name, value in metrics.items()}
-        if np.isfinite(list(values.values())).all():
-            return
-        local = np.concatenate([np.asarray(shard.data) for shard in ids.addressable_shards])
-        raise Diverged(
-            f"Step {step} is not finite: {', '.join(f'{k}={v:g}' for k, v in values.items())}. "
-            f"Ids of its batch: {', '.join(map(str, np.unique(local)))}. Nothing of this step was "
-            f"saved. Lower config.optim.lr or set config.optim.clip (with another --workdir), or "
-            f"look at these examples."
-        )
+def _again(values: dict, step: int, last: int) -> bool:
+    """Whether a run that goes on from `step` writes this line again."""
+    comes_after = ROLLED_BACK in values or (step == last and _is_evaluation(values))
+    return values["step"] > step or (values["step"] == step and comes_after)
 
 
 def seconds_since_start() -> float:

@@ -154,12 +154,13 @@ def main() -> None:
     cfg = restored.cfg
     batch = next(pipeline.eval_dataset(cfg, cfg.data.eval_split, one_device()))
     images = batch.views[0][: COUNT.value]
-    workdir, step = checkpoint.split_step(CHECKPOINT.value)
+    workdir, _ = checkpoint.split_step(CHECKPOINT.value)
     name = "tokens" if restored.tokenizer else "reconstruction"
     path = Path(OUT.value or Path(workdir, f"{name}.png"))
     draw(panels(restored, images, jax.random.key(cfg.seed)), path)
     if TENSORBOARD.value:
-        metrics.write_image(Path(workdir), step or 0, name, path)
+        step = int(checkpoint.locate(CHECKPOINT.value).name)
+        metrics.write_image(Path(workdir), step, name, path)
     print(path)
 
 

@@ -1,8 +1,13 @@
 """A run's directory: what it must hold before a run begins or goes on, and who else sees it."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import socket
 import time
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -19,6 +24,7 @@ MAY_CHANGE = (
     "config.log.",
     "config.eval.",
     "config.checkpoint.",
+    "config.watch.",
     "config.tokens.cache:",  # the same tokens elsewhere, or made in the step: frozen.check_kept
     "config.objective.target.path:",
     "config.data.data_dir:",
@@ -27,16 +33,73 @@ MAY_CHANGE = (
     "config.data.prefetch:",
     "config.data.max_broken:",
 )
+LOCK = "lock"
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre mounted without flock
 SHARED_WITHIN = 20  # seconds after which every host must see a file that another one wrote
 MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
 
 
+@contextlib.contextmanager
+def taken(workdir: epath.Path, cfg: Config) -> Iterator[None]:
+    """The workdir, made if need be, belongs to this run alone as long as the context is open.
+
+    The kernel gives the lock of a process that was killed free at once. Object stores (gs://) and
+    some mounts have no locks; there nothing is checked.
+
+    Raises:
+      SetupError: another run has it, it cannot be written, or `check` finds it changed.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                if _is_local(workdir):
+                    file = stack.enter_context(open(workdir / LOCK, "a+"))
+                    _lock(file, workdir, fcntl.LOCK_EX)
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                    file.flush()
+            except OSError as error:
+                raise SetupError(
+                    f"--workdir {workdir} cannot be written: {error}. Choose a directory that you "
+                    f"own."
+                ) from None
+            _check_config(workdir, cfg)  # again: a run may have ended in it meanwhile
+        yield
+
+
+def _lock(file, workdir: epath.Path, how: int) -> None:
+    """Raises SetupError if another run has locked the file."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise SetupError(
+            f"--workdir {workdir} belongs to a run that goes on: {file.read().strip()}. Choose "
+            f"another --workdir, or end that run first."
+        ) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
+
+
 def check(workdir: epath.Path, cfg: Config) -> None:
-    """Raises SetupError if the workdir holds a run that this config would not continue."""
+    """Raises SetupError if the workdir holds a run that goes on, or one of another config."""
+    if jax.process_index() == 0 and _is_local(workdir) and (workdir / LOCK).exists():
+        with open(workdir / LOCK) as file:  # or it would be found out after a start of minutes
+            _lock(file, workdir, fcntl.LOCK_SH)
+    _check_config(workdir, cfg)
+
+
+def _check_config(workdir: epath.Path, cfg: Config) -> None:
     path = workdir / "config.json"
     try:
         found = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SetupError(f"{path} cannot be read: {error}. Choose another --workdir.") from None
     if found is None:
         return
@@ -53,19 +116,30 @@ def check(workdir: epath.Path, cfg: Config) -> None:
         )
 
 
+def results(workdir: epath.Path) -> dict:
+    """What a complete run found.
+
+    Raises:
+      SetupError: the file cannot be read.
+    """
+    path = workdir / "results.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SetupError(f"{path} cannot be read: {error}. Remove it to evaluate again.") from None
+
+
 def make(workdir: epath.Path, cfg: Config, fixed: dict) -> None:
-    """Makes the workdir with what the run begins from: the config and the tokenizer.
+    """Writes what the run begins from: the config and the tokenizer.
 
     Raises:
       SetupError: it cannot be written, or is another one on another host.
     """
     config = workdir / "config.json"
     try:
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            if not config.exists():
-                frozen.save(fixed, cfg, workdir)
-                write_json(config, to_configdict(cfg).to_dict())
+        if jax.process_index() == 0 and not config.exists():
+            frozen.save(fixed, cfg, workdir)
+            write_json(config, to_configdict(cfg).to_dict())
     except OSError as error:
         raise SetupError(
             f"--workdir {workdir} cannot be written: {error}. Choose a directory that you own."
@@ -91,6 +165,10 @@ def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
         path, now = workdir / "environment.json", environment.collect(list(mesh.devices.flat))
         try:
             parts = json.loads(path.read_text()) if path.exists() else []
-        except json.JSONDecodeError as error:
+            if not isinstance(parts, list) or not all(
+                isinstance(x, dict) and environment.FROM_STEP in x for x in parts
+            ):
+                raise ValueError(f"it is no list of objects with {environment.FROM_STEP}")
+        except (OSError, ValueError, RecursionError, TypeError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Remove it to go on.") from None
         write_json(path, environment.continued(parts, step, now))

@@ -4,7 +4,6 @@ Run again with the same workdir, it continues from the newest checkpoint, bit fo
 devices.
 """
 
-import contextlib
 import json
 
 import jax
@@ -16,10 +15,9 @@ from supmim_jax import (
     checkpoint,
     commands,
     distributed,
-    evals,
     frozen,
     inference,
-    localize,
+    preemption,
     program,
     run_directory,
     sharding,
@@ -27,8 +25,9 @@ from supmim_jax import (
 )
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import from_configdict
-from supmim_jax.data import feed, pipeline
-from supmim_jax.metrics import Clock, FiniteCheck, MetricsWriter, ProgressLine, write_json
+from supmim_jax.data import feed
+from supmim_jax.loop import Loop
+from supmim_jax.metrics import ProgressLine, write_json
 
 
 def train(
@@ -36,6 +35,7 @@ def train(
     workdir: str | epath.Path,
     stop_at: int | None = None,
     devices: list[jax.Device] | None = None,
+    use_older_checkpoint: bool = False,
 ) -> dict:
     """Trains to the end, evaluates, and returns the results.
 
@@ -45,6 +45,7 @@ def train(
         and of its tokenizer the identity and a codebook that was fitted.
       stop_at: saves and returns after this step, as if interrupted; the schedule is that of cfg.
       devices: what to train on; default: all of this run's.
+      use_older_checkpoint: goes on from the newest whole checkpoint; damaged ones are set aside.
 
     Raises:
       SetupError: the config, the data, the devices or the workdir don't fit together.
@@ -58,91 +59,36 @@ def train(
     run_directory.check(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
-        return json.loads((workdir / "results.json").read_text())
+        return run_directory.results(workdir)
     if not checkpoint.steps(workdir):
         start.check(cfg, prog.state.params)
     frozen.check_cache(cfg, workdir, mesh)
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     frozen.check_kept(host_arrays, cfg, workdir)
     distributed.agree("frozen arrays", {"sha256": frozen.digests(host_arrays)})
-    run_directory.make(workdir, cfg, host_arrays)
-    run_directory.check_shared(workdir)
-    fixed = sharding.put(host_arrays, prog.frozen)
-
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    newest = checkpoints.latest()
-    first = newest or 0
-    if newest is not None:  # 0: imported weights
-        state, run = checkpoints.restore(newest, prog.state)
-    else:
-        state, run = start.state(cfg, prog), checkpoint.BEGIN
-    last = min(stop_at or cfg.total_steps, cfg.total_steps)
-
-    run_directory.record_environment(workdir, first, mesh)
-    writer = MetricsWriter(workdir, first, cfg.log.tensorboard)
-    line, finite = ProgressLine(cfg), FiniteCheck()
-    if first:
-        line.say(f"Resuming {workdir} from step {first} of {cfg.total_steps}.")
-    clock = Clock(run["seconds"])
-    boxes = checkpoints.restore_boxes(first, cfg)
-    batches = pipeline.train_dataset(cfg, mesh, first, run["broken_records"], boxes)
-    with contextlib.closing(batches):
-        for step in range(first + 1, last + 1):
-            with clock.waiting():
-                batch = next(batches)
-            state, metrics = prog.step(state, batch, fixed)
-            finite(step, metrics, batch)
-            if step == first + 1:
-                line.started(step, metrics)
-            del batch  # here, where nothing waits: to give memory back takes its time
-            clock.tick()
-            writer.after_step(step)
-            if step % cfg.log.every == 0 or step == last:
-                finite.flush()
-                values = {k: float(v) for k, v in metrics.items()} | clock.window(cfg.batch_size)
-                values["broken_records"] = batches.broken(step)
-                writer.write(step, values)
-                line.show(step, values)
-            if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.total_steps:
-                with clock.stopped():
-                    evaluate(subject, state, cfg, mesh, step, writer, line)
-            if cfg.steps_per_boxes and step % cfg.steps_per_boxes == 0 and step < cfg.total_steps:
-                boxes = localize.boxes(subject.bind(state.params), cfg, mesh)
-                batches.restart(step, boxes)
-            if distributed.told_to_stop(step):
-                last = step
-            if step % cfg.checkpoint.every == 0 or step == last:
-                finite.flush()
-                run = {
-                    "position": step * cfg.batch_size,
-                    "seconds": clock.seconds,
-                    "broken_records": batches.broken(step),
-                }
-                checkpoints.save(state, cfg, run, boxes)
-            if step == last:
-                break
-    checkpoints.close()
-    if last < cfg.total_steps:
-        return {}
-    results = evaluate(subject, state, cfg, mesh, last, writer, line)
-    results = {
-        "objective": cfg.objective.name,
-        "epochs": cfg.epochs,
-        "seconds": clock.seconds,
-        "split": cfg.data.eval_split,
-        **results,
-    }
-    if jax.process_index() == 0:
-        write_json(workdir / "results.json", results)
-    return results
-
-
-def evaluate(subject, state, cfg: Config, mesh, step: int, writer, line) -> dict[str, float]:
-    """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
-    results = evals.run_all(subject.bind(state.params), cfg, cfg.data.eval_split, mesh).metrics
-    writer.write(step, {f"eval/{name}": value for name, value in results.items()})
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
-    line.say(f"step {step}, {cfg.data.eval_split}: {shown}")
+    with run_directory.taken(workdir, cfg):
+        run_directory.make(workdir, cfg, host_arrays)
+        run_directory.check_shared(workdir)
+        checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint, cfg.saves_after)
+        newest = checkpoints.newest(use_older_checkpoint)
+        checkpoints.check_room(prog.state)
+        run_directory.record_environment(workdir, newest or 0, mesh)
+        fixed = sharding.put(host_arrays, prog.frozen)
+        run = Loop(cfg, workdir, mesh, prog, subject, fixed, checkpoints)
+        last, state = run.to(min(stop_at or cfg.total_steps, cfg.total_steps))
+        results = {}
+        if last == cfg.total_steps:
+            results = {
+                "objective": cfg.objective.name,
+                "epochs": cfg.epochs,
+                "seconds": run.numbers["seconds"],
+                "split": cfg.data.eval_split,
+                **({"skipped_batches": x} if (x := run.numbers["skipped_batches"]) else {}),
+                **run.evaluate(last, state),
+            }
+            if jax.process_index() == 0:
+                write_json(workdir / "results.json", results)
+        checkpoints.close()
     return results
 
 
@@ -151,13 +97,11 @@ def main() -> None:
         raise SetupError("--config names no readable file; give the path of one in configs/.")
     commands.join()
     cfg = from_configdict(CONFIG.value)
-    commands.agree(cfg, {"workdir": WORKDIR.value})
-    results = train(cfg, WORKDIR.value)
+    command = {"workdir": WORKDIR.value, "use_older_checkpoint": USE_OLDER.value}
+    commands.agree(cfg, command)
+    results = train(cfg, WORKDIR.value, use_older_checkpoint=USE_OLDER.value)
     if not results:
-        commands.fail(
-            f"Stopped by SIGTERM; {WORKDIR.value} holds all so far. The same command goes on.",
-            commands.EXIT_STOPPED,
-        )
+        commands.fail(f"{preemption.MESSAGE} ({WORKDIR.value})", preemption.EXIT_STOPPED)
     if jax.process_index() == 0:
         print(f"{WORKDIR.value}: {json.dumps(results)}")
 
@@ -165,6 +109,9 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
     WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run; it resumes if it can.")
+    USE_OLDER = flags.DEFINE_bool(
+        "use_older_checkpoint", False, "If the newest is damaged, set it aside; use one before it."
+    )
     commands.define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     commands.start(main)

@@ -49,7 +49,11 @@ def two_steps(cfg: Config, mesh) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "objective",
-    [SupervisedConfig(), SupMIMConfig(classification=MIXED), MAEConfig()],
+    [
+        SupervisedConfig(),
+        SupMIMConfig(classification=MIXED),
+        pytest.param(MAEConfig(), marks=pytest.mark.slow),
+    ],
     ids=lambda objective: objective.name,
 )
 def test_micro_batches_give_the_step_of_the_large_batch(cfg, one_device, objective):

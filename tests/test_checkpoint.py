@@ -114,18 +114,3 @@ def test_a_step_that_is_being_written_does_not_exist_yet(saved):
     shutil.rmtree(directory / "1")
     with pytest.raises(SetupError, match=f"There is no checkpoint in {directory}"):
         checkpoint.locate(root)
-
-
-def test_a_checkpoint_that_was_cut_off_is_named(cfg, saved, one_device):
-    directory = saved[2].directory / "1"
-    like = inference.build_inference(cfg, 16, one_device).params
-    arrays = sorted((directory / "state").glob("ocdbt.*/d"))[0].relative_to(directory)
-    for name in (arrays, "state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
-        path = directory / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with pytest.raises(SetupError, match=rf"{directory} is not a readable checkpoint"):
-            checkpoint.restore_params(directory, like)
-    for name, read in (("config", checkpoint.read_config), ("run", checkpoint.read_run)):
-        shutil.rmtree(directory / name)
-        with pytest.raises(SetupError, match=rf"{directory}/{name}/metadata cannot be read"):
-            read(directory)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from supmim_jax import checkpoint, picture, probe, program
+from supmim_jax import checkpoint, evals, picture, probe, program
 from supmim_jax.config import SetupError
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import pipeline
-from supmim_jax.metrics import Diverged, MetricsWriter
+from supmim_jax.finite import Diverged
+from supmim_jax.metrics import MetricsWriter
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -84,6 +86,17 @@ def test_metrics_after_the_checkpoint_are_rewritten_on_resume(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=6, devices=ONE)
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 6]
     assert metric_lines(tmp_path)[-1]["loss"] != 1.0
+
+
+def test_an_evaluation_that_was_done_is_not_repeated(cfg, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=3))
+    train(cfg, tmp_path, stop_at=4, devices=ONE)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if killed before it was complete
+    monkeypatch.setattr(evals, "run_all", lambda *_: pytest.fail("it was done"))
+    train(cfg, tmp_path, stop_at=5, devices=ONE)
+    lines = metric_lines(tmp_path)
+    assert [x["step"] for x in lines if "eval/top1" in x] == [3]
+    assert [x["step"] for x in lines if "loss" in x] == [2, 4, 5]
 
 
 def test_a_workdir_of_another_config_is_left_alone(cfg, tmp_path):

@@ -40,7 +40,9 @@ def written(cfg: Config, workdir) -> dict:
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), prog.state).replace(step=7)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    checkpoints.save(sharding.put(state, prog.state), cfg, {"position": 0, "seconds": 0.0})
+    checkpoints.save(
+        sharding.put(state, prog.state), cfg, {"position": 7 * cfg.batch_size, "seconds": 0.0}
+    )
     checkpoints.close()
     return jax.tree.map(np.float32, state.params)
 

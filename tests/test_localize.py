@@ -13,6 +13,7 @@ from conftest import make_params
 from supmim_jax import checkpoint, inference, localize, sharding
 from supmim_jax.bench import boxes as bench
 from supmim_jax.config import (
+    CheckpointConfig,
     CMAEConfig,
     ConfigError,
     ContrastiveCropConfig,
@@ -116,6 +117,12 @@ def test_a_record_that_cannot_be_read_has_the_whole_image(cropping, one_device, 
     assert (table != np.array(WHOLE)).any(1).sum() > 32
 
 
+def test_what_takes_long_comes_after_a_checkpoint(cropping):
+    cfg = dataclasses.replace(cropping, checkpoint=CheckpointConfig(every=100))
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=5))
+    assert [s for s in range(13) if cfg.saves_after(s)] == [0, 3, 5, 6, 9, 10]
+
+
 def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monkeypatch):
     passes = []
     finding = localize.boxes
@@ -151,7 +158,7 @@ def test_boxes_of_another_number_of_images_or_none_are_refused(cropping, tmp_pat
     for path in (tmp_path / "checkpoints" / "4" / "boxes").iterdir():
         if path.is_file():
             path.unlink()
-    with pytest.raises(SetupError, match="its `boxes` is missing or incomplete"):
+    with pytest.raises(SetupError, match=r"is damaged: boxes/\S+ is missing; "):
         checkpoint.Checkpoints(tmp_path, cropping.checkpoint).restore_boxes(4, cropping)
 
 

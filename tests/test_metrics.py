@@ -8,7 +8,7 @@ import pytest
 from conftest import make_batch
 from etils import epath
 
-from supmim_jax import metrics
+from supmim_jax import finite, metrics
 
 VALUES = {
     "loss": 1.5,
@@ -21,15 +21,15 @@ VALUES = {
 
 
 def test_a_nan_is_found_one_step_later_with_its_ids(cfg):
-    check, batch = metrics.FiniteCheck(), make_batch(cfg)
+    check, batch = finite.FiniteCheck(), make_batch(cfg)
     batch = batch.replace(id=jnp.asarray(batch.id))
     check(1, {"loss": jnp.float32(1.0)}, batch)
     check(2, {"loss": jnp.float32(jnp.nan), "ce": jnp.float32(2.0)}, batch)
-    with pytest.raises(metrics.Diverged, match=r"Step 2 .*loss=nan, ce=2.*batch: 0, 1, 2"):
+    with pytest.raises(finite.Diverged, match=r"Step 2 .*loss=nan, ce=2.*batch: 0, 1, 2"):
         check(3, {"loss": jnp.float32(1.0)}, batch)
-    check = metrics.FiniteCheck()
+    check = finite.FiniteCheck()
     check(1, {"grad_norm": jnp.float32(jnp.inf)}, batch)
-    with pytest.raises(metrics.Diverged, match="grad_norm=inf"):
+    with pytest.raises(finite.Diverged, match="grad_norm=inf"):
         check.flush()
 
 
@@ -71,7 +71,7 @@ def test_the_clock_counts_training_and_waiting_only(monkeypatch):
 
 def test_tensorboard_events_and_a_profile_are_written_when_asked_for(tmp_path):
     pytest.importorskip("tensorflow", reason="TensorBoard events need TensorFlow")
-    writer = metrics.MetricsWriter(epath.Path(tmp_path), 0, tensorboard=True)
+    writer = metrics.MetricsWriter(epath.Path(tmp_path), 0, 9, tensorboard=True)
     writer.write(3, {"loss": 1.25})
     for step in range(1, 30):
         writer.after_step(step)

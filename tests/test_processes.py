@@ -18,7 +18,7 @@ from conftest import REPOSITORY
 
 from supmim_jax import checkpoint, distributed, program
 from supmim_jax.config import SetupError
-from supmim_jax.configdict import to_configdict
+from supmim_jax.configdict import from_configdict, to_configdict
 from supmim_jax.data import fractals
 from supmim_jax.train import train
 
@@ -41,10 +41,12 @@ class Ended:
 
 
 def started(commands: list[list[str]], directories=(), env=ENV) -> list[subprocess.Popen]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    """Each in a process group of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"start_new_session": True, "env": env}
     places = directories or [REPOSITORY] * len(commands)
     return [
-        subprocess.Popen([sys.executable, *command], cwd=place, env=env, **pipes)
+        subprocess.Popen([sys.executable, *command], cwd=place, **options)
         for command, place in zip(commands, places, strict=True)
     ]
 
@@ -136,20 +138,26 @@ def short(cfg):
     )
 
 
-def test_2_then_4_then_1_processes_train_as_one_does(short, one_device, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    "parts_of", [((2, 3),), pytest.param(((2, 3), (4, 5)), marks=pytest.mark.slow)], ids=str
+)
+def test_other_numbers_of_processes_go_on_as_one_would(
+    short, one_device, data_dir, tmp_path, parts_of
+):
     fractals.prepare("tiny", data_dir)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(short, whole, devices=jax.devices()[:1])
-    first = trained(short, parts, 2, stop_at=3)
-    trained(short, parts, 4, stop_at=5)
+    told = [trained(short, parts, count, stop_at=step) for count, step in parts_of]
     train(short, parts, devices=jax.devices()[:1])
     assert_same_run(whole, parts)
     assert "eval/knn" in "".join(map(str, lines(parts)[:4]))  # which two processes found
     assert_same_end(short, whole, parts, one_device)
-    assert "supmim 1/6" in first[0].err and "supmim" not in first[1].err
+    assert "supmim 1/6" in told[0][0].err and "supmim" not in told[0][1].err
     hosts = json.loads((parts / "environment.json").read_text())
-    assert [(x["from_step"], x["hosts"]) for x in hosts] == [(0, 2), (3, 4), (5, 1)]
-    assert hosts[1]["devices"] == "4 x cpu"
+    starts = [0, *(step for _, step in parts_of)]
+    counts = [*(count for count, _ in parts_of), 1]
+    assert [(x["from_step"], x["hosts"]) for x in hosts] == list(zip(starts, counts, strict=True))
+    assert [x["devices"] for x in hosts] == [f"{n} x cpu" for n in counts]
 
 
 @pytest.mark.slow
@@ -216,15 +224,25 @@ def until(workdir: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_the_death_of_a_process_ends_the_others_with_its_name(data_dir, tmp_path, killed):
-    run = command(tmp_path, data_dir, "--config.epochs=9999")
-    processes = started([[*run, *flags] for flags in places(2)])
-    until(tmp_path, 3)
-    processes[killed].kill()
+def test_when_a_process_dies_the_others_say_so_and_the_run_goes_on(data_dir, tmp_path, killed):
+    """It ends like one process that nobody killed."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    flags = ("--config.epochs=3", "--config.checkpoint.every=4", "--config.eval.batch_size=400")
+    run, processes = command(parts, data_dir, *flags), []
+    for i, place in enumerate(places(2)):
+        fault = {"log": str(tmp_path / f"log{i}"), "until": 10 if i == killed else 0}
+        env = ENV | {"FAULT": json.dumps(fault | {"signal": 9}), "PYTHONPATH": REPOSITORY}
+        processes += started([["tests/faulty.py", *run[2:], *place]], env=env)
+    processes[killed].wait(timeout=90)
     other = ended(processes, within=60)[1 - killed]
     assert other.code not in (0, 2, 3)
     expected = "process 1 on .* died" if killed else "leader task was preempted/died"
     assert re.search(expected, other.err), other.err
+    assert checkpoint.steps(parts)[0] == 4  # for which the save after 8 waits
+    assert [x.code for x in ended(started([[*run, *place] for place in places(2)]))] == [0, 0]
+    cfg = from_configdict(json.loads((parts / "config.json").read_text()))
+    train(cfg, whole, devices=jax.devices()[:1])
+    assert_same_run(whole, parts)
 
 
 def test_sigterm_to_one_saves_and_ends_all_and_the_run_goes_on(data_dir, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 from etils import epath
 
 from supmim_jax import checkpoint, inference, program, sharding
+from supmim_jax.checkpoint import sums
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,
@@ -220,6 +221,7 @@ def test_files_that_are_hostile_are_text_or_refused(run, html, tmp_path):
     saved["objective"]["target"]["path"] = ""
     saved["init"]["checkpoint"] = HOSTILE
     (step / "config" / "metadata").write_text(json.dumps(saved))
+    sums.write(epath.Path(step))  # whoever writes the one can write the other
     (workdir / "config.json").write_text(json.dumps(saved))
     parts = json.loads((workdir / "environment.json").read_text())
     parts = [{**parts[0], hostile: hostile, **dict.fromkeys(list(parts[0])[:4], hostile)}, *parts]

@@ -1,9 +1,11 @@
 """Files from elsewhere are data: nothing in them is run, or unpacked without bound or elsewhere."""
 
 import ast
+import dataclasses
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -264,8 +266,22 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
     assert name in text
     path.write_text(text.replace(name, "evil_feature.Text"))
     cfg = DataConfig(name="beasts", data_dir=str(tmp_path / "data"), num_classes=3)
-    with pytest.raises(SetupError, match=r"names the class 'evil_feature\.Text'.*would run code"):
-        records.open_source(cfg, "train")
+    # tfds writes names in its own way, and finds a config that metadata name.
+    root = beasts.parent
+    within = root / "one"
+    within.mkdir()
+    shutil.copytree(beasts, within / beasts.name)
+    (root / ".config").mkdir()
+    (root / ".config" / "metadata.json").write_text('{"default_config_name": "one"}')
+    for name, removed in (
+        *(("beasts", None), ("Beasts", None)),
+        *(("beasts", beasts), ("Beasts/one", None)),
+    ):
+        if removed:
+            shutil.rmtree(removed)
+        other = dataclasses.replace(cfg, name=name)
+        with pytest.raises(SetupError, match=r"names the class 'evil_feature\.Text'.*run code"):
+            records.open_source(other, "train")
 
 
 def test_seals_name_files_of_the_directory_alone(beasts, tmp_path):

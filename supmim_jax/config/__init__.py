@@ -20,8 +20,8 @@ from supmim_jax.config.evaluation import (
     RetrievalConfig,
     SegmentationConfig,
 )
-from supmim_jax.config.experiment import Config, ProbeConfig
-from supmim_jax.config.fields import INF, ConfigError, SetupError, within
+from supmim_jax.config.experiment import Config
+from supmim_jax.config.fields import INF, OF_THE_USER, ConfigError, SetupError, within
 from supmim_jax.config.model import VARIANTS, DecoderConfig, ViTConfig
 from supmim_jax.config.objective import (
     AdversarialConfig,
@@ -36,6 +36,7 @@ from supmim_jax.config.objective import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
+from supmim_jax.config.probing import ProbeConfig
 from supmim_jax.config.tokenizer import (
     PatchCodesConfig,
     PixelsConfig,
@@ -48,11 +49,13 @@ from supmim_jax.config.training import (
     LogConfig,
     MeshConfig,
     OptimConfig,
+    WatchConfig,
 )
 
 __all__ = [
     "IGNORED",
     "INF",
+    "OF_THE_USER",
     "VARIANTS",
     "AdversarialConfig",
     "CMAEConfig",
@@ -91,5 +94,6 @@ __all__ = [
     "VQGANConfig",
     "VQGANObjectiveConfig",
     "ViTConfig",
+    "WatchConfig",
     "within",
 ]

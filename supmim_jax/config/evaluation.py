@@ -78,3 +78,22 @@ class EvalConfig:
     linear: LinearProbeConfig = LinearProbeConfig()
     few_shot: FewShotConfig = FewShotConfig()
     segmentation: SegmentationConfig = SegmentationConfig()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `which` may give, by name; more is better of each."""
+        ks = sorted({*self.knn.ks, self.knn.report_k}) if len(self.knn.ks) > 1 else []
+        names = {
+            "top1": ["top1"],
+            "miou": ["miou", "pixel_accuracy"],
+            "knn": ["knn", *(f"knn/k={k}" for k in ks)],
+            "retrieval": [*(f"recall@{k}" for k in self.retrieval.recalls), "map@r"],
+            "linear": ["linear"],
+            "few_shot": ["few_shot"],
+            "segmentation": [
+                f"{name}/{head}"
+                for head in self.segmentation.heads
+                for name in ("miou", "pixel_accuracy")
+            ],
+        }
+        return tuple(name for evaluation in self.which for name in names[evaluation])

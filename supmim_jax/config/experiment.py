@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from supmim_jax.config.data import DataConfig, ProbeDataConfig
+from supmim_jax.config.data import DataConfig
 from supmim_jax.config.evaluation import EvalConfig
 from supmim_jax.config.fields import INF, LARGEST, ConfigError, within
 from supmim_jax.config.model import ViTConfig
@@ -22,6 +22,7 @@ from supmim_jax.config.training import (
     LogConfig,
     MeshConfig,
     OptimConfig,
+    WatchConfig,
 )
 
 
@@ -47,6 +48,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
 
     def __post_init__(self):
         self._check_sizes()
@@ -54,6 +56,7 @@ class Config:
         self._check_objective()
         self._check_masks()
         self._check_boxes()
+        self._check_keeping()
 
     def _check_sizes(self) -> None:
         size, patch = self.data.image_size, self.model.patch
@@ -152,6 +155,27 @@ class Config:
                 f"were drawn before: take 'centre', or leave tokens.cache empty."
             )
 
+    def _check_keeping(self) -> None:
+        best = self.checkpoint.keep_best
+        if best and not self.eval.every:
+            raise ConfigError(
+                f"checkpoint.keep_best is {best!r}, but eval.every is 0, so that only the end is "
+                f"evaluated: set eval.every to some steps, or leave keep_best empty."
+            )
+        if best and best not in self.metrics:
+            raise ConfigError(
+                f"checkpoint.keep_best is {best!r}; the evaluations of this run give "
+                f"{', '.join(map(repr, self.metrics)) or 'nothing'}."
+            )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what this run's evaluations give; more is better of each."""
+        if self.objective.leaves == "tokenizer":
+            return ("psnr", "codes_used", "perplexity")
+        classifies = self.objective.leaves == "classifier"
+        return tuple(name for name in self.eval.metrics if name != "top1" or classifies)
+
     @property
     def _normalizes_patches(self) -> bool:
         """Whether the target is the pixels of each patch, by their own deviation."""
@@ -188,6 +212,20 @@ class Config:
         every = self.data.contrastive_crop.every_epochs
         return max(1, round(every * self.data.train_examples / self.batch_size))
 
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`: one is, before all that takes long."""
+        due = step % self.checkpoint.every == 0
+        return due or self.evaluates_after(step) or self.finds_boxes_after(step)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after `step`; after the last step one follows anyway."""
+        return bool(self.eval.every) and 0 < step < self.total_steps and not step % self.eval.every
+
+    def finds_boxes_after(self, step: int) -> bool:
+        """Whether new boxes to crop by are due after `step`."""
+        every = self.steps_per_boxes
+        return bool(every) and 0 < step < self.total_steps and not step % every
+
     @property
     def num_views(self) -> int:
         """Different crops of an image that the run sees."""
@@ -208,16 +246,3 @@ class Config:
     def peak_lr(self) -> float:
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
         return self.optim.lr * scale
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """What to measure trained encoders by. The encoder itself is that of its own run's config."""
-
-    data: ProbeDataConfig = ProbeDataConfig()
-    eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-
-    def __post_init__(self):
-        if self.eval.every:
-            raise ConfigError(f"eval.every is {self.eval.every}; only training evaluates again.")

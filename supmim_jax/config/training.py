@@ -56,3 +56,25 @@ class LogConfig:
 class CheckpointConfig:
     every: int = within(500, 1, INF)  # steps
     keep: int = within(2, 1, INF)  # newest ones kept
+    keep_every: int = within(0, 0, INF)  # steps; those of its multiples are kept too; 0: none
+    keep_best: str = ""  # a metric of the evaluation; the checkpoint where it is best is kept too
+
+    def __post_init__(self):
+        if self.keep_every % self.every:
+            below = self.keep_every - self.keep_every % self.every
+            raise ConfigError(
+                f"keep_every is {self.keep_every}, not a multiple of every = {self.every}, so "
+                f"those steps are not saved; {below or self.every} or {below + self.every} would "
+                f"do, and 0 keeps none of them."
+            )
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What ends a run that goes wrong, or lets it go back."""
+
+    stall_factor: float = within(50.0, 0.0, INF)  # no step in so many medians of a step's time: end
+    stall_seconds: float = within(300.0, 0.0, INF)  # but never before; stall_factor 0: never
+    # How often, in a run, NaN or infinity makes it go back to its newest checkpoint and leave out
+    # the batches since then; 0: it ends.
+    roll_backs: int = within(0, 0, INF)

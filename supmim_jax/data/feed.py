@@ -60,7 +60,11 @@ class Feed(Iterator[Arrays]):
 
 
 def training(
-    cfg: Config, rows: Sequence[int], first_step: int = 0, boxes: np.ndarray | None = None
+    cfg: Config,
+    rows: Sequence[int],
+    first_step: int = 0,
+    boxes: np.ndarray | None = None,
+    skipped: int = 0,
 ) -> Feed:
     """Training batches from `first_step` to the last step.
 
@@ -70,6 +74,7 @@ def training(
       first_step: steps that are done.
       boxes: what contrastive crops are around, a table as in contrastive_crop.py; for
         data.contrastive_crop.boxes = "heat_map" alone. None: there are none yet.
+      skipped: batches of the sequence that are left out before `first_step`.
 
     Raises:
       SetupError: the data set is missing or is not what the config says, or the table is not.
@@ -79,7 +84,7 @@ def training(
     source = records.open_training_source(cfg.data, cfg.needs_masks)
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
-        .map(sequence.LocalPosition(rows, cfg.batch_size, first_step))
+        .map(sequence.LocalPosition(rows, cfg.batch_size, first_step + skipped))
         .map(sequence.TrainingOrder(len(source), cfg.seed))
         .map(sequence.Intact(source, train_example(cfg, boxes)))
     )

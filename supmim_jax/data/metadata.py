@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
 from supmim_jax.config import SetupError
@@ -29,10 +30,13 @@ def check_classes(name: str, data_dir: str) -> None:
 
     tfds would import its module, whatever that is: a data set from elsewhere could run code.
     """
-    place = name.partition(":")[0]
+    place, _ = naming.parse_builder_name_kwargs(name)  # which tfds may spell in another way
     for root in file_utils.list_data_dirs(data_dir or None):
-        directory = epath.Path(root) / place
-        for path in directory.glob(f"*/{FEATURES}") if directory.is_dir() else ():
+        directory = epath.Path(root) / str(place)
+        if not directory.is_dir():
+            continue
+        # Of all configs: tfds takes one that the data set names, where the name has none.
+        for path in (*directory.glob(f"*/{FEATURES}"), *directory.glob(f"*/*/{FEATURES}")):
             try:
                 found = list(_named(json.loads(path.read_text())))
             except (OSError, ValueError, RecursionError) as error:

@@ -22,6 +22,7 @@ def train_dataset(
     first_step: int = 0,
     broken: int = 0,
     boxes: np.ndarray | None = None,
+    skipped: int = 0,
 ) -> "Training":
     """Training batches from `first_step` to the last step.
 
@@ -31,20 +32,27 @@ def train_dataset(
       first_step: steps that are done.
       broken: records that were replaced in these, on all processes.
       boxes: what contrastive crops are around; see feed.training.
+      skipped: batches of the sequence that the run leaves out before `first_step`.
 
     Raises:
       SetupError: the data set is missing or is not what the config says, or the table is not.
     """
-    return Training(cfg, mesh, first_step, broken, boxes)
+    return Training(cfg, mesh, first_step, broken, boxes, skipped)
 
 
 class Training(Iterator[Batch]):
     """The batches of a run, and how many of its records were broken."""
 
     def __init__(
-        self, cfg: Config, mesh: Mesh, first_step: int, before: int, boxes: np.ndarray | None
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        first_step: int,
+        before: int,
+        boxes: np.ndarray | None,
+        skipped: int,
     ):
-        self.cfg, self.mesh, self.before = cfg, mesh, before
+        self.cfg, self.mesh, self.before, self.skipped = cfg, mesh, before, skipped
         self.here = 0  # broken records of this process, in the batches that were taken
         self.known: set[int] = set()  # ids of those that were logged
         self._open(first_step, boxes)
@@ -52,7 +60,7 @@ class Training(Iterator[Batch]):
     def _open(self, first_step: int, boxes: np.ndarray | None) -> None:
         cfg, taken = self.cfg, self.here
         rows = local_rows(cfg.batch_size, self.mesh)
-        self.feed = fed = feed.training(cfg, rows, first_step, boxes)
+        self.feed = fed = feed.training(cfg, rows, first_step, boxes, self.skipped)
         fed.known = self.known
         batches = _on_mesh(fed, cfg.batch_size, self.mesh)
         self.batches = Ahead(((batch, taken + fed.broken) for batch in batches), AHEAD)

@@ -9,6 +9,7 @@ workers would outlive one that was killed.
 
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
@@ -33,4 +34,6 @@ def end_with(parent: int) -> None:
 
 if __name__ == "__mp_main__":
     sys.modules["jax"] = None  # importing it raises ImportError
+    # A signal to the whole group: the parent saves first, for which it may need a batch more.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()

@@ -1,14 +1,15 @@
 """Several processes as one run: how they find each other, agree, and fail together."""
 
 from supmim_jax.distributed.join import Place, join, place
-from supmim_jax.distributed.together import (
+from supmim_jax.distributed.store import active
+from supmim_jax.distributed.together import agree, barrier, gather
+from supmim_jax.distributed.watch import (
     EXIT_TRY_AGAIN,
-    active,
-    agree,
-    barrier,
+    behind,
     end,
     leave,
-    told_to_stop,
+    on_preemption,
+    reached,
 )
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "active",
     "agree",
     "barrier",
+    "behind",
     "end",
+    "gather",
     "join",
     "leave",
+    "on_preemption",
     "place",
-    "told_to_stop",
+    "reached",
 ]

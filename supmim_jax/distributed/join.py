@@ -9,10 +9,9 @@ import time
 from collections.abc import Mapping
 
 import jax
-from jax._src import distributed as coordination
 
 from supmim_jax.config import SetupError
-from supmim_jax.distributed import together
+from supmim_jax.distributed import store, watch
 
 HEARTBEAT = 20  # seconds of silence after which JAX's own service takes a process for dead
 
@@ -86,7 +85,7 @@ def join(where: Place, timeout: int) -> None:
         ) from None
     finally:
         joined.set()
-    together.begin()
+    watch.begin()
 
 
 def _wait(where: Place, timeout: int, joined: threading.Event) -> None:
@@ -96,19 +95,19 @@ def _wait(where: Place, timeout: int, joined: threading.Event) -> None:
     """
     until, there = time.monotonic() + 0.8 * timeout, False
     while not joined.wait(min(1.0, timeout / 10)):
-        if coordination.global_state.service is None:
+        if store.state().service is None:
             there = there or _answers(_address(where))
         if time.monotonic() >= until:
             _give_up(where, timeout, there)
 
 
 def _address(where: Place) -> str:
-    return coordination.global_state.coordinator_address or where.coordinator
+    return store.state().coordinator_address or where.coordinator
 
 
 def _give_up(where: Place, timeout: int, there: bool) -> None:
     """Says which process is missing."""
-    state, address = coordination.global_state, _address(where) or "the first process"
+    state, address = store.state(), _address(where) or "the first process"
     me = f"Process {state.process_id} on {socket.gethostname()}"
     if state.service is not None:
         missing = "others did not come"
@@ -124,7 +123,7 @@ def _give_up(where: Place, timeout: int, there: bool) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(together.EXIT_TRY_AGAIN)
+    os._exit(watch.EXIT_TRY_AGAIN)
 
 
 def _answers(address: str) -> bool:

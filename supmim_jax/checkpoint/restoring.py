@@ -1,0 +1,146 @@
+"""Reading checkpoints.
+
+Restoring is strict: the files are those that were saved (`damage`), and paths, shapes and dtypes
+are compared with what is on disk, both ways, before anything is read (orbax alone accepts a
+misspelt subtree or another depth).
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization
+
+from supmim_jax.checkpoint.damage import ANOTHER, verify
+from supmim_jax.config import Config, SetupError
+from supmim_jax.configdict import from_configdict
+from supmim_jax.optim import path_name
+from supmim_jax.types import TrainState
+
+# Numbers of a run that has not begun.
+BEGIN = {
+    "position": 0,  # examples of the training sequence that lie behind it
+    "seconds": 0.0,  # of training
+    "broken_records": 0,  # that others stood in for
+    "skipped_batches": 0,  # of the sequence, left out after NaN
+    "roll_backs": 0,
+}
+
+
+def plain(state: TrainState) -> dict:
+    """The state as nested dicts with string keys, the optimizer's tuples too."""
+    return serialization.to_state_dict(state)
+
+
+def read_config(directory: epath.Path) -> Config:
+    """The config of the run that wrote the checkpoint."""
+    verify(directory)
+    return from_configdict(_read_json(directory / "config" / "metadata"))
+
+
+def read_run(directory: epath.Path) -> dict:
+    """The `run` numbers that were saved with the state."""
+    verify(directory)
+    return BEGIN | _read_json(directory / "run" / "metadata")
+
+
+def restore_item(directory: epath.Path, item: str, like: Any) -> Any:
+    """A saved tree of arrays, laid out like the abstract `like`, which is all of it.
+
+    Raises:
+      SetupError: the checkpoint is damaged, or holds other paths, shapes or dtypes.
+    """
+    check_same(stored_tree(directory, item), like, directory)
+    restorer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    with _readable(directory, item):
+        return restorer.restore(directory / item, args=ocp.args.StandardRestore(like))
+
+
+def restore_params(directory: epath.Path, like: dict) -> dict:
+    """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
+
+    Raises:
+      SetupError: as `check_params`.
+    """
+    check_params(directory, like)
+    restorer = ocp.PyTreeCheckpointer()
+    arguments = ocp.checkpoint_utils.construct_restore_args({"params": like})
+    items = ocp.args.PyTreeRestore(
+        item={"params": like}, restore_args=arguments, partial_restore=True
+    )
+    with _readable(directory, "state"):
+        return restorer.restore(directory / "state", args=items)["params"]
+
+
+def check_params(directory: epath.Path, like: dict) -> None:
+    """Restores no array.
+
+    Raises:
+      SetupError: the checkpoint is damaged, or a subtree of `like` is missing or differs in paths,
+        shapes or dtypes.
+    """
+    stored = stored_tree(directory).get("params", {})
+    if missing := sorted(set(like) - set(stored)):
+        raise SetupError(
+            f"{directory} has no params/{', params/'.join(missing)}; it has "
+            f"{', '.join('params/' + name for name in sorted(stored))}."
+        )
+    check_same({name: stored[name] for name in like}, like, directory)
+
+
+def stored_tree(directory: epath.Path, item: str = "state") -> dict:
+    """Shapes and dtypes of a saved item, without restoring it."""
+    verify(directory)
+    with _readable(directory, item):
+        return dict(ocp.PyTreeCheckpointer().metadata(directory / item).item_metadata.tree)
+
+
+def check_same(stored: Any, wanted: Any, directory: epath.Path) -> None:
+    """Raises SetupError, naming paths, unless both trees have the same arrays."""
+    on_disk, asked = _shapes(stored), _shapes(wanted)
+    problems = [f"{p} {s} is not in the checkpoint" for p, s in asked.items() if p not in on_disk]
+    problems += [f"{p} {s} is only in the checkpoint" for p, s in on_disk.items() if p not in asked]
+    problems += [
+        f"{p} is {on_disk[p]} in the checkpoint, {s} in the model"
+        for p, s in asked.items()
+        if p in on_disk and on_disk[p] != s
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise SetupError(
+            f"{directory} is of another architecture or optimizer: {'; '.join(problems[:5])}{more}."
+            f" Use the config that is saved beside it, or another --workdir."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    return {path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+
+@contextlib.contextmanager
+def _readable(directory: epath.Path, item: str) -> Iterator[None]:
+    """The files are those that were saved; still, the disk may fail, or they be of no use."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # memory, or another process
+        raise
+    except Exception as error:  # orbax has no narrower one
+        reason = str(error).partition(" See ")[0][:200]
+        raise SetupError(
+            f"{directory} is not a readable checkpoint: its `{item}` is missing or incomplete "
+            f"({type(error).__name__}: {reason}). {ANOTHER}"
+        ) from None
+
+
+def _read_json(path: epath.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SetupError(
+            f"{path} cannot be read ({type(error).__name__}): it is not whole. {ANOTHER}"
+        ) from None

@@ -1,0 +1,244 @@
+"""Damaged checkpoints are named, never restored, and set aside if asked."""
+
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import fuzz_checkpoint
+import jax
+import pytest
+from etils import epath
+
+from supmim_jax import checkpoint, distributed, program
+from supmim_jax.checkpoint import damage, restoring, sums
+from supmim_jax.config import SetupError
+from supmim_jax.train import train
+
+ONE = jax.devices()[:1]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run with checkpoints of steps 4 and 8."""
+    return fuzz_checkpoint.save(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def saved(original, tmp_path):
+    """A copy of it to be damaged, and its newest checkpoint."""
+    shutil.copytree(original.workdir, tmp_path, dirs_exist_ok=True)
+    return dataclasses.replace(original, workdir=tmp_path)
+
+
+@pytest.fixture
+def newest(saved) -> epath.Path:
+    return checkpoint.locate(str(saved.workdir))
+
+
+def largest(directory: epath.Path) -> epath.Path:
+    return max(sums.files(directory).values(), key=lambda path: path.stat().length)
+
+
+def change(path: epath.Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_the_sums_are_those_of_sha256sum(newest):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("this system has no sha256sum")
+    out = subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=newest, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    listed = [line.partition(": ")[0] for line in out.stdout.splitlines()]
+    there = {str(p.relative_to(newest)) for p in Path(newest).rglob("*") if p.is_file()}
+    assert listed == sorted(listed)
+    assert there - set(listed) == {"SHA256SUMS", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    written = [
+        Path(newest, name).stat().st_mtime_ns for name in ("SHA256SUMS", "commit_success.txt")
+    ]
+    assert written == sorted(written)  # before the commit
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"commit_timestamp_nsecs": 1e40}', "\xff"])
+def test_what_orbax_notes_as_it_commits_does_not_matter(saved, newest, text):
+    (newest / "_CHECKPOINT_METADATA").write_bytes(text.encode("latin1"))
+    assert set(fuzz_checkpoint.outcomes(saved, saved.workdir).values()) == {"right"}
+
+
+DAMAGE = {
+    "sums missing": (
+        lambda d: (d / "SHA256SUMS").unlink(),
+        r"SHA256SUMS, which lists its files, is missing\. .* sha256sum",
+    ),
+    "sums cut off": (
+        lambda d: (d / "SHA256SUMS").write_text((d / "SHA256SUMS").read_text()[:100]),
+        r"SHA256SUMS cannot be read \(line 2 is no hash and name of a file\)",
+    ),
+    "sums empty": (
+        lambda d: (d / "SHA256SUMS").write_text(""),
+        r"SHA256SUMS cannot be read \(it is empty\)",
+    ),
+    "sums of bytes": (
+        lambda d: (d / "SHA256SUMS").write_bytes(b"\xff\xfe"),
+        r"SHA256SUMS cannot be read \('utf-8' codec",
+    ),
+    "file missing": (
+        lambda d: (d / "state/manifest.ocdbt").unlink(),
+        r"state/manifest\.ocdbt is missing\.",
+    ),
+    "directory missing": (lambda d: (d / "run").rmtree(), r"run/commit_success\.txt is missing; "),
+    "file added": (
+        lambda d: (d / "state/more").write_text(""),
+        r"state/more is there, which SHA256SUMS does not list",
+    ),
+    "byte changed": (
+        lambda d: change(largest(d)),
+        r"state/ocdbt\S+ has \d+ bytes of SHA-256 \w{16}\.\.\., and SHA256SUMS says \w{16}\.\.\.",
+    ),
+    "another config": (
+        lambda d: (d / "config/metadata").write_text((d / "config/metadata").read_text() + " "),
+        r"config/metadata has \d+ bytes of SHA-256",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_each_damage_is_named_by_all_that_reads(saved, newest, kind):
+    damaging, message = DAMAGE[kind]
+    damaging(newest)
+    for read in fuzz_checkpoint.READERS.values():
+        with pytest.raises(SetupError, match=rf"{newest} is damaged: {message}") as error:
+            read(saved, saved.workdir)
+        assert "Choose another step with @step" in str(error.value)
+        assert "--use_older_checkpoint" in str(error.value)
+
+
+def test_a_checkpoint_without_sums_is_trusted_by_the_command_that_the_error_gives(saved, newest):
+    (newest / "SHA256SUMS").unlink()
+    with pytest.raises(SetupError) as error:
+        checkpoint.verify(newest)
+    command = str(error.value).partition("as it is: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert fuzz_checkpoint.by_training(saved, saved.workdir)
+
+
+def test_directories_that_were_swapped_are_refused(saved, newest):
+    newest.rename(newest.parent / "x")
+    (newest.parent / "4").rename(newest)
+    (newest.parent / "x").rename(newest.parent / "4")
+    for step, position in ((4, 128), (8, 64)):
+        with pytest.raises(SetupError, match=rf"saved after {position} examples .* step {step}:"):
+            checkpoint.read_run(newest.parent / str(step))
+    with pytest.raises(SetupError, match="directories were renamed"):
+        checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest()
+
+
+def test_a_state_of_another_step_is_refused_whatever_the_rest_says(saved, newest, monkeypatch):
+    shutil.rmtree(newest / "state")
+    shutil.copytree(newest.parent / "4" / "state", newest / "state")
+    monkeypatch.setattr(restoring, "verify", lambda directory: None)
+    with pytest.raises(SetupError, match=f"{newest} is damaged: it holds the state of step 4"):
+        checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).restore(8, saved.built.state)
+
+
+def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
+    monkeypatch.setattr(restoring, "verify", lambda directory: None)
+    for name in ("state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
+        path = newest / name
+        path.rmtree() if path.is_dir() else path.unlink()
+        for read in (fuzz_checkpoint.by_params, lambda s, d: restoring.stored_tree(newest / "x")):
+            with pytest.raises(SetupError, match="is not a readable checkpoint: its `state`"):
+                read(saved, saved.workdir)
+
+
+def test_files_are_read_once_until_they_change(newest, monkeypatch):
+    read = []
+    hashing = sums.digest
+    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
+    monkeypatch.setattr(damage, "SETTLED", -1.0)
+    checkpoint.verify(newest)
+    first = len(read)
+    for again in (checkpoint.read_config, checkpoint.read_run, checkpoint.stored_tree):
+        again(newest)
+    assert first == len(sums.read(newest)) == len(read)
+    change(largest(newest))
+    with pytest.raises(SetupError, match="is damaged"):
+        checkpoint.verify(newest)
+
+
+def test_files_that_just_changed_are_not_taken_for_known(newest, monkeypatch):
+    """Their times are too coarse to show that they change again."""
+    read = []
+    hashing = sums.digest
+    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
+    (newest / "run" / "metadata").touch()
+    checkpoint.verify(newest)
+    checkpoint.verify(newest)
+    assert len(read) == 2 * len(sums.read(newest))
+
+
+def test_processes_share_the_files_and_all_hear_of_damage(newest, monkeypatch):
+    read = []
+    hashing = sums.digest
+    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
+    monkeypatch.setattr(distributed, "active", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "gather", lambda topic, here, patience: [here])
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        checkpoint.verify(newest)
+    assert len(read) == len(set(read)) == len(sums.read(newest))
+    monkeypatch.setattr(distributed, "gather", lambda *a: ["", "8 is damaged", ""])
+    with pytest.raises(SetupError, match=r"^8 is damaged$"):
+        checkpoint.verify(newest)
+
+
+def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
+    root = newest.parent
+    for expected in ("8.damaged", "8.damaged-2"):
+        shutil.copytree(root / "4", root / "12.orbax-checkpoint-tmp")
+        change(largest(newest))
+        kept = largest(newest).read_bytes()
+        with pytest.raises(SetupError, match=f"{newest} is damaged"):
+            checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest()
+        checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
+        assert checkpoints.newest(use_older=True) == 4 == checkpoints.latest()
+        assert f"It is kept as {root / expected}; going on from step 4." in capsys.readouterr().err
+        assert largest(root / expected).read_bytes() == kept
+        assert checkpoint.steps(saved.workdir) == [4]
+        state, _ = checkpoints.restore(4, saved.built.state)
+        checkpoints.save(state.replace(step=jax.numpy.int32(8)), saved.cfg, saved.run)
+        checkpoints.close()
+        assert not (root / "12.orbax-checkpoint-tmp").exists()  # left by a save that was killed
+    (root / "8" / "run" / "metadata").unlink()
+    (root / "4" / "run" / "metadata").unlink()
+    checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
+    assert checkpoints.newest(use_older=True) is None and checkpoint.steps(saved.workdir) == []
+    assert "going on from step 0, as there is no other checkpoint." in capsys.readouterr().err
+    names = {path.name for path in root.iterdir()}
+    assert names == {"4.damaged", "8.damaged", "8.damaged-2", "8.damaged-3"}
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_as_if_nothing_was(supervised, tmp_path, one_device):
+    results = train(supervised, tmp_path, devices=ONE)
+    assert set(results) >= {"top1", "knn"} == set(supervised.metrics)
+    like = program.build(supervised, one_device).state
+    whole, _ = checkpoint.Checkpoints(tmp_path, supervised.checkpoint).restore(12, like)
+    change(largest(tmp_path / "checkpoints" / "12"))
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(SetupError, match=r"checkpoints/12 is damaged.*--use_older_checkpoint"):
+        train(supervised, tmp_path, devices=ONE)
+    again = train(supervised, tmp_path, devices=ONE, use_older_checkpoint=True)
+    found, _ = checkpoint.Checkpoints(tmp_path, supervised.checkpoint).restore(12, like)
+    assert fuzz_checkpoint.same(found, whole) and again["knn"] == results["knn"]
+    assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
+
+
+def test_random_damage_is_never_restored(original, tmp_path):
+    assert set(fuzz_checkpoint.outcomes(original, original.workdir).values()) == {"right"}
+    counts, failures = fuzz_checkpoint.fuzz(original, 40, 1, tmp_path)
+    assert failures == [] and sum(counts.values()) == 40

@@ -1,0 +1,147 @@
+"""Runs that are killed, told to stop or hang, as processes; the long storms are tests/storm.py."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import storm
+from conftest import REPOSITORY
+from test_processes import command, ended, places, started
+
+from supmim_jax import checkpoint, preemption
+from supmim_jax.data import fractals
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """The next attempts of a storm come to these points, for the last of so many times."""
+    points = []
+
+    class Drawn(storm.random.Random):
+        def random(self):
+            return 1.0  # no time, no delay
+
+        def choice(self, among):
+            return points[0][0]
+
+        def randint(self, low, high):
+            if low == high == 1 or high == storm.SHARE:
+                return high
+            return points.pop(0)[1]
+
+    monkeypatch.setattr(storm.random, "Random", Drawn)
+    return points
+
+
+@pytest.fixture(scope="module")
+def left_alone(data_dir, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # and one device
+        yield storm.undisturbed(2, tmp_path_factory.mktemp("storm"), data_dir)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(draws, left_alone, tmp_path):
+    """In the middle of a line and of a save."""
+    draws += [("half a line", 2), ("before commit", 2)]
+    run = left_alone.another(tmp_path / "run")
+    found = storm.storm(signal.SIGKILL, len(draws), 0, run, left_alone)
+    assert [x["point"] for x in found] == ["half a line", "before commit"]
+    assert found[1]["done"] > found[1]["saved"]
+
+
+def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, tmp_path):
+    """In the middle of a save and of an evaluation."""
+    draws += [("before commit", 2), ("evaluation", 3)]
+    run = left_alone.another(tmp_path / "run")
+    found = storm.storm(signal.SIGTERM, len(draws), 0, run, left_alone)
+    assert [x["point"] for x in found] == ["before commit", "evaluation"]
+    assert found[1]["saved"] >= found[0]["saved"] > 0
+
+
+def faulty(workdir, fault: dict, *flags: str) -> tuple[list[str], dict]:
+    run = command(workdir, workdir.parent / "data", *flags)[2:]
+    env = os.environ | {"FAULT": json.dumps(fault | {"log": str(workdir.parent / "log")})}
+    return ["tests/faulty.py", *run], env | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path):
+    """The evaluation of 8 batches would take 24 s."""
+    workdir, evaluates = tmp_path / "run", ("--config.eval.every=3", "--config.eval.batch_size=64")
+    (tmp_path / "data").symlink_to(data_dir)
+    fractals.prepare("tiny", data_dir)
+    processes = []
+    for i, flags in enumerate(places(2)):
+        fault = {"slow": 3.0} | ({"signal": 15, "at": "evaluation", "count": 1} if i else {})
+        run, env = faulty(workdir, fault, "--config.epochs=9", *evaluates, *flags)
+        processes += started([run], env=env)
+    for process in ended(processes, within=90):
+        assert process.code == 143 and preemption.MESSAGE in process.err
+    assert checkpoint.steps(workdir) == [3]
+
+
+def test_a_run_that_hangs_says_where_and_ends(data_dir, tmp_path):
+    (tmp_path / "data").symlink_to(data_dir)
+    fault = {"signal": "hang", "at": "batch", "count": 12}
+    quick = ("--config.watch.stall_seconds=2", "--config.watch.stall_factor=10")
+    run, env = faulty(tmp_path / "run", fault, "--config.epochs=99", *quick)
+    (process,) = ended(started([run], env=env), within=90)
+    assert process.code == 1 and "after step 11" in process.err
+    assert 'faulty.py", line' in process.err and "in following" in process.err
+
+
+def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
+    """A signal's handler would run only when C code returns to Python; here it never does."""
+    code = (
+        "import hashlib, os, threading\n"
+        "from supmim_jax import preemption\n"
+        "preemption.listen()\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=40
+    )
+    assert out.returncode == 143 and preemption.MESSAGE in out.stderr
+
+
+def test_who_is_behind_is_named(monkeypatch):
+    from supmim_jax.distributed import store, watch
+
+    class Store:
+        def key_value_dir_get(self, key):
+            return [(f"{key}/0", "9 41"), (f"{key}/1", "8 40"), (f"{key}/2", "9 41")]
+
+    monkeypatch.setattr(store, "active", lambda: True)
+    monkeypatch.setattr(store, "client", Store)
+    monkeypatch.setitem(store.hosts, 1, socket.gethostname())
+    assert watch.behind() == f"process 1 on {socket.gethostname()} at step 40"
+
+
+def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(data_dir, tmp_path):
+    """As `timeout` sends it: also to the one that decodes, for whose next batch the run waits."""
+    (tmp_path / "data").symlink_to(data_dir)
+    fault = {"signal": 15, "at": "batch", "count": 30, "group": True}
+    small = ("width=8", "heads=1", "mlp_dim=8")  # so that all time is the decoder's
+    flags = [f"--config.model.{x}" for x in small] + ["--config.batch_size=240"]
+    flags += ["--config.epochs=99", "--config.data.workers=1", "--config.data.crop=inception"]
+    run, env = faulty(tmp_path / "run", fault, *flags)
+    (process,) = ended(started([run], env=env), within=90)
+    assert process.code == 143, process.err
+    done = [json.loads(x).get("done", 0) for x in (tmp_path / "log").read_text().splitlines()]
+    assert checkpoint.steps(tmp_path / "run") == [max(done)] and 29 <= max(done) < 35
+
+
+@pytest.mark.slow
+def test_several_processes_go_back_together(data_dir, tmp_path):
+    (tmp_path / "data").symlink_to(data_dir)
+    going_back = ("--config.epochs=3", "--config.checkpoint.every=4", "--config.watch.roll_backs=1")
+    processes = []
+    for i, flags in enumerate(places(2)):
+        run, env = faulty(tmp_path / "run", {"nan": 7, "slow": 0.3 * i}, *going_back, *flags)
+        processes += started([run], env=env)
+    assert [x.code for x in ended(processes, within=120)] == [0, 0]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_batches"] == 3
