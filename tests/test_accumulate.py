@@ -50,7 +50,7 @@ def two_steps(cfg: Config, mesh) -> dict[str, float]:
 @pytest.mark.parametrize(
     "objective",
     [
-        SupervisedConfig(),
+        pytest.param(SupervisedConfig(), marks=pytest.mark.slow),
         SupMIMConfig(classification=MIXED),
         pytest.param(MAEConfig(), marks=pytest.mark.slow),
     ],

@@ -43,7 +43,11 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     ("mesh", "encoder_input"),
-    [*((mesh, "masked") for mesh in MESHES), (MESHES[-1], "visible")],
+    [
+        (MESHES[0], "masked"),
+        *(pytest.param(mesh, "masked", marks=pytest.mark.slow) for mesh in MESHES[1:]),
+        (MESHES[-1], "visible"),
+    ],
     ids=lambda x: x if isinstance(x, str) else f"{x.data}x{x.fsdp}x{x.tensor}",
 )
 def test_eight_devices_give_the_losses_of_one(

@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_pencil_and_paper():
     assert float(metrics["accuracy"]) == pytest.approx(right)
 
 
-@pytest.mark.parametrize("head", ["linear", "conv"])
+@pytest.mark.parametrize("head", [pytest.param("linear", marks=pytest.mark.slow), "conv"])
 def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
     cfg = dataclasses.replace(
         masked,

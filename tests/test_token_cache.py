@@ -91,7 +91,7 @@ def colourful(cfg):
     return dataclasses.replace(cfg, data=data, model=model, objective=objective, epochs=4)
 
 
-@pytest.mark.parametrize("kind", ["patch_codes", "vqgan"])
+@pytest.mark.parametrize("kind", ["patch_codes", pytest.param("vqgan", marks=pytest.mark.slow)])
 def test_cached_tokens_and_losses_are_those_of_a_run_without(
     cfg, caches, one_device, kind, monkeypatch
 ):
