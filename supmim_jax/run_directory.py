@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from supmim_jax import distributed, environment, frozen
+from supmim_jax.checkpoint.sums import is_local
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.metrics import write_json
@@ -53,7 +54,7 @@ def taken(workdir: epath.Path, cfg: Config) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                if _is_local(workdir):
+                if is_local(workdir):
                     file = stack.enter_context(open(workdir / LOCK, "a+"))
                     _lock(file, workdir, fcntl.LOCK_EX)
                     file.truncate(0)
@@ -83,13 +84,9 @@ def _lock(file, workdir: epath.Path, how: int) -> None:
             raise
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
-
-
 def check(workdir: epath.Path, cfg: Config) -> None:
     """Raises SetupError if the workdir holds a run that goes on, or one of another config."""
-    if jax.process_index() == 0 and _is_local(workdir) and (workdir / LOCK).exists():
+    if jax.process_index() == 0 and is_local(workdir) and (workdir / LOCK).exists():
         with open(workdir / LOCK) as file:  # or it would be found out after a start of minutes
             _lock(file, workdir, fcntl.LOCK_SH)
     _check_config(workdir, cfg)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import commands, frozen, inference, sharding
+from supmim_jax.checkpoint.sums import is_local
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed, token_cache, token_plan
@@ -139,7 +140,7 @@ def estimated_bytes(plan: token_plan.Plan) -> int:
 
 def _check_space(directory: epath.Path, plan: token_plan.Plan) -> None:
     """Raises SetupError if a local disk has no room for the whole cache."""
-    if "://" in str(directory):
+    if not is_local(directory):
         return
     free, needed = shutil.disk_usage(directory).free, estimated_bytes(plan)
     if needed > free:

@@ -65,8 +65,7 @@ def test_files_and_functions_stay_short():
         assert len(text.splitlines()) <= 250, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                limit = 120 if (path.name, node.name) == ("loop.py", "_steps") else 60
-                assert node.end_lineno - node.lineno < limit, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
 def test_tensorflow_is_imported_only_to_write_events_to_prepare_data_and_as_a_rival():
