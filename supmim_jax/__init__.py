@@ -1,10 +1,14 @@
-"""Before anything else: a limit to what an image file can make its decoder allocate.
+"""Settings that other libraries read from the environment as they are loaded.
 
-OpenCV reads it when it is loaded. Its own is 2^30 pixels, 3 GB for a file of a few bytes. An image
-that has more counts as one that cannot be decoded; set the variable yourself for larger ones.
+OpenCV: how many pixels an image may have. Its own limit is 2^30, 3 GB for a file of a few bytes. An
+image that has more counts as one that cannot be decoded; set the variable yourself for larger ones.
+epath: gs:// is read by gcsfs, where it would load TensorFlow. gcsfs: directories are listed anew
+each time, as other processes write to them.
 """
 
 import os
 
 MOST_PIXELS = 2**27
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict
 
-from supmim_jax.config import Config, ConfigError, ProbeConfig
+from supmim_jax import storage
+from supmim_jax.config import Config, ConfigError, ProbeConfig, SetupError
 from supmim_jax.config.fields import LARGEST, SMALLEST
 
 Kind = TypeVar("Kind", Config, ProbeConfig)
@@ -104,7 +105,8 @@ def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
             f"{path} is {_shown(value)} of type {type(value).__name__}; it must be {hint.__name__}."
         )
     if hint is str:
-        return _text(value, path)
+        text = _text(value, path)
+        return _place(text, path) if text and spec.metadata.get("path") else text
     low, high = spec.metadata.get("range", (None, None))
     if low is not None and not low <= value <= min(high, LARGEST[hint]):
         top = "or more" if high > LARGEST[hint] >= value else f"to {min(high, LARGEST[hint])}"
@@ -124,6 +126,14 @@ def _text(value: str, path: str) -> str:
             f"be one line of text."
         )
     return value
+
+
+def _place(text: str, path: str) -> str:
+    """The path that the field at `path` names, absolute: it is the same from every directory."""
+    try:
+        return str(storage.location(text))
+    except SetupError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _member(kinds: tuple[type, ...], value: Any, path: str) -> type:

@@ -6,13 +6,12 @@ The result is a directory with model.safetensors and config.json as timm and tra
 them. What it computes from the same pixels is the same, in float32.
 """
 
-from pathlib import Path
-
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
-from supmim_jax import checkpoint, commands, inference, sharding
+from supmim_jax import checkpoint, commands, inference, sharding, storage
 from supmim_jax.config import MeshConfig, SetupError
 from supmim_jax.formats import files, timm_vit, transformers_vit
 
@@ -28,7 +27,7 @@ LOADING = {  # by library and by what the run's objective leaves; these are what
 }
 
 
-def export(location: str, to: str, out: Path) -> str:
+def export(location: str, to: str, out: epath.Path) -> str:
     """Writes the checkpoint at `workdir` or `workdir@step` in the format `to`.
 
     Returns:
@@ -56,11 +55,11 @@ def export(location: str, to: str, out: Path) -> str:
 
 
 def main() -> None:
-    print(export(CHECKPOINT.value, TO.value, Path(OUT.value)))
+    print(export(CHECKPOINT.value, TO.value, storage.location(OUT.value)))
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
+    CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     TO = flags.DEFINE_enum("to", None, sorted(WRITERS), "Library to write for.", required=True)
-    OUT = flags.DEFINE_string("out", None, "Directory to make.", required=True)
+    OUT = storage.define("out", None, "Directory to make.", required=True)
     commands.start(main)

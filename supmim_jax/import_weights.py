@@ -8,7 +8,6 @@ such as a published MAE's, becomes a checkpoint of objective `mae` to be probed 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, inference, optim, sharding
+from supmim_jax import checkpoint, commands, inference, optim, sharding, storage
 from supmim_jax.config import (
     Config,
     DataConfig,
@@ -31,6 +30,7 @@ from supmim_jax.configdict import from_configdict, to_configdict
 from supmim_jax.formats import augreg, equivalents, files, timm_vit, transformers_vit
 from supmim_jax.formats.description import Foreign
 from supmim_jax.formats.layout import from_foreign
+from supmim_jax.metrics import write_json
 from supmim_jax.types import TrainState
 
 READERS = {"timm": timm_vit.read, "transformers": transformers_vit.read}
@@ -123,8 +123,7 @@ def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
         params = jax.tree.map(jnp.asarray, params)
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, optim.make(cfg).init(params))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-        text = json.dumps(to_configdict(cfg).to_dict(), indent=1)
-        (workdir / "config.json").write_text(text + "\n")
+        write_json(workdir / "config.json", to_configdict(cfg).to_dict())
         checkpoints.save(state, cfg, checkpoint.BEGIN)
         checkpoints.close()
     except OSError as error:
@@ -135,7 +134,8 @@ def main() -> None:
     if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
         raise SetupError("--config names no readable file; give the path of one in configs/.")
     base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
-    cfg, params = load(FROM.value, Path(PATH.value), base)
+    with storage.fetched(storage.location(PATH.value)) as path:
+        cfg, params = load(FROM.value, path, base)
     save(epath.Path(WORKDIR.value), cfg, params)
     print(f"{WORKDIR.value}: {cfg.model}")
 
@@ -143,8 +143,6 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Data set and the rest: a config file")
     FROM = flags.DEFINE_enum("from", None, SOURCES, "Library that wrote it.", required=True)
-    PATH = flags.DEFINE_string(
-        "path", None, "Directory with model.safetensors, or .npz.", required=True
-    )
-    WORKDIR = flags.DEFINE_string("workdir", None, "Directory to make.", required=True)
+    PATH = storage.define("path", None, "Directory with model.safetensors, or .npz.", required=True)
+    WORKDIR = storage.define("workdir", None, "Directory to make.", required=True)
     commands.start(main)

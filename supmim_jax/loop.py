@@ -141,6 +141,7 @@ class Loop:
             "seconds": self.clock.seconds,
             "broken_records": batches.broken(step),
         }
+        self.writer.flush()  # a run that goes on from here does not write these lines again
         with self.stall.paused():  # it waits for the one before, which may take long
             self.checkpoints.save(state, self.cfg, self.numbers, self.boxes)
 

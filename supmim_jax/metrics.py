@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, TensorBoard if asked for, and a line on the terminal."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.config import Config
 from supmim_jax.types import Metrics
 
@@ -17,6 +19,7 @@ IMPORTED = time.perf_counter()
 
 
 ROLLED_BACK = "rolled_back_from"
+BUCKET_EVERY = 5.0  # seconds between uploads of metrics.jsonl
 
 
 class MetricsWriter:
@@ -24,6 +27,9 @@ class MetricsWriter:
 
     What comes after the checkpoint of `step`, in a run that was cut off later, is dropped first:
     each step has one line of training and one of evaluation, however often the run was resumed.
+
+    An object of a bucket cannot be appended to: there the file is written anew, every few seconds,
+    before each checkpoint and after each evaluation.
 
     Args:
       workdir: of the run.
@@ -37,6 +43,7 @@ class MetricsWriter:
         self.active = jax.process_index() == 0
         self.tensorboard = None
         self.evaluated = False  # whether the evaluation after `step` is there
+        self.lines, self.flushed = [], time.monotonic()  # of a file in a bucket, all there are
         if not self.active:
             return
         if self.path.exists():
@@ -44,7 +51,8 @@ class MetricsWriter:
             kept = [x for x in lines if not _again(_values(x), step, last)]
             found = map(_values, kept)
             self.evaluated = any(x["step"] == step and _is_evaluation(x) for x in found)
-            write_whole(self.path, "".join(kept))
+            self.lines = kept
+            storage.write(self.path, "".join(kept))
         if tensorboard:
             # clu's writers import TensorFlow, which a machine that trains need not have.
             from clu import metric_writers, periodic_actions
@@ -58,40 +66,41 @@ class MetricsWriter:
             self.profile(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds one line; it is handed to the system when this returns."""
+        """Adds one line; on a local disk it is handed to the system when this returns."""
         if not self.active:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        if storage.is_local(self.path):
+            with self.path.open("a") as file:
+                file.write(line)
+        else:
+            self.lines.append(line)
+            if _is_evaluation(values) or time.monotonic() - self.flushed > BUCKET_EVERY:
+                self.flush()
         if self.tensorboard:
             self.tensorboard.write_scalars(step, values)
             self.tensorboard.flush()
 
+    def flush(self) -> None:
+        """All lines are in the file when this returns."""
+        if self.active and not storage.is_local(self.path):
+            storage.write(self.path, "".join(self.lines))
+            self.flushed = time.monotonic()
 
-def write_image(workdir: epath.Path, step: int, name: str, png: epath.Path) -> None:
-    """Shows an image file in TensorBoard, beside the run's curves."""
+
+def write_image(workdir: epath.Path, step: int, name: str, png: bytes) -> None:
+    """Shows an encoded image in TensorBoard, beside the run's curves."""
     from clu import metric_writers
     from matplotlib import image
 
     writer = metric_writers.SummaryWriter(str(workdir))
-    writer.write_images(step, {name: image.imread(png)[None, ..., :3]})
+    writer.write_images(step, {name: image.imread(io.BytesIO(png))[None, ..., :3]})
     writer.close()
 
 
 def write_json(path: epath.Path, values: dict | list) -> None:
     """Writes the file so that a reader sees all of it or none."""
-    write_whole(path, json.dumps(values, indent=1) + "\n")
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes the file so that a reader, also one after a power failure, sees all of it or none."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        with contextlib.suppress(AttributeError, OSError):  # an object store's has no descriptor
-            os.fsync(file.fileno())
-    part.replace(path)
+    storage.write(path, json.dumps(values, indent=1) + "\n")
 
 
 def _values(line: str) -> dict:

@@ -6,8 +6,8 @@ image, its masked twin, and the same with the predicted patches in the masked pl
 tokenizer's run: images and tokens.
 """
 
+import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, commands, frozen, inference, metrics, program, sharding
+from supmim_jax import checkpoint, commands, frozen, inference, metrics, program, sharding, storage
 from supmim_jax.config import Config, MeshConfig, SetupError
 from supmim_jax.data import pipeline
 from supmim_jax.models.masking import Mask
@@ -128,8 +128,8 @@ def one_device() -> Mesh:
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def draw(rows: dict[str, np.ndarray], path: Path) -> None:
-    """Writes the panels as a PNG, an image a column."""
+def draw(rows: dict[str, np.ndarray]) -> bytes:
+    """The panels as a PNG, an image a column."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,8 +145,10 @@ def draw(rows: dict[str, np.ndarray], path: Path) -> None:
             axes[i, j].set_yticks([])
         axes[i, 0].set_ylabel(title, fontsize=9)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+    return file.getvalue()
 
 
 def main() -> None:
@@ -156,17 +158,18 @@ def main() -> None:
     images = batch.views[0][: COUNT.value]
     workdir, _ = checkpoint.split_step(CHECKPOINT.value)
     name = "tokens" if restored.tokenizer else "reconstruction"
-    path = Path(OUT.value or Path(workdir, f"{name}.png"))
-    draw(panels(restored, images, jax.random.key(cfg.seed)), path)
+    path = storage.location(OUT.value or f"{workdir}/{name}.png")
+    png = draw(panels(restored, images, jax.random.key(cfg.seed)))
+    storage.write(path, png)
     if TENSORBOARD.value:
         step = int(checkpoint.locate(CHECKPOINT.value).name)
-        metrics.write_image(Path(workdir), step, name, path)
+        metrics.write_image(storage.location(workdir), step, name, png)
     print(path)
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
-    OUT = flags.DEFINE_string("out", "", "PNG; default: in the workdir, named by what it shows")
+    CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
+    OUT = storage.define("out", "", "PNG; default: in the workdir, named by what it shows")
     COUNT = flags.DEFINE_integer("images", 8, "How many to show.", lower_bound=2)
     TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also an image for TensorBoard.")
     commands.start(main)

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, inference, sharding
+from supmim_jax import checkpoint, commands, evals, inference, sharding, storage
 from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
 from supmim_jax.configdict import from_configdict, section, to_configdict
 from supmim_jax.evals.results import Results
@@ -203,9 +203,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure: configs/probes/*.py")
-    CHECKPOINT = flags.DEFINE_multi_string(
-        "checkpoint", None, "workdir or workdir@step; may be given several times", required=True
+    CHECKPOINT = storage.define_multi(
+        "checkpoint", "workdir or workdir@step; may be given several times"
     )
     SPLIT = flags.DEFINE_string("split", "", "Split to measure on; default: as configured.")
-    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as configured.")
+    DATA_DIR = storage.define("data_dir", "", "Where the data are; default: as configured.")
     commands.start(main)

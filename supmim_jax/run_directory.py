@@ -13,8 +13,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import distributed, environment, frozen
-from supmim_jax.checkpoint.sums import is_local
+from supmim_jax import distributed, environment, frozen, storage
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, from_configdict, to_configdict
 from supmim_jax.metrics import write_json
@@ -53,8 +52,8 @@ def taken(workdir: epath.Path, cfg: Config) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
-                workdir.mkdir(parents=True, exist_ok=True)
-                if is_local(workdir):
+                storage.make_directory(workdir)
+                if storage.is_local(workdir):
                     file = stack.enter_context(open(workdir / LOCK, "a+"))
                     _lock(file, workdir, fcntl.LOCK_EX)
                     file.truncate(0)
@@ -86,7 +85,7 @@ def _lock(file, workdir: epath.Path, how: int) -> None:
 
 def check(workdir: epath.Path, cfg: Config) -> None:
     """Raises SetupError if the workdir holds a run that goes on, or one of another config."""
-    if jax.process_index() == 0 and is_local(workdir) and (workdir / LOCK).exists():
+    if jax.process_index() == 0 and storage.is_local(workdir) and (workdir / LOCK).exists():
         with open(workdir / LOCK) as file:  # or it would be found out after a start of minutes
             _lock(file, workdir, fcntl.LOCK_SH)
     _check_config(workdir, cfg)

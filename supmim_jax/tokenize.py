@@ -9,7 +9,6 @@ processes (--distributed) share the shards.
 """
 
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, frozen, inference, sharding
-from supmim_jax.checkpoint.sums import is_local
+from supmim_jax import commands, frozen, inference, sharding, storage
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed, token_cache, token_plan
@@ -121,7 +119,7 @@ def _begin(directory: epath.Path, plan: token_plan.Plan, cfg: Config, arrays: di
             )
         return
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(directory)
         _check_space(directory, plan)
         if jax.process_index() == 0:
             if cfg.objective.target.name == "patch_codes":
@@ -140,10 +138,8 @@ def estimated_bytes(plan: token_plan.Plan) -> int:
 
 def _check_space(directory: epath.Path, plan: token_plan.Plan) -> None:
     """Raises SetupError if a local disk has no room for the whole cache."""
-    if not is_local(directory):
-        return
-    free, needed = shutil.disk_usage(directory).free, estimated_bytes(plan)
-    if needed > free:
+    free, needed = storage.free_bytes(directory), estimated_bytes(plan)
+    if free is not None and needed > free:
         raise SetupError(
             f"--cache {directory} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} "
             f"GB free. Choose another disk, or fewer --epochs: config.tokens.views cycles them."
@@ -200,7 +196,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The run that the tokens are for.")
-    CACHE = flags.DEFINE_string("cache", None, "Directory to write, or to go on with.")
+    CACHE = storage.define("cache", None, "Directory to write, or to go on with.")
     EPOCHS = flags.DEFINE_integer("epochs", None, "Views of each image.", lower_bound=1)
     SHARD = flags.DEFINE_integer(
         "shard", token_cache.RECORDS_PER_SHARD, "Records per shard.", lower_bound=1

@@ -22,6 +22,7 @@ from supmim_jax import (
     run_directory,
     sharding,
     start,
+    storage,
 )
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import from_configdict
@@ -55,7 +56,7 @@ def train(
     prog = program.build(cfg, mesh)
     subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     feed.check(cfg)
-    workdir = epath.Path(workdir)
+    workdir = storage.location(workdir)
     run_directory.check(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
         ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
@@ -108,7 +109,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
-    WORKDIR = flags.DEFINE_string("workdir", None, "Directory of this run; it resumes if it can.")
+    WORKDIR = storage.define("workdir", None, "Directory of this run; it resumes if it can.")
     USE_OLDER = flags.DEFINE_bool(
         "use_older_checkpoint", False, "If the newest is damaged, set it aside; use one before it."
     )

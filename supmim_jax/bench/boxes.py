@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, inference, localize, sharding
+from supmim_jax import checkpoint, inference, localize, sharding, storage
 from supmim_jax.config import IGNORED, Config, MeshConfig, SetupError
 from supmim_jax.data import records
 from supmim_jax.data.contrastive_crop import CENTRE, UNITS, WHOLE
@@ -22,7 +22,7 @@ GROUND = 0  # the class of a mask's pixels that show nothing
 
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns runs once they are parsed."""
-    location = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
+    location = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     split = flags.DEFINE_string("split", "test", "Split with masks.")
     most = flags.DEFINE_integer("images", 1200, "The first images of it.", lower_bound=1)
 

@@ -11,7 +11,7 @@ from importlib import metadata
 import numpy as np
 from absl import flags
 
-from supmim_jax import sharding
+from supmim_jax import sharding, storage
 from supmim_jax.bench import data_memory, data_plan, data_rates, data_stages, photographs
 from supmim_jax.bench.data_report import report
 from supmim_jax.config import MeshConfig, SetupError
@@ -41,7 +41,7 @@ def command() -> Callable[[], None]:
         "soak": number("soak", 0, "Only memory: images that each worker reads.", lower_bound=0),
         "memory": flags.DEFINE_bool("memory", False, "Only memory of the started workers."),
     }
-    directory = flags.DEFINE_string("data_dir", "", "Where the photographs are or will be made.")
+    directory = storage.define("data_dir", "", "Where the photographs are or will be made.")
     keep = flags.DEFINE_bool("keep", False, "Leave the photographs in --data_dir.")
 
     def run() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import hlo, program, sharding
+from supmim_jax import hlo, program, sharding, storage
 from supmim_jax.bench import analytic, flops, step_data, step_timing, step_where, torch_rival
 from supmim_jax.bench.step_report import report
 from supmim_jax.config import Config, SetupError
@@ -48,7 +48,7 @@ def command() -> Callable[[], None]:
         "where": boolean("where", True, "Profile a round: shares of time by part."),
         "data": boolean("data", False, "Also feed it the config's data: time waited for them."),
     }
-    path = flags.DEFINE_string("json", "", "Also write the result to this file.")
+    path = storage.define("json", "", "Also write the result to this file.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:

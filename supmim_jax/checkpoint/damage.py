@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 from etils import epath
 
-from supmim_jax import distributed
+from supmim_jax import distributed, storage
 from supmim_jax.checkpoint import sums
 from supmim_jax.config import SetupError
 
@@ -119,7 +119,7 @@ def _state(directory: epath.Path) -> tuple:
     """Of each file what changes with it, and the time of its last change."""
     found = []
     for name, path in (sums.files(directory) | {sums.NAME: directory / sums.NAME}).items():
-        if sums.is_local(path):
+        if storage.is_local(path):
             x = os.stat(path)
             changed = max(x.st_mtime, x.st_ctime)
             found.append((name, (x.st_size, x.st_mtime_ns, x.st_ctime_ns, x.st_ino), changed))

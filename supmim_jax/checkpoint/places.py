@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.checkpoint import keeping, restoring
 from supmim_jax.config import SetupError
 
@@ -21,7 +22,7 @@ def locate(checkpoint: str) -> epath.Path:
       SetupError: there is no such workdir, checkpoint or step, or none is known to be the best.
     """
     workdir, step = split_step(checkpoint)
-    root = epath.Path(workdir).absolute() / "checkpoints"
+    root = storage.location(workdir) / "checkpoints"
     found = steps(workdir)
     if not found:
         raise SetupError(
@@ -37,7 +38,7 @@ def locate(checkpoint: str) -> epath.Path:
 
 def steps(workdir: str | epath.Path) -> list[int]:
     """The complete checkpoints of a run, oldest first; not what was set aside or never finished."""
-    return sorted(x.step for x in Names().find_all(epath.Path(workdir).absolute() / "checkpoints"))
+    return sorted(x.step for x in Names().find_all(storage.location(workdir) / "checkpoints"))
 
 
 def split_step(checkpoint: str) -> tuple[str, int | str | None]:

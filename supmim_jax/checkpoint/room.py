@@ -1,14 +1,13 @@
 """Whether a checkpoint fits onto the disk, asked before it is begun."""
 
 import math
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from supmim_jax.checkpoint import sums
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 
 # Beside the arrays: orbax's indices and metadata (1 kB an array), the sums, blocks half filled.
@@ -36,10 +35,10 @@ def check(directory: epath.Path, arrays: Any, intact: list[int]) -> None:
       arrays: what is to be saved, or its shapes.
       intact: steps that are saved.
     """
-    if jax.process_index() != 0 or not sums.is_local(directory):
+    if jax.process_index() != 0:
         return
-    free, wanted = shutil.disk_usage(directory).free, needed(arrays)
-    if free < wanted:
+    free, wanted = storage.free_bytes(directory), needed(arrays)
+    if free is not None and free < wanted:
         raise SetupError(
             f"{directory} has no room for a checkpoint: {_shown(free)} are free, and it takes "
             f"{_shown(wanted)}. {state(intact)} Free some room, or move --workdir to a larger "

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax import serialization
 from orbax.checkpoint import multihost
 
-from supmim_jax import distributed
+from supmim_jax import distributed, storage
 from supmim_jax.checkpoint import failures, keeping, places, restoring, room, sums
 from supmim_jax.checkpoint.damage import verify
 from supmim_jax.config import CheckpointConfig, Config, SetupError
@@ -48,13 +47,13 @@ class Checkpoints:
           SetupError: the directory cannot be made.
         """
         self.scheduled = scheduled or (lambda step: step % cfg.every == 0)
-        self.workdir, self.cfg = epath.Path(workdir).absolute(), cfg
+        self.workdir, self.cfg = storage.location(workdir), cfg
         self.directory = self.workdir / "checkpoints"
         self.best = keeping.Best(cfg.keep_best, self.workdir)
         self.failure: BaseException | None = None  # of a save in the background
         self.saving: int | None = None  # the step last begun to be saved
         with self._explained("made"):
-            self.directory.mkdir(parents=True, exist_ok=True)
+            storage.make_directory(self.directory)
             self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -174,10 +173,12 @@ class Checkpoints:
         directory = self.directory / str(step)
         removed = self.directory / f"{step}.removed.orbax-checkpoint-tmp"
         with self._explained("removed"):
-            if not sums.is_local(directory):  # a rename there is not done at once
+            if storage.is_local(directory):
+                directory.rename(removed)
+                removed.rmtree()
+            else:  # a bucket has no renames; without this file it is no step any more
                 (directory / "commit_success.txt").unlink()
-            directory.rename(removed)
-            removed.rmtree()
+                directory.rmtree()
 
     def found(self, step: int, results: dict[str, float]) -> None:
         """Tells what the evaluation of `step` gave, for config.checkpoint.keep_best.

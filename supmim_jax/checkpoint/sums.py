@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import orbax.checkpoint as ocp
 from etils import epath
 
+from supmim_jax import storage
+
 NAME = "SHA256SUMS"
 # orbax writes these after the sums, as it commits. Nothing here reads what they hold.
 VOLATILE = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -30,11 +32,9 @@ def write(directory: epath.Path) -> None:
     """
     paths = {name: path for name, path in files(directory).items() if name not in VOLATILE}
     with ThreadPoolExecutor(THREADS) as pool:
-        hashes = pool.map(lambda path: digest(path, sync=is_local(path)), paths.values())
+        hashes = pool.map(lambda path: digest(path, sync=storage.is_local(path)), paths.values())
         lines = [f"{digest}  {name}\n" for name, digest in zip(paths, hashes)]
-    (directory / NAME).write_text("".join(lines))
-    if is_local(directory):
-        _sync(directory / NAME)
+    storage.write(directory / NAME, "".join(lines))
 
 
 def read(directory: epath.Path) -> dict[str, str]:
@@ -57,13 +57,9 @@ def read(directory: epath.Path) -> dict[str, str]:
 
 def files(directory: epath.Path) -> dict[str, epath.Path]:
     """All files below by their names, with forward slashes, in order; not SHA256SUMS itself."""
-    directory, found = epath.Path(directory), {}
-    for root, _, names in directory.walk():
-        for name in names:
-            path = epath.Path(root) / name
-            found[path.relative_to(directory).as_posix()] = path
+    found = storage.files(directory)
     found.pop(NAME, None)
-    return dict(sorted(found.items()))
+    return found
 
 
 def digest(path: epath.Path, sync: bool = False) -> str:
@@ -75,16 +71,6 @@ def digest(path: epath.Path, sync: bool = False) -> str:
         while chunk := file.read(CHUNK):
             found.update(chunk)
     return found.hexdigest()
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether the operating system knows the path: not gs:// or the like."""
-    return "://" not in str(path)
-
-
-def _sync(path: epath.Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class Summed:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import INF, ConfigError, path_field, within
 
 IGNORED = -1  # the class of a pixel that doesn't count, once the others are 0, 1, ...
 
@@ -34,7 +34,7 @@ class ContrastiveCropConfig:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "fractals/tiny"  # a tfds name; `fractals` is built on first use
-    data_dir: str = ""  # "" is tfds's own default (TFDS_DATA_DIR, else ~/tensorflow_datasets)
+    data_dir: str = path_field()  # "" is tfds's: TFDS_DATA_DIR, else ~/tensorflow_datasets
     train_split: str = "train"
     eval_split: str = "validation"
     train_examples: int = within(240, 1, INF)  # checked against the data set when it is opened
@@ -85,7 +85,7 @@ class ProbeDataConfig:
     """The data to probe with; what is "", 0 or, of workers, -1 is as in the run."""
 
     name: str = ""
-    data_dir: str = ""
+    data_dir: str = path_field()
     train_split: str = ""
     eval_split: str = ""
     num_classes: int = within(0, 0, INF)

@@ -21,6 +21,11 @@ class ConfigError(SetupError):
     """A config value that cannot be used; the message names its path and the alternatives."""
 
 
+def path_field():
+    """A text field with a path, "" for none; configdict makes it absolute (storage.location)."""
+    return field(default="", metadata={"path": True})
+
+
 def within(default, low, high):
     """A number field that must lie in [low, high]; of a tuple, each entry.
 

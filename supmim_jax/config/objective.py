@@ -9,7 +9,7 @@ What the rest of the code must know of a method is said once, in its class:
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import INF, ConfigError, path_field, within
 from supmim_jax.config.model import DecoderConfig
 from supmim_jax.config.tokenizer import PatchCodesConfig, PixelsConfig, VQGANConfig
 
@@ -126,7 +126,7 @@ class PerceptualConfig:
     """Distance of a trained encoder's normalised patch tokens; 0 leaves the encoder out."""
 
     weight: float = within(0.0, 0.0, INF)
-    checkpoint: str = ""  # workdir[@step] of a run with this config's model section
+    checkpoint: str = path_field()  # workdir[@step] of a run with this config's model section
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import INF, ConfigError, path_field, within
 
 MOST_LEVELS = 10  # resolutions of a VQGAN: tokens of up to 512 pixels
 
@@ -14,7 +14,7 @@ class PatchCodesConfig:
     codes: int = within(64, 2, 65535)  # k of k-means; ids fit uint16
     normalize: Literal["raw", "luminance"] = "raw"
     fit_images: int = within(240, 1, INF)  # first images of the training split
-    path: str = ""  # a saved codebook (.npz); "" fits one on the training split
+    path: str = path_field()  # a saved codebook (.npz); "" fits one on the training split
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class VQGANConfig:
     """The defaults are MaskGIT's ImageNet tokenizer: 256 px to 16 x 16 codes."""
 
     name: Literal["vqgan"] = "vqgan"
-    path: str = ""  # MaskGIT's msgpack file, or workdir[@step] of a run of objectives/vqgan.py
+    path: str = path_field()  # MaskGIT's msgpack file, or workdir[@step] of a run of vqgan
     filters: int = within(128, 1, 2**14)  # channels at full resolution
     multipliers: tuple[int, ...] = within((1, 1, 2, 2, 4), 1, 2**10)  # of them; halves between
     res_blocks: int = within(2, 1, 64)  # per resolution
@@ -60,5 +60,5 @@ class PixelsConfig:
 
 @dataclass(frozen=True)
 class TokensConfig:
-    cache: str = ""  # directory written by supmim_jax.tokenize; "" tokenises in the step
+    cache: str = path_field()  # directory written by supmim_jax.tokenize; "" tokenises in the step
     views: int = within(0, 0, INF)  # crops per image, cycled; 0: a new one every epoch

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, within
+from supmim_jax.config.fields import INF, ConfigError, path_field, within
 
 
 @dataclass(frozen=True)
 class InitConfig:
     """What the first step starts from; a run that has a checkpoint of its own goes on from that."""
 
-    checkpoint: str = ""  # workdir[@step] of a run whose encoder to take; "" draws one
+    checkpoint: str = path_field()  # workdir[@step] of a run whose encoder to take; "" draws one
     head: Literal["new", "keep"] = "new"  # keep: the checkpoint's head too, of as many classes
 
     def __post_init__(self):

@@ -15,13 +15,16 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from numpy.typing import NDArray
 
+from supmim_jax import storage
 from supmim_jax.data import ifs
 
 SPLITS = ("train", "validation", "test")
@@ -235,12 +238,20 @@ def prepare(config_name: str, data_dir: str = "") -> Fractals:
     """
     if config_name not in SPECS:
         raise ValueError(f"No fractals config {config_name!r}; known are {', '.join(SPECS)}.")
-    options = {"config": config_name, "data_dir": data_dir or None, "file_format": "array_record"}
+    options = {"config": config_name, "file_format": "array_record"}
     with contextlib.redirect_stdout(sys.stderr):  # tfds tells there what it does
-        builder = Fractals(**options)
+        builder = Fractals(**options, data_dir=data_dir or None)
+        final = epath.Path(builder.data_path)
+        if not storage.is_local(final) and not (final / "dataset_info.json").exists():
+            storage.make_directory(final)
+            with tempfile.TemporaryDirectory(prefix="supmim_jax_") as local:
+                made = Fractals(**options, data_dir=local)
+                made.download_and_prepare()
+                storage.upload_all(epath.Path(made.data_path), final, last="dataset_info.json")
+            builder = Fractals(**options, data_dir=data_dir)
         try:
             builder.download_and_prepare()
         except FileExistsError:  # another process was faster, and its files are the same
-            builder = Fractals(**options)
+            builder = Fractals(**options, data_dir=data_dir or None)
             builder.download_and_prepare()
     return builder

@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
 from supmim_jax.data import records, seals
@@ -81,12 +82,11 @@ def _checksum(digest: bytes, record: int, mark: int, ids: bytes) -> bytes:
 
 def write_shard(path: epath.Path, encoded: Iterator[bytes]) -> None:
     """Writes records as one shard, under its name when it is complete."""
-    part = path.with_suffix(".part")
-    writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
-    for record in encoded:
-        writer.write(record)
-    writer.close()
-    part.replace(path)
+    with storage.written(path) as part:
+        writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
+        for record in encoded:
+            writer.write(record)
+        writer.close()
 
 
 class TokenCache:

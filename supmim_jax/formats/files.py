@@ -2,50 +2,42 @@
 
 import json
 import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from etils import epath
 from safetensors.numpy import save_file
 
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.models import npz
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FLOATS = ("float32", "float16", "bfloat16")  # all of which float32 holds exactly
 
 
-def check_free(out: Path) -> None:
-    """Raises SetupError unless `out` is a local path with nothing at it, or an empty directory."""
-    if re.match(r"\w+:/", str(out)):
-        raise SetupError(f"--out is {out}; give a local directory and copy it from there.")
+def check_free(out: epath.Path) -> None:
+    """Raises SetupError unless there is nothing at `out`, or an empty directory."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
 
 
-def write(out: Path, tensors: dict[str, Any], documents: dict[str, dict]) -> None:
+def write(out: epath.Path, tensors: dict[str, Any], documents: dict[str, dict]) -> None:
     """Makes the directory `out` with model.safetensors and the JSON documents, or nothing.
 
     Raises:
       SetupError: it cannot be written, or is not free.
     """
     check_free(out)
-    out = out.absolute()
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        try:
+        with storage.made(out, last=CONFIG) as part:
             arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
             save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})  # what PyTorch users ask
-            (part / WEIGHTS).chmod(0o644)  # it is written for its owner alone
+            os.chmod(part / WEIGHTS, 0o644)  # it is written for its owner alone
             for name, document in documents.items():
                 (part / name).write_text(json.dumps(document, indent=2) + "\n")
-            part.replace(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise SetupError(f"--out {out} cannot be written: {error}.") from None
 
@@ -62,10 +54,10 @@ def read_directory(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], s
             f"{weights} does not exist. --path takes a directory with {WEIGHTS} (one file, no "
             f"shards, no pickle) and config.json."
         )
-    config = weights.parent / "config.json"
+    config = weights.parent / CONFIG
     if not config.is_file():
         raise SetupError(f"{config} does not exist; it says what model {weights.name} is.")
-    documents = {"config.json": read_json(config)}
+    documents = {CONFIG: read_json(config)}
     processor = weights.parent / "preprocessor_config.json"
     if processor.is_file():
         documents[processor.name] = read_json(processor)

@@ -5,12 +5,15 @@ The tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids`
 takes as an argument and neither optimises nor checkpoints.
 """
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 
+from supmim_jax import storage
 from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError
 from supmim_jax.models import npz
 from supmim_jax.models.variables import Frozen
@@ -85,10 +88,9 @@ def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) 
 
 def save(path: epath.Path, arrays: dict) -> None:
     """Writes the codebook so that a reader sees all of it or none."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.savez(file, **arrays)
-    part.replace(path)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    storage.write(path, file.getvalue())
 
 
 def load(path: epath.Path, cfg: PatchCodesConfig, patch: int, channels: int) -> dict:

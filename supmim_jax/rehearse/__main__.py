@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, sharding
+from supmim_jax import commands, sharding, storage
 from supmim_jax.config import Config, ConfigError, SetupError
 from supmim_jax.configdict import from_configdict
 from supmim_jax.rehearse import chips, compiled, report, sweep
@@ -85,6 +85,6 @@ if __name__ == "__main__":
     TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:16x16")
     SWEEP = flags.DEFINE_integer("sweep", 0, "Compare this many meshes and remat policies.", 0)
     ROW = flags.DEFINE_bool("row", False, "Print the row of a Markdown table instead.")
-    JSON = flags.DEFINE_string("json", None, "Also write the result to this file.")
+    JSON = storage.define("json", None, "Also write the result to this file.")
     flags.mark_flags_as_required(["config", "topology"])
     commands.start(main)

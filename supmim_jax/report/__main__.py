@@ -6,7 +6,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from supmim_jax import checkpoint, commands, environment
+from supmim_jax import checkpoint, commands, environment, storage
 from supmim_jax.config import SetupError
 from supmim_jax.report import files
 from supmim_jax.report.measured import measure
@@ -49,7 +49,7 @@ def write(location: str, split: str = "", data_dir: str = "", out: str = "") -> 
       SetupError: as `gather`, or the page cannot be written.
     """
     path = epath.Path(out) if out else checkpoint.locate(location).parent.parent / "report.html"
-    if not path.parent.is_dir():
+    if storage.is_local(path) and not path.parent.is_dir():
         raise SetupError(f"--out {path} is in no directory: make {path.parent} first.")
     files.write(path, render(gather(location, split, data_dir)))
     return path
@@ -60,8 +60,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or workdir@step", required=True)
+    CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     SPLIT = flags.DEFINE_string("split", "", "Split to show images of; default: that of the run.")
-    DATA_DIR = flags.DEFINE_string("data_dir", "", "Where the data are; default: as in the run.")
-    OUT = flags.DEFINE_string("out", "", "HTML to write; default: <workdir>/report.html")
+    DATA_DIR = storage.define("data_dir", "", "Where the data are; default: as in the run.")
+    OUT = storage.define("out", "", "HTML to write; default: <workdir>/report.html")
     commands.start(main)

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from supmim_jax import environment
+from supmim_jax import environment, storage
 from supmim_jax.config import SetupError
 
 LARGEST_INT = 2**53  # that a float holds
@@ -95,10 +95,8 @@ def write(path: epath.Path, text: str) -> None:
     Raises:
       SetupError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(text)
-        part.replace(path)
+        storage.write(path, text)
     except OSError as error:
         raise SetupError(f"--out {path} cannot be written: {error}. Choose another.") from None
 

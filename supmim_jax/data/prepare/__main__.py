@@ -12,7 +12,7 @@ when it is complete, not before. Killed, the same command goes on with the shard
 from absl import flags
 from etils import epath
 
-from supmim_jax import commands
+from supmim_jax import commands, storage
 from supmim_jax.config import SetupError
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
 
@@ -65,10 +65,10 @@ def _check(given: dict) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("name", "", "A data set of tfds: <name>[/<config>][:<version>].")
-    flags.DEFINE_string("from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.")
-    flags.DEFINE_string("image_folder", "", "Directory with train/<class>/ and val/<class>/.")
-    flags.DEFINE_string("data_dir", "", "Where data sets go; tfds's default if empty.")
-    flags.DEFINE_string("manual_dir", "", "--name: files that you downloaded yourself.")
+    storage.define("from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.")
+    storage.define("image_folder", "", "Directory with train/<class>/ and val/<class>/.")
+    storage.define("data_dir", "", "Where data sets go; tfds's default if empty.")
+    storage.define("manual_dir", "", "--name: files that you downloaded yourself.")
     flags.DEFINE_bool("verify", False, "--name imagenet2012: also the archives' MD5.")
     flags.DEFINE_string("as", "", "--image_folder: name of the data set.")
     flags.DEFINE_float(

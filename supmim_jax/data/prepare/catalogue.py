@@ -1,11 +1,13 @@
 """A data set of tfds's catalogue, made by its own builder, as ArrayRecord."""
 
 import difflib
+import tempfile
 
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.data import fractals, metadata, records, seals
 from supmim_jax.data.prepare import imagenet, progress, report, shards, target
@@ -35,12 +37,14 @@ def prepare(
     """Downloads and writes the data set; what to say at the end.
 
     A builder of tfds begins anew after an interruption, but for its downloads; what it had written
-    is in a directory that begins with "incomplete.", which nothing opens.
+    is in a directory that begins with "incomplete.", which nothing opens. What a bucket is to hold
+    is made below TMPDIR first.
 
     Args:
       name: as tfds knows it, <name>[/<config>][:<version>].
       data_dir: of tfds; "" is its default.
-      manual_dir: of files that cannot be downloaded; "" is <data_dir>/downloads/manual.
+      manual_dir: of files that cannot be downloaded; "" is <data_dir>/downloads/manual (of a
+        bucket: below TMPDIR).
       verify: also computes the MD5 of ImageNet's archives.
       dry_run: writes nothing and says what would be.
 
@@ -58,7 +62,8 @@ def prepare(
         _check_format(builder, name)
         return report.finished(builder, name, data_dir, report.AGAIN)
     root = target.data_dir(data_dir)
-    manual = epath.Path(manual_dir or root / "downloads" / "manual").expanduser()
+    local = root if storage.is_local(root) else epath.Path(tempfile.gettempdir())
+    manual = epath.Path(manual_dir or local / "downloads" / "manual")
     splits: list[report.Split] = []
     if builder.name == "imagenet2012":
         imagenet.check(manual, verify)
@@ -73,9 +78,18 @@ def prepare(
         needed = 2 * int(builder.info.dataset_size) + int(builder.info.download_size or 0) or None
     if dry_run:
         return report.planned(final, splits, needed)
-    target.check_space(final, needed or 0)
-    _build(builder, name, root, manual)
-    seals.write(epath.Path(builder.data_path))
+    target.check_space(local, needed or 0)
+    if local == root:
+        _build(builder, name, root, manual)
+        seals.write(final)
+    else:  # tfds writes ArrayRecord to local disks alone
+        storage.make_directory(final)
+        with tempfile.TemporaryDirectory(prefix="supmim_jax_") as temporary:
+            made = _builder(name, temporary)
+            _build(made, name, local, manual)
+            seals.write(epath.Path(made.data_path))
+            storage.upload_all(epath.Path(made.data_path), final, last=target.INFO)
+        builder = _builder(name, data_dir)
     return report.finished(builder, name, data_dir, "Prepared")
 
 

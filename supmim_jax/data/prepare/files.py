@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from etils import epath
 
 import supmim_jax
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.data.decode import pixels
-from supmim_jax.data.prepare import progress, shards, target
+from supmim_jax.data.prepare import progress, shards
 
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
@@ -68,7 +69,7 @@ def entries(directory: epath.Path, root: epath.Path) -> list[epath.Path]:
 
 def check_link(path: epath.Path, root: epath.Path) -> None:
     """Raises SetupError if the path is a symbolic link that leaves `root` or leads up."""
-    if target.is_remote(path) or not os.path.islink(path):
+    if not storage.is_local(path) or not os.path.islink(path):
         return
     end, top = os.path.realpath(path), os.path.realpath(root)
     above = os.path.commonpath([end, os.path.realpath(path.parent)]) == end

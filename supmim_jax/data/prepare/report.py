@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import tensorflow_datasets as tfds
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.data.prepare import progress, target
 from supmim_jax.data.prepare.shards import Job, bytes_on_disk
 
@@ -45,7 +46,7 @@ def splits_of(jobs: dict[str, list[Job]]) -> list[Split]:
 
 def planned(final: epath.Path, splits: Sequence[Split], needed: int | None) -> str:
     """What --dry_run prints; `needed` is in bytes, None where nobody knows it beforehand."""
-    free = target.free_bytes(final)
+    free = storage.free_bytes(final)
     size = "unknown" if needed is None else progress.size(needed)
     room = "unknown" if free is None else progress.size(free)
     enough = "" if None in (needed, free) else f" ({'enough' if needed <= free else 'NOT ENOUGH'})"

@@ -10,6 +10,7 @@ from typing import TypeVar
 from array_record.python import array_record_module
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.data.prepare import progress
 
@@ -79,25 +80,24 @@ def write(path: epath.Path, count: int, records: Iterator[bytes]) -> None:
     Raises:
       SetupError: there are more or fewer records, or the file cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
+    with storage.written(path) as part:
         try:
-            for record in records:
-                writer.write(record)
-        finally:
-            writer.close()
-        reader = array_record_module.ArrayRecordReader(str(part))
-        found = reader.num_records()
-        reader.close()
-    except (RuntimeError, ValueError) as error:
-        raise SetupError(
-            f"{path} cannot be written: {str(error)[:300]}. See that its disk has room, then run "
-            f"the same command again: it goes on with this shard."
-        ) from None
-    if found != count:
-        raise SetupError(f"{path} would have {found} records, expected {count}. Run it again.")
-    part.replace(path)
+            writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
+            try:
+                for record in records:
+                    writer.write(record)
+            finally:
+                writer.close()
+            reader = array_record_module.ArrayRecordReader(str(part))
+            found = reader.num_records()
+            reader.close()
+        except (RuntimeError, ValueError) as error:
+            raise SetupError(
+                f"{part} cannot be written: {str(error)[:300]}. See that its disk has room, then "
+                f"run the same command again: it goes on with this shard."
+            ) from None
+        if found != count:
+            raise SetupError(f"{path} would have {found} records, expected {count}. Run it again.")
 
 
 def ahead(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

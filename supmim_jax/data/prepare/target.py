@@ -1,20 +1,19 @@
 """Where a data set goes: <data_dir>/<name>/<version>, which appears when it is complete.
 
 Until then it grows in <version>.incomplete.prepare beside it, which tfds takes for no version, and
-a command that was killed goes on there. The last step is one rename: atomic on a local disk; a
-bucket copies object by object, so wait there for the command to end before training.
+a command that was killed goes on there. The last step is one rename. A bucket has none: the objects
+are copied within it, dataset_info.json after all others, and nothing opens a data set without that.
 """
 
 import contextlib
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import tensorflow_datasets as tfds
 from etils import epath
 
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.data import seals
 from supmim_jax.data.prepare import progress
@@ -23,11 +22,12 @@ from supmim_jax.metrics import write_json
 MANIFEST = "prepared.json"  # what the data were made of; stays beside them
 UNFINISHED = ".incomplete.prepare"
 LOCK = "lock"
+INFO = "dataset_info.json"  # without which tfds takes a directory for no data set
 
 
 def data_dir(given: str) -> epath.Path:
     """--data_dir; where it is empty, tfds's own default."""
-    return epath.Path(given or tfds.core.constants.DATA_DIR).expanduser()
+    return storage.location(given or tfds.core.constants.DATA_DIR)
 
 
 def unfinished(final: epath.Path) -> epath.Path:
@@ -72,7 +72,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[epath.Path]:
       SetupError: another process is writing there.
     """
     part = unfinished(final)
-    part.mkdir(parents=True, exist_ok=True)
+    storage.make_directory(part)
     with _locked(part):
         found = manifest(part)
         if found.get("fingerprint") != made_of["fingerprint"]:
@@ -87,13 +87,13 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[epath.Path]:
             if path.name == LOCK or path.name.endswith(".part"):
                 path.unlink()
         seals.write(part)
-        part.rename(final)
+        storage.rename(part, final, last=INFO)
 
 
 @contextlib.contextmanager
 def _locked(directory: epath.Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of a process that died."""
-    if is_remote(directory):
+    if not storage.is_local(directory):
         yield
         return
     with open(directory / LOCK, "w") as file:
@@ -106,23 +106,11 @@ def _locked(directory: epath.Path) -> Iterator[None]:
         yield
 
 
-def is_remote(path: epath.Path) -> bool:
-    return "://" in str(path)
-
-
-def free_bytes(path: epath.Path) -> int | None:
-    """Of the disk that the path is on or will be on; None for a bucket."""
-    if is_remote(path):
-        return None
-    local = Path(path).absolute()
-    return shutil.disk_usage(next(p for p in (local, *local.parents) if p.exists())).free
-
-
 def check_space(path: epath.Path, needed: int) -> None:
     """Raises SetupError if a local disk has fewer bytes free."""
-    free = free_bytes(path)
+    free = storage.free_bytes(path)
     if free is not None and needed > free:
         raise SetupError(
             f"{path} needs {progress.size(needed)}, and its disk has {progress.size(free)} free. "
-            f"Free some, or choose another --data_dir."
+            f"Free some, or choose another --data_dir (of a bucket: another TMPDIR)."
         )

@@ -1,0 +1,252 @@
+"""Where runs, data sets and caches are: directories of this machine, or of a bucket (gs://).
+
+Every path that a user gives enters by `location`, as a flag (`define`) or as a field of the config.
+gs:// is read and written by gcsfs, through epath; arrays by TensorStore, records by ArrayRecord.
+An object appears at once with all its bytes, but a bucket has no directories, no rename and no
+append: what must become visible at once there is committed by a file that is written last.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+from absl import flags
+from etils import epath
+
+from supmim_jax.config.fields import SetupError
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+# Local directories of these names would be taken for a bucket by epath.
+TAKEN_FOR_BUCKETS = re.compile(r"/(gs|s3|az|hf)(/|$)")
+DENIED = (401, 403, 404)  # HTTP status codes that no other try changes
+THREADS = 32  # of requests to a bucket, which mostly wait
+
+
+def location(text: str | os.PathLike) -> epath.Path:
+    """The absolute path that a user names: local (`~` is the home, file:// is local), or gs://.
+
+    Raises:
+      SetupError: it is of another kind of storage, or names no bucket.
+    """
+    text = os.fspath(text)
+    if text.startswith("file:///"):
+        text = text.removeprefix("file://")
+    if text.startswith("gs://"):
+        bucket, *parts = text.removeprefix("gs://").split("/")
+        if not bucket or ".." in parts:
+            raise SetupError(f"{text} is no place in a bucket; expected gs://<bucket>/<path>.")
+        return epath.Path(f"gs://{bucket}", *(part for part in parts if part not in ("", ".")))
+    if match := SCHEME.match(text):
+        raise SetupError(
+            f"{text} is on {match[1]}:, where runs and data cannot be kept. Give a local path, one "
+            f"of a file system that is mounted (NFS, Lustre, s3fs, blobfuse), or gs://<bucket>/..."
+        )
+    found = os.path.abspath(os.path.expanduser(text))
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        raise SetupError(f"{text}: there is no such home directory. ./{text} is a local name.")
+    if TAKEN_FOR_BUCKETS.match(found):
+        raise SetupError(
+            f"{text} is {found}, which the libraries that read it take for a bucket. Choose a "
+            f"directory that is not below /gs, /s3, /az or /hf; a bucket is gs://<bucket>/..."
+        )
+    return epath.Path(found)
+
+
+class PathParser(flags.ArgumentParser):
+    """A flag's text to an absolute path as text; "" stays as it is."""
+
+    syntactic_help = "a local path or gs://<bucket>/<path>"
+
+    def parse(self, argument: str) -> str:
+        try:
+            return str(location(argument)) if argument else ""
+        except SetupError as error:
+            raise ValueError(str(error)) from None
+
+
+def define(name: str, default: str | None, text: str, required: bool = False) -> flags.FlagHolder:
+    """Defines a flag that takes one path."""
+    return flags.DEFINE(PathParser(), name, default, text, required=required)
+
+
+def define_multi(name: str, text: str) -> flags.FlagHolder:
+    """Defines a required flag that takes a path and may be given several times."""
+    return flags.DEFINE_multi(
+        PathParser(), flags.ArgumentSerializer(), name, None, text, required=True
+    )
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Whether the operating system knows the path: not gs://."""
+    return "://" not in str(path)
+
+
+def make_directory(path: epath.Path) -> None:
+    """Makes it with its parents; in a bucket, which has none, sees that there is the bucket.
+
+    Raises:
+      OSError: it cannot be made.
+      SetupError: there is no such bucket, or it is not to be seen with these credentials.
+    """
+    if is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+    elif not _exists("gs://" + path.parts[2]):  # gcsfs would make it, in a project of its choice
+        raise SetupError(
+            f"{path}: there is no bucket {path.parts[2]!r}, or these credentials may not see it. "
+            f"Make it (gcloud storage buckets create gs://{path.parts[2]}) or grant roles "
+            f"storage.objectUser and storage.legacyBucketReader on it."
+        )
+
+
+def _exists(bucket: str) -> bool:
+    system, root = fsspec.core.url_to_fs(bucket)
+    return system.exists(root)
+
+
+def files(directory: epath.Path) -> dict[str, epath.Path]:
+    """All files below by their names, with forward slashes, in order."""
+    if is_local(directory):
+        walked = os.walk(directory)
+        names = [os.path.join(root, name) for root, _, of in walked for name in of]
+        names = [os.path.relpath(name, directory) for name in names]
+    else:  # one request for a thousand objects, where a walk asks for each directory
+        system, root = fsspec.core.url_to_fs(str(directory))
+        names = [name.removeprefix(f"{root}/") for name in system.find(root)]
+    return {name: directory / name for name in sorted(names)}
+
+
+def write(path: epath.Path, data: str | bytes) -> None:
+    """Writes a file so that a reader, also one after a power failure, sees all of it or none."""
+    data = data.encode() if isinstance(data, str) else data
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+@contextlib.contextmanager
+def written(path: epath.Path) -> Iterator[epath.Path]:
+    """A local file to write in, which is at `path` when the context ends without an error.
+
+    For libraries that write local files alone. What a bucket is to hold grows in TMPDIR and is
+    compared, once it is there, by its MD5.
+    """
+    if is_local(path):
+        part = path.with_name(f"{path.name}.part")
+        yield part
+        part.replace(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="supmim_jax_") as directory:
+        part = epath.Path(directory) / path.name
+        yield part
+        upload(part, path)
+
+
+def upload(source: epath.Path, target: epath.Path) -> None:
+    """Copies a local file into a bucket.
+
+    Raises:
+      OSError: what is there has another MD5.
+    """
+    system, name = fsspec.core.url_to_fs(str(target))
+    try:
+        system.put_file(str(source), name, consistency="md5")
+    except AssertionError as error:  # how gcsfs says it
+        raise OSError(f"{target} was not stored as it was sent: {error}") from None
+
+
+@contextlib.contextmanager
+def made(directory: epath.Path, last: str) -> Iterator[epath.Path]:
+    """A local directory to write in, which is at `directory` once the context ends well.
+
+    In a bucket the file of the name `last` appears after all others.
+    """
+    if is_local(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        part = directory.with_name(f".{directory.name}.{os.getpid()}.part")
+        try:
+            part.mkdir()
+            yield part
+            os.replace(part, directory)  # an empty directory may be there
+        finally:
+            part.rmtree(missing_ok=True)
+        return
+    make_directory(directory)
+    with tempfile.TemporaryDirectory(prefix="supmim_jax_") as temporary:
+        yield epath.Path(temporary)
+        upload_all(epath.Path(temporary), directory, last)
+
+
+def upload_all(source: epath.Path, target: epath.Path, last: str) -> None:
+    """Copies a local directory into a bucket, the file `last` after all others."""
+    found = files(source)
+    with ThreadPoolExecutor(THREADS) as pool:
+        rest = [name for name in found if name != last]
+        list(pool.map(lambda name: upload(found[name], target / name), rest))
+    upload(found[last], target / last)
+
+
+@contextlib.contextmanager
+def fetched(path: epath.Path) -> Iterator[Path]:
+    """The file or directory itself, or of one in a bucket a local copy: for local readers."""
+    if is_local(path):
+        yield Path(path)
+        return
+    system, name = fsspec.core.url_to_fs(str(path))
+    with tempfile.TemporaryDirectory(prefix="supmim_jax_") as temporary:
+        copy = Path(temporary, path.name)
+        if system.exists(name):
+            system.get(name, str(copy), recursive=system.isdir(name))
+        yield copy
+
+
+def rename(source: epath.Path, target: epath.Path, last: str) -> None:
+    """Gives a complete directory its name: at once; in a bucket file by file, `last` after all."""
+    if is_local(source):
+        source.rename(target)
+        return
+    found = files(source)
+    copy = functools.partial(_copy, source, target)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(copy, [name for name in found if name != last]))
+    copy(last)
+    source.rmtree()
+
+
+def _copy(source: epath.Path, target: epath.Path, name: str) -> None:
+    """Within buckets: no byte of it passes through this machine."""
+    system, path = fsspec.core.url_to_fs(str(source / name))
+    system.cp_file(path, fsspec.core.url_to_fs(str(target / name))[1])
+
+
+def free_bytes(path: str | os.PathLike) -> int | None:
+    """Of the disk that the path is on or will be on; None for a bucket."""
+    if not is_local(path):
+        return None
+    local = Path(path).absolute()
+    return shutil.disk_usage(next(p for p in (local, *local.parents) if p.exists())).free
+
+
+def denied(error: BaseException) -> str:
+    """What a bucket refuses for good, of an error that one of the libraries raised; else ""."""
+    code = getattr(error, "code", None)  # gcsfs's and google.cloud's errors of HTTP have it
+    text = str(error).strip().partition("\n")[0]
+    refused = code in DENIED or re.search(r"PERMISSION_DENIED|UNAUTHENTICATED", str(error))
+    if type(error).__name__ == "DefaultCredentialsError" or refused:
+        return (
+            f"The bucket refuses: {text}. Sign in (gcloud auth application-default login) or give "
+            f"the machine's service account storage.objectUser and storage.legacyBucketReader."
+        )
+    return ""
