@@ -6,10 +6,11 @@ The result is a directory with model.safetensors and config.json as timm and tra
 them. What it computes from the same pixels is the same, in float32.
 """
 
+import os
+
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 
 from supmim_jax import checkpoint, commands, inference, sharding, storage
 from supmim_jax.config import MeshConfig, SetupError
@@ -27,7 +28,7 @@ LOADING = {  # by library and by what the run's objective leaves; these are what
 }
 
 
-def export(location: str, to: str, out: epath.Path) -> str:
+def export(location: str, to: str, out: str | os.PathLike) -> str:
     """Writes the checkpoint at `workdir` or `workdir@step` in the format `to`.
 
     Returns:
@@ -37,7 +38,7 @@ def export(location: str, to: str, out: epath.Path) -> str:
       SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, or
         `out` is not free.
     """
-    files.check_free(out)
+    out = files.check_free(out)
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
     if cfg.objective.leaves not in LOADING[to]:
@@ -55,11 +56,11 @@ def export(location: str, to: str, out: epath.Path) -> str:
 
 
 def main() -> None:
-    print(export(CHECKPOINT.value, TO.value, storage.location(OUT.value)))
+    print(export(CHECKPOINT.value, TO.value, OUT.value))
 
 
 if __name__ == "__main__":
     CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     TO = flags.DEFINE_enum("to", None, sorted(WRITERS), "Library to write for.", required=True)
-    OUT = storage.define("out", None, "Directory to make.", required=True)
+    OUT = storage.define("out", None, "Directory to make.", required=True, searched=False)
     commands.start(main)

@@ -134,7 +134,7 @@ def main() -> None:
     if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
         raise SetupError("--config names no readable file; give the path of one in configs/.")
     base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
-    with storage.fetched(storage.location(PATH.value)) as path:
+    with storage.fetched(epath.Path(PATH.value)) as path:
         cfg, params = load(FROM.value, path, base)
     save(epath.Path(WORKDIR.value), cfg, params)
     print(f"{WORKDIR.value}: {cfg.model}")
@@ -143,6 +143,8 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Data set and the rest: a config file")
     FROM = flags.DEFINE_enum("from", None, SOURCES, "Library that wrote it.", required=True)
-    PATH = storage.define("path", None, "Directory with model.safetensors, or .npz.", required=True)
+    PATH = storage.define(
+        "path", None, "Directory with model.safetensors, or .npz.", required=True, searched=False
+    )
     WORKDIR = storage.define("workdir", None, "Directory to make.", required=True)
     commands.start(main)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -158,18 +159,20 @@ def main() -> None:
     images = batch.views[0][: COUNT.value]
     workdir, _ = checkpoint.split_step(CHECKPOINT.value)
     name = "tokens" if restored.tokenizer else "reconstruction"
-    path = storage.location(OUT.value or f"{workdir}/{name}.png")
+    path = epath.Path(OUT.value or f"{workdir}/{name}.png")
     png = draw(panels(restored, images, jax.random.key(cfg.seed)))
     storage.write(path, png)
     if TENSORBOARD.value:
         step = int(checkpoint.locate(CHECKPOINT.value).name)
-        metrics.write_image(storage.location(workdir), step, name, png)
+        metrics.write_image(epath.Path(workdir), step, name, png)
     print(path)
 
 
 if __name__ == "__main__":
     CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
-    OUT = storage.define("out", "", "PNG; default: in the workdir, named by what it shows")
+    OUT = storage.define(
+        "out", "", "PNG; default: in the workdir, named by what it shows", searched=False
+    )
     COUNT = flags.DEFINE_integer("images", 8, "How many to show.", lower_bound=2)
     TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also an image for TensorBoard.")
     commands.start(main)

@@ -26,16 +26,26 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # Local directories of these names would be taken for a bucket by epath.
 TAKEN_FOR_BUCKETS = re.compile(r"/(gs|s3|az|hf)(/|$)")
 DENIED = (401, 403, 404)  # HTTP status codes that no other try changes
+PATTERN = re.compile(r"[*?\[\]]")
 THREADS = 32  # of requests to a bucket, which mostly wait
 
 
-def location(text: str | os.PathLike) -> epath.Path:
+def location(text: str | os.PathLike, searched: bool = True) -> epath.Path:
     """The absolute path that a user names: local (`~` is the home, file:// is local), or gs://.
 
+    Args:
+      text: what was given.
+      searched: whether a library looks for files below it by patterns, as orbax and tfds do.
+
     Raises:
-      SetupError: it is of another kind of storage, or names no bucket.
+      SetupError: it is of another kind of storage, or names no bucket, or is itself a pattern.
     """
     text = os.fspath(text)
+    if searched and (pattern := PATTERN.search(text)):
+        raise SetupError(
+            f"{text} has a {pattern[0]!r}: libraries that look for files below it would take it "
+            f"for a pattern and find others, or none. Choose a path without * ? [ and ]."
+        )
     if text.startswith("file:///"):
         text = text.removeprefix("file://")
     if text.startswith("gs://"):
@@ -64,22 +74,27 @@ class PathParser(flags.ArgumentParser):
 
     syntactic_help = "a local path or gs://<bucket>/<path>"
 
+    def __init__(self, searched: bool):
+        self.searched = searched
+
     def parse(self, argument: str) -> str:
         try:
-            return str(location(argument)) if argument else ""
+            return str(location(argument, self.searched)) if argument else ""
         except SetupError as error:
             raise ValueError(str(error)) from None
 
 
-def define(name: str, default: str | None, text: str, required: bool = False) -> flags.FlagHolder:
-    """Defines a flag that takes one path."""
-    return flags.DEFINE(PathParser(), name, default, text, required=required)
+def define(
+    name: str, default: str | None, text: str, required: bool = False, searched: bool = True
+) -> flags.FlagHolder:
+    """Defines a flag that takes one path; see `location`."""
+    return flags.DEFINE(PathParser(searched), name, default, text, required=required)
 
 
 def define_multi(name: str, text: str) -> flags.FlagHolder:
     """Defines a required flag that takes a path and may be given several times."""
     return flags.DEFINE_multi(
-        PathParser(), flags.ArgumentSerializer(), name, None, text, required=True
+        PathParser(True), flags.ArgumentSerializer(), name, None, text, required=True
     )
 
 
@@ -112,6 +127,7 @@ def _exists(bucket: str) -> bool:
 
 def files(directory: epath.Path) -> dict[str, epath.Path]:
     """All files below by their names, with forward slashes, in order."""
+    directory = epath.Path(directory)
     if is_local(directory):
         walked = os.walk(directory)
         names = [os.path.join(root, name) for root, _, of in walked for name in of]

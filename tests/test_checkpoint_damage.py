@@ -91,10 +91,6 @@ DAMAGE = {
         r"state/manifest\.ocdbt is missing\.",
     ),
     "directory missing": (lambda d: (d / "run").rmtree(), r"run/commit_success\.txt is missing; "),
-    "file added": (
-        lambda d: (d / "state/more").write_text(""),
-        r"state/more is there, which SHA256SUMS does not list",
-    ),
     "byte changed": (
         lambda d: change(largest(d)),
         r"state/ocdbt\S+ has \d+ bytes of SHA-256 \w{16}\.\.\., and SHA256SUMS says \w{16}\.\.\.",
@@ -115,6 +111,44 @@ def test_each_damage_is_named_by_all_that_reads(saved, newest, kind):
             read(saved, saved.workdir)
         assert "Choose another step with @step" in str(error.value)
         assert "--use_older_checkpoint" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "state/._manifest.ocdbt", "state/d/.nfs00000000000a1", "run/Thumbs.db"]
+)
+def test_what_systems_leave_in_directories_does_not_matter(saved, newest, name):
+    (newest / name).write_text("x")
+    assert set(fuzz_checkpoint.outcomes(saved, saved.workdir).values()) == {"right"}
+
+
+def test_a_whole_checkpoint_with_more_files_is_refused_and_never_set_aside(saved, newest):
+    (newest / "state/more").write_text("")
+    for read in fuzz_checkpoint.READERS.values():
+        with pytest.raises(SetupError, match="state/more") as error:
+            read(saved, saved.workdir)
+        assert "--use_older_checkpoint" not in str(error.value)
+    with pytest.raises(SetupError, match="state/more"):
+        checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest(use_older=True)
+    assert newest.is_dir()
+    (newest / "state/more").unlink()
+    checkpoint.verify(newest)
+
+
+def test_a_save_that_cannot_be_restored_does_not_count(saved, newest, monkeypatch):
+    """orbax says nothing where it finds no array to list, as with a [ in the path."""
+    checking = sums.check_arrays
+
+    def losing(directory):
+        (directory / "state" / "manifest.ocdbt").unlink()
+        checking(directory)
+
+    monkeypatch.setattr(sums, "check_arrays", losing)
+    checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
+    state, _ = checkpoints.restore(8, saved.built.state)
+    with pytest.raises(SetupError, match="state .*60 arrays"):
+        checkpoints.save(state.replace(step=jax.numpy.int32(12)), saved.cfg, saved.run)
+        checkpoints.wait()
+    assert checkpoint.steps(saved.workdir) == [4, 8]
 
 
 def test_a_checkpoint_without_sums_is_trusted_by_the_command_that_the_error_gives(saved, newest):

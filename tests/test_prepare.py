@@ -13,6 +13,7 @@ from conftest import REPOSITORY
 from etils import epath
 from pictures import contents, encoded, put, source
 
+from supmim_jax import storage
 from supmim_jax.config import SetupError
 from supmim_jax.data.prepare import (
     __main__ as command,
@@ -46,7 +47,7 @@ def test_the_estimate_of_bytes_holds(photos, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(photos, toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000}))
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 1000)
     with pytest.raises(SetupError, match=r"1\.0\.0 needs 0\.\d MB, and its disk has 0\.0 MB free"):
         folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
     with pytest.raises(SetupError, match=r"2\.3\.4 needs 1\.\d MB, and its disk has 0\.0 MB free"):

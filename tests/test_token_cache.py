@@ -10,7 +10,7 @@ import pytest
 from conftest import make_frozen
 from etils import epath
 
-from supmim_jax import frozen, inference, program, sharding, tokenize
+from supmim_jax import frozen, inference, program, sharding, storage, tokenize
 from supmim_jax.config import (
     ConfigError,
     ContrastiveCropConfig,
@@ -377,7 +377,7 @@ def test_a_run_without_tokens_has_no_cache(supervised, tmp_path):
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     cfg, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(tokenize.shutil, "disk_usage", lambda _: type("D", (), {"free": 1000}))
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 1000)
     with pytest.raises(SetupError, match=r"needs 0\.\d GB, and its disk has 0\.0 GB free"):
         tokenize.tokenize(cfg, epath.Path(tmp_path) / "cache", views=3)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -48,7 +48,7 @@ def command() -> Callable[[], None]:
         "where": boolean("where", True, "Profile a round: shares of time by part."),
         "data": boolean("data", False, "Also feed it the config's data: time waited for them."),
     }
-    path = storage.define("json", "", "Also write the result to this file.")
+    path = storage.define("json", "", "Also write the result to this file.", searched=False)
     flags.mark_flag_as_required("config")
 
     def run() -> None:

@@ -25,6 +25,10 @@ SETTLED = 2.0  # seconds: a file changed within them may change again unseen by 
 PATIENCE = 3600  # seconds for another process to read its share
 
 
+class Damaged(SetupError):
+    """A checkpoint is not what was saved."""
+
+
 def verify(directory: epath.Path) -> None:
     """Returns if the checkpoint is whole and in its place.
 
@@ -32,8 +36,9 @@ def verify(directory: epath.Path) -> None:
     processes each reads a share; all must call it alike, and all raise if one found damage.
 
     Raises:
-      SetupError: SHA256SUMS or a file is missing, or differs, or there is one more; or the
-        directory has the name of another step.
+      Damaged: SHA256SUMS or a file is missing or differs, or the directory has the name of another
+        step.
+      SetupError: there are more files than were saved.
     """
     problem = _problem(directory)
     if distributed.active():
@@ -41,7 +46,13 @@ def verify(directory: epath.Path) -> None:
         problem = next(filter(None, distributed.gather(topic, problem, PATIENCE)), "")
     if problem:
         _verified.pop(str(directory), None)
-        raise SetupError(problem)
+        raise Damaged(problem)
+    known = {*sums.read(directory), *sums.VOLATILE}
+    if more := [name for name in sums.files(directory) if name not in known]:
+        raise SetupError(
+            f"{directory} has {len(more)} files that {sums.NAME} does not list, as {more[0]}; "
+            f"those that it lists are whole. Move what is not the checkpoint's away."
+        )
 
 
 _verified: dict[str, tuple] = {}  # the state of the files that were found right, by directory
@@ -66,8 +77,6 @@ def _problem(directory: epath.Path) -> str:
         return ""
     found = sums.files(directory)
     problems = [f"{name} is missing" for name in listed if name not in found]
-    unknown = [name for name in found if name not in listed and name not in sums.VOLATILE]
-    problems += [f"{name} is there, which {sums.NAME} does not list" for name in unknown]
     if not problems:
         problems = _different(listed, found) or _misplaced(directory)
     if problems:

@@ -13,6 +13,8 @@ from supmim_jax.checkpoint import keeping, restoring
 from supmim_jax.config import SetupError
 
 BEST = "best"
+STEP = re.compile(r"0|[1-9]\d*")
+TEMPORARY = ".orbax-checkpoint-tmp"
 
 
 def locate(checkpoint: str) -> epath.Path:
@@ -39,6 +41,17 @@ def locate(checkpoint: str) -> epath.Path:
 def steps(workdir: str | epath.Path) -> list[int]:
     """The complete checkpoints of a run, oldest first; not what was set aside or never finished."""
     return sorted(x.step for x in Names().find_all(storage.location(workdir) / "checkpoints"))
+
+
+def unfinished(directory: epath.Path) -> list[epath.Path]:
+    """What saves that were killed have left."""
+    found = list(directory.iterdir())
+    complete = {x.path.name for x in Names().find_all(directory)}
+    return [
+        path
+        for path in found
+        if TEMPORARY in path.name or (STEP.fullmatch(path.name) and path.name not in complete)
+    ]
 
 
 def split_step(checkpoint: str) -> tuple[str, int | str | None]:
@@ -82,7 +95,7 @@ class Names(ocp.path.step.NameFormat):
         """The committed ones."""
         root = epath.Path(base_path)
         for path in root.iterdir() if root.is_dir() else ():
-            if re.fullmatch(r"0|[1-9]\d*", path.name) and ocp.path.step.is_path_finalized(path):
+            if STEP.fullmatch(path.name) and ocp.path.step.is_path_finalized(path):
                 yield Step(step=int(path.name), path=path)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> Step:

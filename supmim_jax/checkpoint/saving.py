@@ -14,7 +14,7 @@ from orbax.checkpoint import multihost
 
 from supmim_jax import distributed, storage
 from supmim_jax.checkpoint import failures, keeping, places, restoring, room, sums
-from supmim_jax.checkpoint.damage import verify
+from supmim_jax.checkpoint.damage import Damaged, verify
 from supmim_jax.config import CheckpointConfig, Config, SetupError
 from supmim_jax.configdict import to_configdict
 from supmim_jax.types import TrainState
@@ -57,9 +57,14 @@ class Checkpoints:
             self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        # Not by orbax, which does it in the background: two of its managers, one after the other,
+        # would remove the same directory.
+        if jax.process_index() == 0:
+            for path in places.unfinished(self.directory):
+                path.rmtree(missing_ok=True)
+        distributed.barrier(f"unfinished saves, {next(_times)}")
         options = ocp.CheckpointManagerOptions(
             create=False,
-            cleanup_tmp_directories=True,
             preservation_policy=keeping.policy(self.cfg, self.best, self.scheduled),
             step_name_format=places.Names(),
             temporary_path_class=sums.temporary_path_class(self.directory),
@@ -89,7 +94,7 @@ class Checkpoints:
             try:
                 verify(self.directory / str(step))
                 return step
-            except SetupError as error:
+            except Damaged as error:
                 if not use_older:
                     raise
                 self._set_aside(step, str(error))

@@ -6,20 +6,25 @@ commits it with all that it lists.
 
 import asyncio
 import hashlib
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from supmim_jax import storage
+from supmim_jax.config import SetupError
 
 NAME = "SHA256SUMS"
 # orbax writes these after the sums, as it commits. Nothing here reads what they hold.
 VOLATILE = ("_CHECKPOINT_METADATA", "commit_success.txt")
 CHUNK = 1 << 22  # bytes read at once
 THREADS = 4  # hashing and reading both let the others run
+HIDDEN = re.compile(r"(^|/)(\.|Thumbs\.db$|desktop\.ini$)")
 LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -35,6 +40,31 @@ def write(directory: epath.Path) -> None:
         hashes = pool.map(lambda path: digest(path, sync=storage.is_local(path)), paths.values())
         lines = [f"{digest}  {name}\n" for name, digest in zip(paths, hashes)]
     storage.write(directory / NAME, "".join(lines))
+
+
+def check_arrays(directory: epath.Path) -> None:
+    """Returns if every array that a save lists can be found as restoring finds it.
+
+    orbax takes a save whose arrays it lost track of for a good one.
+
+    Raises:
+      SetupError: an array is missing; the save must not count.
+    """
+    for item in directory.iterdir():
+        listing = item / "_METADATA"
+        if not listing.exists():
+            continue
+        tree = json.loads(listing.read_text())["tree_metadata"].values()
+        keys = [x["key_metadata"] for x in tree if not x["value_metadata"]["skip_deserialize"]]
+        wanted = {".".join(part["key"] for part in key) for key in keys}
+        where = str(item) if not storage.is_local(item) else f"file://{quote(str(item))}"
+        stored = ts.KvStore.open(f"{where}/|ocdbt:").result().list().result()
+        found = {name.decode().rpartition("/")[0] for name in stored}
+        if lost := sorted(wanted - found):
+            raise SetupError(
+                f"{item} was not saved whole: it lacks {len(lost)} of {len(wanted)} arrays, as "
+                f"{lost[0]}. Nothing before it is lost. Choose another --workdir, then report this."
+            )
 
 
 def read(directory: epath.Path) -> dict[str, str]:
@@ -56,10 +86,12 @@ def read(directory: epath.Path) -> dict[str, str]:
 
 
 def files(directory: epath.Path) -> dict[str, epath.Path]:
-    """All files below by their names, with forward slashes, in order; not SHA256SUMS itself."""
-    found = storage.files(directory)
-    found.pop(NAME, None)
-    return found
+    """All files below by their names, with forward slashes, in order; not SHA256SUMS itself.
+
+    Hidden ones are not the checkpoint's: macOS leaves .DS_Store and ._x, NFS .nfs0000.
+    """
+    found = {name: path for name, path in storage.files(directory).items() if name != NAME}
+    return {name: path for name, path in found.items() if not HIDDEN.search(name)}
 
 
 def digest(path: epath.Path, sync: bool = False) -> str:
@@ -81,8 +113,9 @@ class Summed:
     """
 
     async def finalize(self) -> None:
-        """Writes the sums, then commits."""
+        """Checks the arrays and writes the sums, then commits."""
         if self.get_final().name.isdigit():
+            await asyncio.to_thread(check_arrays, self.get())
             await asyncio.to_thread(write, self.get())
         await super().finalize()
 

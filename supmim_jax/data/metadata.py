@@ -36,7 +36,7 @@ def check_classes(name: str, data_dir: str) -> None:
         if not directory.is_dir():
             continue
         # Of all configs: tfds takes one that the data set names, where the name has none.
-        for path in (*directory.glob(f"*/{FEATURES}"), *directory.glob(f"*/*/{FEATURES}")):
+        for path in _features(directory, depth=2):
             try:
                 found = list(_named(json.loads(path.read_text())))
             except (OSError, ValueError, RecursionError) as error:
@@ -49,6 +49,15 @@ def check_classes(name: str, data_dir: str) -> None:
                     f"{path} names the class {foreign[0]!r}, which is not of tensorflow_datasets: "
                     f"opening it would run code of another module. Only features of tfds are read."
                 )
+
+
+def _features(directory: epath.Path, depth: int) -> Iterator[epath.Path]:
+    """The features.json of each directory below; a pattern would pass over [ and hidden ones."""
+    for path in directory.iterdir() if depth else ():
+        if path.is_dir():
+            if (path / FEATURES).exists():
+                yield path / FEATURES
+            yield from _features(path, depth - 1)
 
 
 def _named(values: Any) -> Iterator[str]:

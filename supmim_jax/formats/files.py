@@ -18,19 +18,25 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FLOATS = ("float32", "float16", "bfloat16")  # all of which float32 holds exactly
 
 
-def check_free(out: epath.Path) -> None:
-    """Raises SetupError unless there is nothing at `out`, or an empty directory."""
+def check_free(out: str | os.PathLike) -> epath.Path:
+    """The path `out`, at which there is nothing, or an empty directory.
+
+    Raises:
+      SetupError: there is something.
+    """
+    out = storage.location(out, searched=False)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
+    return out
 
 
-def write(out: epath.Path, tensors: dict[str, Any], documents: dict[str, dict]) -> None:
+def write(out: str | os.PathLike, tensors: dict[str, Any], documents: dict[str, dict]) -> None:
     """Makes the directory `out` with model.safetensors and the JSON documents, or nothing.
 
     Raises:
       SetupError: it cannot be written, or is not free.
     """
-    check_free(out)
+    out = check_free(out)
     try:
         with storage.made(out, last=CONFIG) as part:
             arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}

@@ -85,6 +85,6 @@ if __name__ == "__main__":
     TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:16x16")
     SWEEP = flags.DEFINE_integer("sweep", 0, "Compare this many meshes and remat policies.", 0)
     ROW = flags.DEFINE_bool("row", False, "Print the row of a Markdown table instead.")
-    JSON = storage.define("json", None, "Also write the result to this file.")
+    JSON = storage.define("json", None, "Also write the result to this file.", searched=False)
     flags.mark_flags_as_required(["config", "topology"])
     commands.start(main)

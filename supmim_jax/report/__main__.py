@@ -63,5 +63,5 @@ if __name__ == "__main__":
     CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     SPLIT = flags.DEFINE_string("split", "", "Split to show images of; default: that of the run.")
     DATA_DIR = storage.define("data_dir", "", "Where the data are; default: as in the run.")
-    OUT = storage.define("out", "", "HTML to write; default: <workdir>/report.html")
+    OUT = storage.define("out", "", "HTML to write; default: <workdir>/report.html", searched=False)
     commands.start(main)

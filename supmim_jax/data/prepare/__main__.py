@@ -65,10 +65,14 @@ def _check(given: dict) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("name", "", "A data set of tfds: <name>[/<config>][:<version>].")
-    storage.define("from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.")
-    storage.define("image_folder", "", "Directory with train/<class>/ and val/<class>/.")
+    storage.define(
+        "from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.", searched=False
+    )
+    storage.define(
+        "image_folder", "", "Directory with train/<class>/ and val/<class>/.", searched=False
+    )
     storage.define("data_dir", "", "Where data sets go; tfds's default if empty.")
-    storage.define("manual_dir", "", "--name: files that you downloaded yourself.")
+    storage.define("manual_dir", "", "--name: files that you downloaded yourself.", searched=False)
     flags.DEFINE_bool("verify", False, "--name imagenet2012: also the archives' MD5.")
     flags.DEFINE_string("as", "", "--image_folder: name of the data set.")
     flags.DEFINE_float(
