@@ -19,6 +19,7 @@ for flag in (
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -65,6 +66,17 @@ def pytest_collection_modifyitems(config, items):
 def data_dir(tmp_path_factory) -> str:
     """A directory of its own for the built-in data set, built once per session."""
     return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """An empty bucket of an emulator, which is there for this process and those that it starts."""
+    import gcs
+
+    with gcs.server() as environment, pytest.MonkeyPatch.context() as patched:
+        for name, value in environment.items():
+            patched.setenv(name, value)
+        yield f"gs://{gcs.BUCKET}"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import time
 import numpy as np
 from orbax.checkpoint._src.path import atomicity
 
-from supmim_jax import checkpoint, loop, run_directory
+from supmim_jax import checkpoint, loop, run_directory, storage
 from supmim_jax.data import fractals, pipeline
 from supmim_jax.metrics import MetricsWriter
 from supmim_jax.models import patch_codes
@@ -90,15 +90,18 @@ def beat(function):
 
 def write(function):
     def writing(writer, step, values):
-        if at("half a line"):
+        if not at("half a line"):
+            function(writer, step, values)
+        elif storage.is_local(writer.path):
             line = json.dumps({"step": step, **values}) + "\n"
             with writer.path.open("a") as file:
                 file.write(line[:20])
                 file.flush()
                 send()
                 file.write(line[20:])
-        else:
+        else:  # an object has no halves
             function(writer, step, values)
+            send()
 
     return writing
 
@@ -127,8 +130,8 @@ def main() -> None:
     StallWatch.beat = beat(StallWatch.beat)
     MetricsWriter.write = write(MetricsWriter.write)
     pipeline.eval_dataset = evaluation(pipeline.eval_dataset)
-    temporary = atomicity.AtomicRenameTemporaryPath
-    temporary.finalize = commit(temporary.finalize)
+    for temporary in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
+        temporary.finalize = commit(temporary.finalize)
     before(checkpoint.Checkpoints, "save", "save")
     before(checkpoint.Checkpoints, "restore", "restore")
     before(fractals, "render", "render")

@@ -40,6 +40,7 @@ def server() -> Iterator[dict[str, str]]:
             "TENSORSTORE_GCS_HTTP_URL": url,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # ArrayRecord
             "NO_GCE_CHECK": "true",  # no search for a machine's service account
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # no kinds of buckets
         }
     finally:
         process.kill()

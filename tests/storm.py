@@ -1,15 +1,16 @@
 """Kills a run again and again, and compares it with one that was left alone.
 
-usage: python tests/storm.py KILL|TERM [--times 100] [--seed 0] [--directory DIR]
+usage: python tests/storm.py KILL|TERM [--times 100] [--seed 0] [--directory DIR] [--bucket]
 
 The run is configs/debug.py on part of its images. Each attempt is sent the signal at a random time
 or at a random point of those in tests/faulty.py, and always before it has done more than a small
 share of the steps. After the last one the run goes on to its end. Prints a table; exit code 1 if
-anything is not as it must be.
+anything is not as it must be. With --bucket the run is in one (tests/gcs.py), its twin is not.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -20,9 +21,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import gcs
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+
+from supmim_jax import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POINTS = {  # and how often one is reached at least, in an attempt that does a few steps
@@ -52,8 +57,8 @@ class Wrong(Exception):
 class Run:
     """A run whose attempts are disturbed, and what they were seen to do."""
 
-    def __init__(self, workdir: Path, data_dir: str, epochs: int):
-        self.workdir, self.log = workdir, workdir.with_suffix(".log")
+    def __init__(self, workdir: epath.Path, data_dir: str, epochs: int, log: Path):
+        self.workdir, self.log = workdir, log
         self.data_dir, self.epochs = data_dir, epochs
         self.steps = epochs * EXAMPLES // BATCH
         overrides = {
@@ -74,9 +79,9 @@ class Run:
         self.command += [f"--workdir={workdir}"]
         self.command += [f"--config.{name}={value}" for name, value in overrides.items()]
 
-    def another(self, workdir: Path) -> "Run":
+    def another(self, workdir: epath.Path, log: Path) -> "Run":
         """The same run elsewhere, which makes its own data."""
-        return Run(workdir, f"{workdir}_data", self.epochs)
+        return Run(workdir, f"{workdir}_data", self.epochs, log)
 
     def start(self, fault: dict) -> subprocess.Popen:
         """An attempt; its log begins with where it must go on."""
@@ -95,8 +100,7 @@ class Run:
 
     def saved(self) -> int:
         """The newest complete checkpoint."""
-        root = self.workdir / "checkpoints"
-        return max(ocp.utils.checkpoint_steps(root), default=0) if root.exists() else 0
+        return max(checkpoint.steps(self.workdir), default=0)
 
     def note(self, line: dict) -> None:
         with self.log.open("a") as file:
@@ -125,7 +129,7 @@ class Run:
 
     def state(self) -> dict[str, np.ndarray]:
         """All arrays after the last step."""
-        directory = self.workdir.absolute() / "checkpoints" / str(self.steps) / "state"
+        directory = self.workdir / "checkpoints" / str(self.steps) / "state"
         leaves = jax.tree_util.tree_leaves_with_path(ocp.PyTreeCheckpointer().restore(directory))
         return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
@@ -214,7 +218,8 @@ def check_run(run: Run, left_alone: Run) -> None:
 
 def undisturbed(times: int, directory: Path, data_dir: str) -> Run:
     """A whole run, long enough to be disturbed so often."""
-    run = Run(directory / "left_alone", data_dir, -(-times * SHARE * BATCH // EXAMPLES))
+    epochs = -(-times * SHARE * BATCH // EXAMPLES)
+    run = Run(epath.Path(directory / "left_alone"), data_dir, epochs, directory / "left_alone.log")
     run.finish()
     return run
 
@@ -256,14 +261,23 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--bucket", action="store_true")
     given = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        if given.bucket:
+            os.environ |= stack.enter_context(gcs.server())
+        begin(given)
+
+
+def begin(given: argparse.Namespace) -> None:
     directory = given.directory or Path(tempfile.mkdtemp(prefix="storm_"))
     directory.mkdir(parents=True, exist_ok=True)
     number, data_dir = signal.Signals["SIG" + given.signal], str(directory / "data")
     print(f"{given.times} times {number.name}, seed {given.seed}, in {directory}", flush=True)
     try:
         left_alone = undisturbed(given.times, directory, data_dir)
-        run = left_alone.another(directory / "run")
+        place = f"gs://{gcs.BUCKET}" if given.bucket else directory
+        run = left_alone.another(epath.Path(place) / "run", directory / "run.log")
         found = storm(number, given.times, given.seed, run, left_alone)
     except Wrong as wrong:
         sys.exit(f"wrong: {wrong}")

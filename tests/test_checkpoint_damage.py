@@ -145,7 +145,7 @@ def test_a_save_that_cannot_be_restored_does_not_count(saved, newest, monkeypatc
     monkeypatch.setattr(sums, "check_arrays", losing)
     checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
     state, _ = checkpoints.restore(8, saved.built.state)
-    with pytest.raises(SetupError, match="state .*60 arrays"):
+    with pytest.raises(SetupError, match=r"state .*60 arrays"):
         checkpoints.save(state.replace(step=jax.numpy.int32(12)), saved.cfg, saved.run)
         checkpoints.wait()
     assert checkpoint.steps(saved.workdir) == [4, 8]

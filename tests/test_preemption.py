@@ -10,6 +10,7 @@ import sys
 import pytest
 import storm
 from conftest import REPOSITORY
+from etils import epath
 from test_processes import command, ended, places, started
 
 from supmim_jax import checkpoint, preemption
@@ -44,19 +45,29 @@ def left_alone(data_dir, tmp_path_factory):
         yield storm.undisturbed(2, tmp_path_factory.mktemp("storm"), data_dir)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(draws, left_alone, tmp_path):
+@pytest.fixture(params=["local", "bucket"])
+def place(request, tmp_path) -> epath.Path:
+    """Where a run is, and that nothing else uses."""
+    if request.param == "local":
+        return epath.Path(tmp_path)
+    return epath.Path(request.getfixturevalue("bucket")) / tmp_path.name
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(
+    draws, left_alone, place, tmp_path
+):
     """In the middle of a line and of a save."""
     draws += [("half a line", 2), ("before commit", 2)]
-    run = left_alone.another(tmp_path / "run")
+    run = left_alone.another(place / "run", tmp_path / "run.log")
     found = storm.storm(signal.SIGKILL, len(draws), 0, run, left_alone)
     assert [x["point"] for x in found] == ["half a line", "before commit"]
     assert found[1]["done"] > found[1]["saved"]
 
 
-def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, tmp_path):
+def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, place, tmp_path):
     """In the middle of a save and of an evaluation."""
     draws += [("before commit", 2), ("evaluation", 3)]
-    run = left_alone.another(tmp_path / "run")
+    run = left_alone.another(place / "run", tmp_path / "run.log")
     found = storm.storm(signal.SIGTERM, len(draws), 0, run, left_alone)
     assert [x["point"] for x in found] == ["before commit", "evaluation"]
     assert found[1]["saved"] >= found[0]["saved"] > 0

@@ -45,7 +45,7 @@ def steps(workdir: str | epath.Path) -> list[int]:
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:
     """What saves that were killed have left."""
-    found = list(directory.iterdir())
+    found = list(directory.iterdir()) if directory.is_dir() else []  # a bucket has no empty ones
     complete = {x.path.name for x in Names().find_all(directory)}
     return [
         path
