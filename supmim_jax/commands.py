@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from supmim_jax import distributed, environment, preemption
+from supmim_jax import distributed, environment, preemption, storage
 from supmim_jax.config import OF_THE_USER, Config, SetupError
 from supmim_jax.configdict import section
 from supmim_jax.finite import Diverged
@@ -40,6 +40,8 @@ def start(run: Callable[[], None]) -> None:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, OSError) and error.errno in OF_THE_USER:
                 fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
+            if refused := storage.denied(error):
+                fail(refused, EXIT_SETUP)
             if not distributed.active():
                 raise
             traceback.print_exc()

@@ -26,6 +26,7 @@ SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # Local directories of these names would be taken for a bucket by epath.
 TAKEN_FOR_BUCKETS = re.compile(r"/(gs|s3|az|hf)(/|$)")
 DENIED = (401, 403, 404)  # HTTP status codes that no other try changes
+DENIAL = r"^Forbidden|Invalid Credentials|PERMISSION_DENIED|UNAUTHENTICATED"  # in their words
 PATTERN = re.compile(r"[*?\[\]]")
 THREADS = 32  # of requests to a bucket, which mostly wait
 
@@ -125,6 +126,23 @@ def _exists(bucket: str) -> bool:
     return system.exists(root)
 
 
+def children(directory: epath.Path) -> list[epath.Path]:
+    """What is directly in it; nothing where it is not there, as a bucket has no empty ones.
+
+    Not by is_dir(): to gcsfs a directory that it may not see, or not now, is none, and a run would
+    begin anew.
+    """
+    if is_local(directory):
+        return list(directory.iterdir()) if directory.is_dir() else []
+    system, root = fsspec.core.url_to_fs(str(directory))
+    try:
+        names = system.ls(root, detail=False)
+    except FileNotFoundError:
+        return []
+    found = (name.rstrip("/").rpartition("/")[2] for name in names if name.rstrip("/") != root)
+    return [directory / name for name in sorted(found)]
+
+
 def files(directory: epath.Path) -> dict[str, epath.Path]:
     """All files below by their names, with forward slashes, in order."""
     directory = epath.Path(directory)
@@ -176,10 +194,12 @@ def upload(source: epath.Path, target: epath.Path) -> None:
     Raises:
       OSError: what is there has another MD5.
     """
+    from gcsfs.retry import ChecksumError
+
     system, name = fsspec.core.url_to_fs(str(target))
     try:
         system.put_file(str(source), name, consistency="md5")
-    except AssertionError as error:  # how gcsfs says it
+    except ChecksumError as error:
         raise OSError(f"{target} was not stored as it was sent: {error}") from None
 
 
@@ -258,8 +278,8 @@ def free_bytes(path: str | os.PathLike) -> int | None:
 def denied(error: BaseException) -> str:
     """What a bucket refuses for good, of an error that one of the libraries raised; else ""."""
     code = getattr(error, "code", None)  # gcsfs's and google.cloud's errors of HTTP have it
-    text = str(error).strip().partition("\n")[0]
-    refused = code in DENIED or re.search(r"PERMISSION_DENIED|UNAUTHENTICATED", str(error))
+    text = ": ".join(str(error).strip().splitlines()[:2])  # what was refused, and why
+    refused = code in DENIED or re.search(DENIAL, str(error))
     if type(error).__name__ == "DefaultCredentialsError" or refused:
         return (
             f"The bucket refuses: {text}. Sign in (gcloud auth application-default login) or give "

@@ -45,11 +45,10 @@ def steps(workdir: str | epath.Path) -> list[int]:
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:
     """What saves that were killed have left."""
-    found = list(directory.iterdir()) if directory.is_dir() else []  # a bucket has no empty ones
     complete = {x.path.name for x in Names().find_all(directory)}
     return [
         path
-        for path in found
+        for path in storage.children(directory)
         if TEMPORARY in path.name or (STEP.fullmatch(path.name) and path.name not in complete)
     ]
 
@@ -93,8 +92,7 @@ class Names(ocp.path.step.NameFormat):
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[Step]:
         """The committed ones."""
-        root = epath.Path(base_path)
-        for path in root.iterdir() if root.is_dir() else ():
+        for path in storage.children(epath.Path(base_path)):
             if STEP.fullmatch(path.name) and ocp.path.step.is_path_finalized(path):
                 yield Step(step=int(path.name), path=path)
 

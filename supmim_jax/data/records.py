@@ -113,6 +113,11 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
     return Records(raw.data_source, tfds.features.FeaturesDict(features), fields)
 
 
+def feature_names(cfg: DataConfig) -> list[str]:
+    """What each example of the data set has."""
+    return list(_builder(cfg).info.features)
+
+
 def version(cfg: DataConfig) -> str:
     """Of the prepared data set, as tfds names it: another one may have other images."""
     return str(_builder(cfg).version)

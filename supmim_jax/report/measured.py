@@ -83,7 +83,7 @@ def measure(location: str, cfg: Config, split: str) -> Measured:
         if not cfg.needs_masks:
             near = neighbourhood(encoder, pooled[: len(shown.images)], cfg, mesh)
             found = found._replace(neighbours=near)
-        if cfg.data.masks.field:
+        if cfg.data.masks.field in records.feature_names(cfg.data):  # else there is no picture
             found = found._replace(segmented=segmented(encoder, cfg, split, mesh))
     if picture.shows(cfg):
         found = found._replace(panels=panels(location, shown.images, cfg.seed))

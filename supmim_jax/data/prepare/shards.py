@@ -65,7 +65,7 @@ def write_all(directory: epath.Path, jobs: Sequence[Job]) -> None:
     Raises:
       SetupError: a shard has another number of records than its job says, or cannot be written.
     """
-    there = {path.name for path in directory.iterdir()}
+    there = {path.name for path in storage.children(directory)}
     missing = [job for job in jobs if job.file not in there]
     if len(missing) < len(jobs):
         progress.say(f"Going on: {len(jobs) - len(missing)} of {len(jobs)} shards are written.")

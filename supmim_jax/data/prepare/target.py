@@ -78,7 +78,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[epath.Path]:
         if found.get("fingerprint") != made_of["fingerprint"]:
             if found:
                 progress.say(f"{made_of['source']} or the options changed: starting anew.")
-            for path in part.iterdir():
+            for path in storage.children(part):
                 if path.name != LOCK:
                     path.unlink()
             write_json(part / MANIFEST, made_of)
