@@ -82,6 +82,15 @@ def test_the_life_of_a_run(beasts, here, tmp_path):
     assert checkpoint.steps(here / "started") == [1]
 
 
+def test_a_run_that_was_copied_into_a_bucket_goes_on_there(beasts, here, tmp_path):
+    train(beasts, tmp_path / "run", stop_at=4, devices=ONE)
+    for name, path in storage.files(tmp_path / "run").items():
+        storage.upload(path, here / "run" / name)
+    results = train(beasts, here / "run", devices=ONE)
+    assert checkpoint.steps(here / "run") == [8, 9]
+    assert results["knn"] == train(beasts, tmp_path / "run", devices=ONE)["knn"]
+
+
 def test_a_checkpoint_that_was_damaged_in_a_bucket_is_set_aside(beasts, here):
     run = here / "run"
     train(beasts, run, stop_at=4, devices=ONE)

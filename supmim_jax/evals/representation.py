@@ -101,7 +101,8 @@ def linear(subject: Subject) -> Results:
         mesh=subject.mesh,
     )
     held_out = {f"{c:g}": score for c, score in found.held_out.items()}
-    return Results({"linear": found.accuracy}, {"c": found.c, "held_out": held_out})
+    details = {"c": found.c, "held_out": held_out, "gradient": found.probe.gradient}
+    return Results({"linear": found.accuracy}, details)
 
 
 def least_squares(subject: Subject) -> Results:
