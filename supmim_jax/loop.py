@@ -65,7 +65,7 @@ class Loop:
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
         cfg, split = self.cfg, self.cfg.data.eval_split
-        results = evals.run_all(self.subject.bind(state.params), cfg, split, self.mesh).metrics
+        results = evals.run_all(self.subject.bind(state.judged), cfg, split, self.mesh).metrics
         self.writer.write(step, {f"eval/{name}": value for name, value in results.items()})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
         self.line.say(f"step {step}, {split}: {shown}")
@@ -161,7 +161,7 @@ class Loop:
     def _find_boxes(self, step: int, state: TrainState) -> None:
         """The boxes to crop by after `step`: found now, or before this process began."""
         if self.cfg.finds_boxes_after(step):
-            encoder = self.subject.bind(state.params)
+            encoder = self.subject.bind(state.judged)
             self.boxes = localize.boxes(encoder, self.cfg, self.mesh)
         elif self.boxes is None:
             self.boxes = self.checkpoints.restore_boxes(step, self.cfg)

@@ -1,5 +1,6 @@
 """The optimizer: warm-up and cosine, AdamW or LAMB, decay on matrices only, rates by layer."""
 
+import functools
 import re
 from typing import Any
 
@@ -11,6 +12,8 @@ import optax
 from supmim_jax.config import Config
 
 DECAYED = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
+TOKENS = re.compile(r"(^|/)(cls|mask_token|mask_embedding)$")  # added by optim.decay_tokens
+# which config.optim.decay_tokens adds
 STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layers
 # For layer_decay. BEiT's code counts the mask embedding among the inputs, too.
 ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls)|mask_embedding)$")
@@ -22,20 +25,39 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: bool(DECAYED.search(path_name(path))), params
-    )
+def decay_mask(params: Any, tokens: bool = False) -> Any:
+    """True for the parameters that weight decay applies to; `tokens` adds those of TOKENS."""
+
+    def decayed(path: tuple, _) -> bool:
+        name = path_name(path)
+        return bool(DECAYED.search(name) or (tokens and TOKENS.search(name)))
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def schedule(cfg: Config) -> optax.Schedule:
-    """Learning rate of a step: linear warm-up from 0 to the peak, then cosine to final_lr."""
-    decay = optax.cosine_decay_schedule(
-        cfg.peak_lr, cfg.total_steps - cfg.warmup_steps, cfg.optim.final_lr / (cfg.peak_lr or 1.0)
+    """Learning rate of a step: linear warm-up to the peak, then cosine to final_lr.
+
+    Each step has its rate, and the cosine begins after the warm-up; or, as timm's scheduler by
+    epochs does, each epoch has one, of a cosine over all epochs.
+    """
+    optim, peak = cfg.optim, cfg.peak_lr
+    by_epoch = optim.schedule == "per_epoch"
+    steps = cfg.data.train_examples / cfg.batch_size  # of an epoch
+    warmup, total = cfg.warmup_steps, cfg.total_steps
+    if by_epoch:
+        warmup, total = warmup / steps, total / steps
+    cosine = optax.cosine_decay_schedule(
+        peak, total if by_epoch else total - warmup, optim.final_lr / (peak or 1.0)
     )
-    warmup = optax.linear_schedule(0.0, cfg.peak_lr, max(cfg.warmup_steps, 1))
-    return optax.join_schedules([warmup, decay], [cfg.warmup_steps]) if cfg.warmup_steps else decay
+    rise = optax.linear_schedule(optim.warmup_lr, peak, max(warmup, 1))
+
+    def rate(step):
+        now = jnp.floor(step / steps + 1e-4) if by_epoch else step
+        after = cosine(now if by_epoch else jnp.maximum(now - warmup, 0))
+        return jnp.where(now < warmup, rise(now), after) if warmup else after
+
+    return rate
 
 
 def layer_trust_ratio() -> optax.GradientTransformation:
@@ -92,8 +114,10 @@ def make(cfg: Config) -> optax.GradientTransformation:
         rate = optax.chain(rate, scale_by_layer(optim.layer_decay, cfg.model.depth))
     return optax.chain(
         optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
-        optax.scale_by_adam(optim.b1, optim.b2, eps=1e-6 if lamb else 1e-8),
-        optax.add_decayed_weights(optim.weight_decay, mask=decay_mask),
+        optax.scale_by_adam(optim.b1, optim.b2, eps=optim.eps),
+        optax.add_decayed_weights(
+            optim.weight_decay, mask=functools.partial(decay_mask, tokens=optim.decay_tokens)
+        ),
         layer_trust_ratio() if lamb else optax.identity(),
         rate,
     )

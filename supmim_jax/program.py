@@ -57,7 +57,8 @@ def build(cfg: Config, mesh: Mesh) -> Program:
 
     def init(key) -> TrainState:
         _, params, moving, _ = split(jax.random.fold_in(key, INIT))
-        return TrainState(jnp.zeros((), jnp.int32), params, moving, transform.init(params))
+        ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, moving, transform.init(params), ema)
 
     graph, _, _, frozen = jax.eval_shape(split, jax.random.key(0))
     state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
@@ -90,7 +91,8 @@ def build(cfg: Config, mesh: Mesh) -> Program:
             "learning_rate": learning_rate(state.step),
         }
         params = optax.apply_updates(params, updates)
-        return TrainState(state.step + 1, params, moving, opt_state), metrics
+        ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.ema) if state.ema else {}
+        return TrainState(state.step + 1, params, moving, opt_state, ema), metrics
 
     return Program(
         init=jax.jit(init, out_shardings=layout),

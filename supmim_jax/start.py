@@ -7,6 +7,7 @@ learned positions are then resized, fixed ones keep their places by config.model
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from supmim_jax import checkpoint
@@ -16,7 +17,7 @@ from supmim_jax.program import Program
 from supmim_jax.types import TrainState
 
 # Regularisation, rounding and memory of the training; everything else makes another encoder.
-MAY_DIFFER = ("config.model.drop_path:", "config.model.dtype:", "config.model.remat:")
+MAY_DIFFER = ("config.model.drop_path", "config.model.dtype:", "config.model.remat:")
 
 
 def state(cfg: Config, prog: Program) -> TrainState:
@@ -28,7 +29,8 @@ def state(cfg: Config, prog: Program) -> TrainState:
     fresh = prog.init(jax.random.key(cfg.seed))
     if not cfg.init.checkpoint:
         return fresh
-    return fresh.replace(params=fresh.params | restore(cfg, prog.state.params))
+    params = fresh.params | restore(cfg, prog.state.params)
+    return fresh.replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else {})
 
 
 def check(cfg: Config, params: dict) -> None:

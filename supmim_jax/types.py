@@ -46,6 +46,12 @@ class TrainState:
     params: Any
     moving: Any  # what the loss itself overwrites (models/variables.py); {} for most objectives
     opt_state: Any
+    ema: Any = struct.field(default_factory=dict)  # moving average of params; {} without one
+
+    @property
+    def judged(self) -> Any:
+        """The parameters that evaluations take: the moving average, where there is one."""
+        return self.ema or self.params
 
 
 class Features(NamedTuple):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import REPOSITORY
+from etils import epath
 
-from supmim_jax import checkpoint, evals, picture, probe, program
-from supmim_jax.config import SetupError
+from supmim_jax import checkpoint, evals, picture, probe, program, sharding, start
+from supmim_jax.config import CheckpointConfig, InitConfig, SetupError, SupervisedConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import pipeline
 from supmim_jax.finite import Diverged
@@ -219,3 +221,42 @@ def test_training_from_the_command_line(data_dir, tmp_path):
     saved = from_configdict(json.loads((tmp_path / "config.json").read_text()))
     assert (saved.epochs, saved.model.depth, saved.total_steps) == (0.4, 1, 2)
     assert "top1" in out.stdout and "supervised 2/2 100%" in out.stderr
+
+
+def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought_along(
+    cfg, tmp_path
+):
+    plain = dataclasses.replace(cfg, objective=SupervisedConfig())
+    ema = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, ema=0.9))
+    ways = {name: tmp_path / name for name in ("plain", "whole", "resumed")}
+    train(plain, ways["plain"], devices=ONE)
+    results = train(ema, ways["whole"], devices=ONE)
+    train(ema, ways["resumed"], stop_at=6, devices=ONE)
+    assert train(ema, ways["resumed"], devices=ONE)["knn"] == results["knn"]
+
+    def state(name: str, step: int) -> dict:
+        directory = epath.Path(ways[name]) / "checkpoints" / str(step) / "state"
+        return ocp.PyTreeCheckpointer().restore(directory)
+
+    found, without = state("whole", 12), state("plain", 12)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], without["params"])
+    assert "ema" not in without
+    # By hand, from the parameters after each step.
+    steps = dataclasses.replace(plain, checkpoint=CheckpointConfig(every=1, keep=99))
+    train(steps, tmp_path / "steps", devices=ONE)
+    ways["steps"] = tmp_path / "steps"
+    first = program.build(plain, sharding.make_mesh(plain.mesh, ONE)).init(jax.random.key(0)).params
+    average = jax.tree.map(lambda x: np.asarray(x, np.float64), first)
+    for step in range(1, 13):
+        params = state("steps", step)["params"]
+        average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, average, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found["ema"], average)
+    assert probe.probe(str(ways["whole"]), devices=ONE).results.metrics["knn"] == results["knn"]
+    for location in (f"{ways['whole']}@ema", f"{ways['whole']}@8@ema"):
+        assert checkpoint.locate(location).name in location + "@12"
+    with pytest.raises(SetupError, match="plain@ema"):
+        checkpoint.locate(f"{ways['plain']}@ema")
+    tuned = dataclasses.replace(plain, init=InitConfig(checkpoint=str(ways["whole"])))
+    built = program.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
+    begun = start.state(tuned, built).params["encoder"]
+    jax.tree.map(np.testing.assert_array_equal, begun, found["ema"]["encoder"])

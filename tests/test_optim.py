@@ -36,6 +36,30 @@ def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
         np.testing.assert_allclose(metrics["learning_rate"], rate(step), rtol=1e-6)
 
 
+def test_a_rate_for_each_epoch_is_timms(cfg):
+    """CosineLRScheduler(t_in_epochs) of timm: warm-up by epochs, then the cosine of all of them."""
+    changed = OptimConfig(
+        lr=0.1, final_lr=0.01, warmup_epochs=2, warmup_lr=0.02, schedule="per_epoch"
+    )
+    cfg = dataclasses.replace(cfg, epochs=10, optim=changed)  # of 4 steps each
+    rate = optim.schedule(cfg)
+    cosine = [0.01 + 0.09 * (1 + np.cos(np.pi * epoch / 10)) / 2 for epoch in range(10)]
+    expected = [0.02, 0.06, *cosine[2:]]
+    np.testing.assert_allclose([rate(s) for s in range(40)], np.repeat(expected, 4), rtol=1e-5)
+    by_step = dataclasses.replace(changed, schedule="per_step")
+    rate = optim.schedule(dataclasses.replace(cfg, optim=by_step))
+    np.testing.assert_allclose([rate(s) for s in (0, 4, 8)], [0.02, 0.06, 0.1], rtol=1e-5)
+
+
+def test_maes_code_also_decays_tokens(cfg, one_device):
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
+    params = program.build(cfg, one_device).state.params
+    masks = (optim.decay_mask(params, tokens) for tokens in (False, True))
+    off, on = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
+    added = {optim.path_name(path) for (path, a), (_, b) in zip(off, on) if a != b}
+    assert added == {"encoder/cls", "mask_embedding"}
+
+
 def test_lamb_treats_stacked_layers_as_layers():
     """One stacked array of two layers moves as optax's LAMB moves two arrays; biases as Adam's."""
     random = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from supmim_jax import storage
 from supmim_jax.checkpoint import keeping, restoring
 from supmim_jax.config import SetupError
 
-BEST = "best"
+BEST, EMA = "best", "@ema"
 STEP = re.compile(r"0|[1-9]\d*")
 TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -20,9 +20,23 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 def locate(checkpoint: str) -> epath.Path:
     """The directory of one step, from `workdir`, `workdir@step` or `workdir@best`.
 
+    With `@ema` behind it, the run must have a moving average of its parameters; where it has one,
+    that is what is taken with or without it.
+
     Raises:
-      SetupError: there is no such workdir, checkpoint or step, or none is known to be the best.
+      SetupError: there is no such workdir, checkpoint, step or average, or none is known to be the
+        best.
     """
+    directory = _located(checkpoint)
+    if checkpoint.endswith(EMA) and not restoring.read_config(directory).optim.ema:
+        raise SetupError(
+            f"{checkpoint}: that run has no moving average of its parameters (config.optim.ema is "
+            f"0). Leave out {EMA}, or train with --config.optim.ema=0.9999."
+        )
+    return directory
+
+
+def _located(checkpoint: str) -> epath.Path:
     workdir, step = split_step(checkpoint)
     root = storage.location(workdir) / "checkpoints"
     found = steps(workdir)
@@ -54,7 +68,8 @@ def unfinished(directory: epath.Path) -> list[epath.Path]:
 
 
 def split_step(checkpoint: str) -> tuple[str, int | str | None]:
-    """`workdir@step` as (workdir, step), where step may be "best"; other @ belong to the path."""
+    """`workdir@step[@ema]` as (workdir, step), where step may be "best"; other @ are the path's."""
+    checkpoint = checkpoint.removesuffix(EMA)
     match = re.fullmatch(rf"(.*)@(\d+|{BEST})", checkpoint)
     if match is None:
         return checkpoint, None

@@ -33,7 +33,10 @@ BEGIN = {
 
 def plain(state: TrainState) -> dict:
     """The state as nested dicts with string keys, the optimizer's tuples too."""
-    return serialization.to_state_dict(state)
+    found = serialization.to_state_dict(state)
+    if not found["ema"]:  # as in the checkpoints from before there were any
+        del found["ema"]
+    return found
 
 
 def read_config(directory: epath.Path) -> Config:
@@ -61,35 +64,38 @@ def restore_item(directory: epath.Path, item: str, like: Any) -> Any:
 
 
 def restore_params(directory: epath.Path, like: dict) -> dict:
-    """The subtrees of `params` that the abstract `like` names (`encoder`, `head`).
+    """The subtrees of the parameters that the abstract `like` names (`encoder`, `head`).
+
+    Of a run with config.optim.ema they are those of the moving average.
 
     Raises:
       SetupError: as `check_params`.
     """
-    check_params(directory, like)
+    name = check_params(directory, like)
     restorer = ocp.PyTreeCheckpointer()
-    arguments = ocp.checkpoint_utils.construct_restore_args({"params": like})
-    items = ocp.args.PyTreeRestore(
-        item={"params": like}, restore_args=arguments, partial_restore=True
-    )
+    arguments = ocp.checkpoint_utils.construct_restore_args({name: like})
+    items = ocp.args.PyTreeRestore(item={name: like}, restore_args=arguments, partial_restore=True)
     with _readable(directory, "state"):
-        return restorer.restore(directory / "state", args=items)["params"]
+        return restorer.restore(directory / "state", args=items)[name]
 
 
-def check_params(directory: epath.Path, like: dict) -> None:
-    """Restores no array.
+def check_params(directory: epath.Path, like: dict) -> str:
+    """Where the parameters are that `restore_params` takes: `ema` or `params`; restores no array.
 
     Raises:
       SetupError: the checkpoint is damaged, or a subtree of `like` is missing or differs in paths,
         shapes or dtypes.
     """
-    stored = stored_tree(directory).get("params", {})
+    tree = stored_tree(directory)
+    where = "ema" if tree.get("ema") else "params"
+    stored = tree.get(where, {})
     if missing := sorted(set(like) - set(stored)):
         raise SetupError(
-            f"{directory} has no params/{', params/'.join(missing)}; it has "
-            f"{', '.join('params/' + name for name in sorted(stored))}."
+            f"{directory} has no {where}/{f', {where}/'.join(missing)}; it has "
+            f"{', '.join(f'{where}/{name}' for name in sorted(stored))}."
         )
     check_same({name: stored[name] for name in like}, like, directory)
+    return where
 
 
 def stored_tree(directory: epath.Path, item: str = "state") -> dict:

@@ -228,7 +228,8 @@ class Checkpoints:
                 f"{directory} is damaged: it holds the state of step {int(found['step'])}. "
                 f"{restoring.ANOTHER}"
             )
-        return serialization.from_state_dict(like, found), restoring.read_run(directory)
+        found = serialization.from_state_dict(like, {"ema": {}} | found)
+        return found, restoring.read_run(directory)
 
     def restore_boxes(self, step: int, cfg: Config) -> np.ndarray | None:
         """The boxes that the run crops by after `step`, uint8 Nx4; None before the first pass.

@@ -28,7 +28,8 @@ class ViTConfig:
     # trained at another image size; 0: the image's own.
     position_grid: int = within(0, 0, 2**14)
     layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
-    drop_path: float = within(0.0, 0.0, 0.99)  # of the last block, rising linearly from 0
+    drop_path: float = within(0.0, 0.0, 0.99)  # of the last block
+    drop_path_form: Literal["linear", "constant"] = "linear"  # from 0; or of all blocks (DeiT-III)
     gelu: Literal["exact", "tanh"] = "exact"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: Literal["none", "names", "full"] = "none"

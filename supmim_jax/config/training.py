@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, path_field, within
+from supmim_jax.config.fields import INF, SMALLEST, ConfigError, path_field, within
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,18 @@ class OptimConfig:
     lr_batch: int = within(0, 0, INF)  # 0: lr is the peak itself; else scaled by batch / lr_batch
     final_lr: float = within(0.0, 0.0, INF)  # at the end of the cosine
     warmup_epochs: float = within(5.0, 0.0, INF)
+    warmup_lr: float = within(0.0, 0.0, INF)  # that the warm-up begins with
+    # per_epoch: timm's. The rate stands for an epoch, and the cosine is one over all epochs, whose
+    # beginning the warm-up takes the place of.
+    schedule: Literal["per_step", "per_epoch"] = "per_step"
     weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate; matrices
     b1: float = within(0.9, 0.0, 0.999999)
     b2: float = within(0.999, 0.0, 0.999999)
+    eps: float = within(1e-8, SMALLEST, 1.0)  # of Adam's denominator
+    decay_tokens: bool = False  # also CLS, mask tokens and mask embeddings, as MAE's code does
+    # Polyak's moving average of the parameters, new = ema * old + (1 - ema) * parameters; 0: none.
+    # Where there is one, it is what evaluations, probes, exports and other runs take.
+    ema: float = within(0.0, 0.0, 0.9999999)
     clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
     layer_decay: float = within(1.0, 0.0, 1.0)  # of the rate, per encoder layer from the top
     accumulate: int = within(1, 1, INF)  # micro-batches whose gradients make one step

@@ -37,7 +37,7 @@ class Decoder(nnx.Module):
             self.mask_token = nnx.Param(draw(rngs.params(), (cfg.width,)))
         self.transformer = Transformer(
             cfg.depth,
-            0.0,
+            (0.0, 0.0),
             encoder.remat,
             rngs,
             width=cfg.width,

@@ -106,9 +106,11 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """`depth` blocks whose parameters are stacked along a leading axis and run by lax.scan."""
 
-    def __init__(self, depth: int, drop_path: float, remat: str, rngs: nnx.Rngs, **block):
+    def __init__(
+        self, depth: int, drop_path: tuple[float, float], remat: str, rngs: nnx.Rngs, **block
+    ):
         self.depth = depth
-        self.drop_path = drop_path
+        self.drop_path = drop_path  # of the first block and of the last
         self.remat = remat
         make = nnx.vmap(lambda rngs: Block(rngs=rngs, **block), in_axes=0, out_axes=0)
         self.blocks = make(rngs.split(depth))
@@ -117,13 +119,13 @@ class Transformer(nnx.Module):
         """Tokens after all blocks; `key` draws DropPath, None (inference) leaves it out.
 
         DropPath (stochastic depth, arXiv 1603.09382) drops a residual branch per example and
-        segment, with a rate that rises linearly over the blocks, as in DeiT.
+        segment, at a rate that goes linearly from the first block's to the last one's.
         """
         graph, params = nnx.split(self.blocks)
         if self.blocks.scales:  # LayerScale's first values are below the resolution of bfloat16
             x_BxNxD = x_BxNxD.astype(jnp.float32)
-        drop = key is not None and self.drop_path > 0
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        drop = key is not None and max(self.drop_path) > 0
+        rates = jnp.linspace(*self.drop_path, self.depth, dtype=jnp.float32)
         keys = jax.random.split(key, self.depth) if drop else jnp.zeros((self.depth, 0))
 
         def body(x, layer):

@@ -52,7 +52,7 @@ class ViT(nnx.Module):
             self.cls = nnx.Param(jnp.zeros((cfg.width,)))
         self.transformer = Transformer(
             cfg.depth,
-            cfg.drop_path,
+            (cfg.drop_path if cfg.drop_path_form == "constant" else 0.0, cfg.drop_path),
             cfg.remat,
             rngs,
             width=cfg.width,
