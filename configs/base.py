@@ -43,7 +43,12 @@ IMAGENET_1K = DataConfig(
     threads=16,
 )
 IMAGENET_1K_THREE_AUGMENT = dataclasses.replace(
-    IMAGENET_1K, min_crop_area=0.08, augment="three_augment", color_jitter=0.3
+    IMAGENET_1K,
+    min_crop_area=0.08,
+    augment="three_augment",
+    color_jitter=0.3,
+    repeats=3,
+    eval_resize=224,  # DeiT-III's crop ratio of 1
 )
 TINY_IMAGENET = dataclasses.replace(
     IMAGENET_1K,
@@ -64,6 +69,15 @@ IMAGENET_21K = dataclasses.replace(
 # Of ViTConfig. Average pooling with fixed sine-cosine positions follows Beyer et al. (arXiv
 # 2205.01580): our choice, AugReg and DeiT-III have a CLS token and learned positions.
 AT_SCALE = {"positions": "sincos2d", "dtype": "bfloat16", "remat": "names"}
+MAE_OPTIM = OptimConfig(
+    lr=1.5e-4,
+    lr_batch=256,
+    weight_decay=0.05,
+    decay_tokens=True,
+    b2=0.95,
+    warmup_epochs=40,
+    clip=0.0,
+)
 EVAL_AT_SCALE = EvalConfig(batch_size=2048)
 EVAL_WITHOUT_LABELS = EvalConfig(batch_size=2048, which=("knn",))  # there is no head to ask
 
@@ -113,7 +127,13 @@ def fine_tuned(mae: Config, init: InitConfig) -> Config:
         objective=SupervisedConfig(classification=classification),
         init=init,
         optim=OptimConfig(
-            lr=5e-4, lr_batch=256, weight_decay=0.05, warmup_epochs=5, layer_decay=0.65
+            lr=5e-4,
+            lr_batch=256,
+            final_lr=1e-6,
+            weight_decay=0.05,
+            warmup_epochs=5,
+            layer_decay=0.65,
+            clip=0.0,
         ),
         eval=EVAL_AT_SCALE,
     )

@@ -10,7 +10,7 @@ paper's appendix A.1, for 800 epochs, the default of its ablations.
 import dataclasses
 
 from configs import base
-from supmim_jax.config import Config, DecoderConfig, MAEConfig, OptimConfig, ViTConfig
+from supmim_jax.config import Config, DecoderConfig, MAEConfig, ViTConfig
 
 
 def experiment() -> Config:
@@ -20,7 +20,7 @@ def experiment() -> Config:
         data=dataclasses.replace(base.IMAGENET_1K, min_crop_area=0.2, augment="none"),
         model=ViTConfig.variant("B", patch=16, pooling="cls", **base.AT_SCALE),
         objective=MAEConfig(decoder=DecoderConfig(depth=8, width=512, mlp_dim=2048, heads=16)),
-        optim=OptimConfig(lr=1.5e-4, lr_batch=256, weight_decay=0.05, b2=0.95, warmup_epochs=40),
+        optim=base.MAE_OPTIM,
         eval=base.EVAL_WITHOUT_LABELS,
     )
 

@@ -12,7 +12,7 @@ and patches of 4 cost four times as much.
 """
 
 from configs import base
-from supmim_jax.config import Config, DecoderConfig, MAEConfig, OptimConfig, ViTConfig
+from supmim_jax.config import Config, DecoderConfig, MAEConfig, ViTConfig
 
 
 def experiment() -> Config:
@@ -22,7 +22,7 @@ def experiment() -> Config:
         data=base.TINY_IMAGENET,
         model=ViTConfig.variant("B", patch=8, pooling="cls", **base.AT_SCALE),
         objective=MAEConfig(decoder=DecoderConfig(depth=8, width=512, mlp_dim=2048, heads=16)),
-        optim=OptimConfig(lr=1.5e-4, lr_batch=256, weight_decay=0.05, b2=0.95, warmup_epochs=40),
+        optim=base.MAE_OPTIM,
         eval=base.EVAL_WITHOUT_LABELS,
     )
 

@@ -215,6 +215,8 @@ def test_bce_counts_every_mixed_in_label_whole_and_starts_at_the_prior():
     bce, sigmoid = (ClassificationConfig(loss=name) for name in ("bce", "sigmoid"))
     assert classification.loss(bce, logits, mixed, weight) == both
     assert classification.loss(sigmoid, logits, mixed, weight) == soft != both
+    mean = classification.loss(ClassificationConfig(loss="bce_mean"), logits, mixed, weight)
+    np.testing.assert_allclose(mean, both / 3, rtol=1e-6)
     head = nnx.Linear(4, 1000, rngs=nnx.Rngs(0))
     classification.start_head(ClassificationConfig(), head)
     assert (head.bias[...] == 0).all()

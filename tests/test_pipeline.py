@@ -253,3 +253,18 @@ def test_sources_travel_to_worker_processes(cfg):
     source = records.open_source(cfg.data, "train[:8]")
     again = pickle.loads(pickle.dumps(source))
     assert len(again) == 8 and again[3]["image"] == source[3]["image"]
+
+
+def test_repeats_are_other_crops_of_an_image_in_a_row(cfg, one_device):
+    data = dataclasses.replace(cfg.data, crop="inception", repeats=3)
+    batches = list(pipeline.train_dataset(dataclasses.replace(cfg, data=data), one_device))
+    assert len(batches) == cfg.total_steps  # an epoch is as long as ever
+    ids = np.concatenate([np.asarray(batch.id) for batch in batches])
+    images = np.concatenate([np.asarray(batch.views[0]) for batch in batches])
+    for first in range(0, 64, 64):
+        epoch = ids[first : first + 63].reshape(21, 3)
+        assert (epoch == epoch[:, :1]).all() and len(set(epoch[:, 0])) == 21
+    first, second, third = images[:3]
+    assert (first != second).any() and (second != third).any() and (first != third).any()
+    seen = {(i, image.tobytes()) for i, image in zip(ids.tolist(), images)}
+    assert len(seen) == len(ids)  # in no epoch the crop of another

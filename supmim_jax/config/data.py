@@ -50,6 +50,9 @@ class DataConfig:
     # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
     resize: Literal["area", "linear"] = "area"
     flip: bool = True
+    # Repeated augmentation (arXiv 1902.05509): each image comes so often in a row, cropped and
+    # coloured anew, and an epoch, as long as ever, has a share of the images.
+    repeats: int = within(1, 1, 16)
     augment: Literal["none", "rand_augment", "three_augment", "color_jitter"] = "none"
     augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image
     augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most

@@ -230,7 +230,8 @@ class Config:
     def num_views(self) -> int:
         """Different crops of an image that the run sees."""
         epochs = max(1, math.ceil(self.epochs))  # the last step may reach a little further
-        return min(self.tokens.views or epochs, epochs)
+        views = epochs * self.data.repeats
+        return min(self.tokens.views or views, views)
 
     @property
     def total_steps(self) -> int:

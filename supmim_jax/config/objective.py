@@ -16,16 +16,17 @@ from supmim_jax.config.tokenizer import PatchCodesConfig, PixelsConfig, VQGANCon
 
 @dataclass(frozen=True)
 class ClassificationConfig:
-    # sigmoid: binary cross-entropy of soft targets; bce: DeiT-III's, every mixed-in label is 1
-    loss: Literal["softmax", "sigmoid", "bce"] = "softmax"
+    # sigmoid: binary cross-entropy of soft targets, summed over classes (AugReg); bce: every label
+    # that is mixed in is 1; bce_mean: the same as a mean over classes, as DeiT-III has it.
+    loss: Literal["softmax", "sigmoid", "bce", "bce_mean"] = "softmax"
     label_smoothing: float = within(0.0, 0.0, 0.99)
     mixup: float = within(0.0, 0.0, INF)  # Beta parameter; 0 switches it off
     cutmix: float = within(0.0, 0.0, INF)  # Beta parameter; with mixup on, a coin per batch
 
     def __post_init__(self):
-        if self.loss == "bce" and self.label_smoothing:
+        if self.loss in ("bce", "bce_mean") and self.label_smoothing:
             raise ConfigError(
-                "label_smoothing must be 0 with loss = 'bce': its targets are 0 or 1."
+                f"label_smoothing must be 0 with loss = {self.loss!r}: its targets are 0 or 1."
             )
 
 

@@ -85,7 +85,7 @@ def training(
     examples = (
         grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
         .map(sequence.LocalPosition(rows, cfg.batch_size, first_step + skipped))
-        .map(sequence.TrainingOrder(len(source), cfg.seed))
+        .map(sequence.TrainingOrder(len(source), cfg.seed, cfg.data.repeats))
         .map(sequence.Intact(source, train_example(cfg, boxes)))
     )
     batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)

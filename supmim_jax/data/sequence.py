@@ -33,14 +33,19 @@ class LocalPosition:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """Maps a position of the training sequence to (epoch, id)."""
+    """Maps a position of the training sequence to (number, id).
+
+    The number is the epoch; with repeats r, of which an image has r in a row, r * epoch + 0, 1, ...
+    """
 
     examples: int
     seed: int
+    repeats: int = 1
 
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.examples)
-        return epoch, shuffled(place, self.examples, self.seed, epoch)
+        place, repeat = divmod(place, self.repeats)
+        return epoch * self.repeats + repeat, shuffled(place, self.examples, self.seed, epoch)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,17 @@ from supmim_jax.config import ClassificationConfig
 from supmim_jax.objectives import losses
 from supmim_jax.types import Batch
 
+
+def binary(logits_BxV, targets_BxV) -> jax.Array:
+    """DeiT-III's loss (arXiv 2204.07118), B: a mixed image is wholly of each of its classes."""
+    return losses.sigmoid_cross_entropy(logits_BxV, 1.0 * (targets_BxV > 0))
+
+
 LOSSES = {
     "softmax": losses.softmax_cross_entropy,
     "sigmoid": losses.sigmoid_cross_entropy,
-    # DeiT-III (arXiv 2204.07118): a mixed image is wholly of each of its classes.
-    "bce": lambda logits, targets: losses.sigmoid_cross_entropy(logits, 1.0 * (targets > 0)),
+    "bce": binary,
+    "bce_mean": lambda logits, targets: binary(logits, targets) / logits.shape[-1],
 }
 
 

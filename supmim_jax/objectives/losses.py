@@ -19,8 +19,7 @@ def softmax_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
 def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
     """Binary cross-entropy summed over classes, B.
 
-    The sum is in nats per image, like softmax's, so that it balances with the masked-token term;
-    timm's and DeiT-III's codes take the mean over classes, a thousandth on ImageNet.
+    The sum is in nats per image, like softmax's, so that it balances with the masked-token term.
     """
     log_yes, log_no = jax.nn.log_sigmoid(logits_BxV), jax.nn.log_sigmoid(-logits_BxV)
     return -(targets_BxV * log_yes + (1.0 - targets_BxV) * log_no).sum(-1)
