@@ -101,6 +101,44 @@ def test_the_pooler_of_a_plain_vit_stays_behind(supervised, tmp_path, capsys):
     assert_close(make_features(cfg, params, images).pooled, model(seen).last_hidden_state[:, 0])
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": [120.0, 115.0, 104.0], "image_std": [58.0, 57.0, 59.0]},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0, 0.9, 1.1], "image_std": [1.0, 0.5, 2.0]},
+        {"do_rescale": False, "do_normalize": False},
+        {"do_rescale": None, "do_normalize": None, "image_mean": MEAN, "image_std": STD},
+    ],
+)
+def test_pixels_are_what_the_files_processor_makes_of_them(supervised, tmp_path, processor):
+    model = random(hf.ViTModel(hf.ViTConfig(**SIZE)), fixed="none")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    base = dataclasses.replace(supervised, objective=MAEConfig())
+    cfg, params = import_weights.load("transformers", tmp_path, base)
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
+    seen = images.astype(np.float64)
+    if processor.get("do_rescale") is not False:
+        seen = seen * processor.get("rescale_factor", 1 / 255)
+    if processor.get("do_normalize") is not False:
+        seen = (seen - processor.get("image_mean", 0.5)) / processor.get("image_std", 0.5)
+    tokens = model(torch.from_numpy(seen).float().permute(0, 3, 1, 2)).last_hidden_state
+    assert_close(make_features(cfg, params, images).pooled, tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("do_flip_channel_order", True), ("do_normalize", "no"), ("rescale_factor", 0)],
+)
+def test_a_processor_that_cannot_be_expressed_is_refused(supervised, tmp_path, key, value):
+    hf.ViTModel(hf.ViTConfig(**SIZE)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({key: value}))
+    base = dataclasses.replace(supervised, objective=MAEConfig())
+    with pytest.raises(SetupError, match=key):
+        import_weights.load("transformers", tmp_path, base)
+
+
 def test_what_published_conversions_say_of_epsilon_is_refused_with_what_to_do(supervised, tmp_path):
     hf.ViTMAEModel(hf.ViTMAEConfig(**SIZE | {"layer_norm_eps": 1e-12})).save_pretrained(tmp_path)
     with pytest.raises(SetupError, match=r"layer_norm_eps is 1e-12, .* write 1e-06 into config"):

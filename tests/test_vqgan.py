@@ -201,6 +201,16 @@ def test_a_tree_that_differs_is_refused_with_its_path(published, tmp_path, name,
         maskgit.load(path, SMALL, ours(SMALL, 4, 16)[1])
 
 
+def test_half_precision_and_collections_beside_the_parameters_are_read(published, tmp_path):
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16), published[2]["params"])
+    tree = {"params": half, "batch_stats": {"x": np.zeros(3, np.float32)}, "step": np.int32(7)}
+    path = epath.Path(tmp_path) / "tokenizer"
+    path.write_bytes(serialization.msgpack_serialize(tree))
+    found = maskgit.load(path, SMALL, ours(SMALL, 4, 16)[1])
+    expected = np.asarray(half["quantizer"]["codebook"], np.float32)
+    np.testing.assert_array_equal(found["codebook"], expected)
+
+
 def test_another_architecture_is_refused(published):
     wider = dataclasses.replace(SMALL, res_blocks=1)
     with pytest.raises(

@@ -71,6 +71,14 @@ class Section:
             raise SetupError(f"{self.file}: {key} is {value!r}, expected a number from 0.")
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value; null is the default."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise SetupError(f"{self.file}: {key} is {value!r}, expected true or false.")
+        return value
+
     def one_of(self, key: str, known: dict[Any, Any], default: Any) -> Any:
         """The meaning of a value that must be among the known ones."""
         value = self.values.get(key, default)

@@ -9,7 +9,7 @@ is a `vit` that MAE has trained; it has no classifier, and its decoder is left o
 
 from typing import Any
 
-from supmim_jax.config import Config, ViTConfig
+from supmim_jax.config import Config, SetupError, ViTConfig
 from supmim_jax.formats import equivalents
 from supmim_jax.formats.description import Foreign, Section
 from supmim_jax.formats.layout import BLOCKS, Layout, Row, convolution, linear, norm, to_foreign
@@ -159,7 +159,20 @@ def _processor(
     processor = Section(
         documents.get("preprocessor_config.json") or {}, f"{file}, preprocessor_config.json"
     )
+    for key in ("do_flip_channel_order", "rescale_offset", "offset"):
+        processor.same(key, False, False, "this encoder sees RGB and no other offset of pixels.")
     mean, std = (processor.per_channel(f"image_{x}", 0.5, channels) for x in ("mean", "std"))
+    if not processor.flag("do_normalize", True):
+        mean, std = (0.0,), (1.0,)
+    # (255 p f - mean) / std with pixels p in [0, 1] and the factor f is (p - mean / 255 f) / ...
+    factor = 255 * processor.real("rescale_factor", 1 / 255)
+    if not processor.flag("do_rescale", True):
+        factor = 255.0
+    if not factor:
+        raise SetupError(
+            f"{processor.file}: rescale_factor is 0, which leaves nothing of an image."
+        )
+    mean, std = (tuple(x / factor for x in of) for of in (mean, std))
     if not processor.values.get("do_center_crop"):
         return image_size, mean, std
     size = Section(processor.values.get("size"), f"{processor.file}, size")

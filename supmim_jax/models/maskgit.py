@@ -63,6 +63,12 @@ def load(path: epath.Path, cfg: VQGANConfig, like: dict) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _float32(x):
+    """Half precision widened, which changes no value; all else as it is."""
+    half = isinstance(x, np.ndarray) and x.dtype.name in ("float16", "bfloat16")
+    return x.astype(np.float32) if half else x
+
+
 def _kind(x) -> str:
     return f"{x.dtype}{list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
 
@@ -76,8 +82,9 @@ def _read(path: epath.Path) -> dict:
     try:
         tree = serialization.msgpack_restore(data)  # no pickle: arrays are bytes, shape and dtype
         if isinstance(tree, dict):
-            tree = tree["params"] if set(tree) == {"params"} else tree
-            return traverse_util.flatten_dict(tree, sep="/")
+            tree = tree.get("params", tree)  # beside it may be other collections, of training
+            flat = traverse_util.flatten_dict(tree, sep="/")
+            return {name: _float32(x) for name, x in flat.items()}
     except Exception as error:  # msgpack and Flax raise all kinds for a damaged file
         raise SetupError(
             f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file ({error}). "
