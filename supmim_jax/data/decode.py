@@ -30,7 +30,11 @@ class BrokenRecord(Exception):
 
 
 class Unclear(Exception):
-    """An image whose values mean what it does not say; the message says which, and the cure."""
+    """An image whose values mean what it does not say: what it has, and what to do about it."""
+
+    def __init__(self, found: str, cure: str):
+        super().__init__(f"{found}. {cure}")
+        self.found, self.cure = found, cure
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
     try:
         image = pixels(encoded, cfg.channels, shown)
     except Unclear as error:
-        raise SetupError(f"{name}: 'image' {error}.") from None
+        raise SetupError(f"{name}: 'image' {error}") from None
     if image is None:
         raise BrokenRecord(f"{name}: 'image', {len(encoded)} bytes, {header.fault(encoded)}.")
     return image
@@ -72,7 +76,7 @@ def pixels(encoded: bytes, channels: int, shown: Shown = Shown()) -> np.ndarray 
     """
     head = header.read(encoded)
     if head is not None and head.unread:
-        raise Unclear(f"is a {head.kind} with {head.unread}, which is not read: save it as PNG")
+        raise Unclear(f"is a {head.kind} with {head.unread}, which is not read", "Save it as PNG.")
     plain = _plain(head)
     colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     image = _decoded(encoded, colour if plain else cv2.IMREAD_UNCHANGED)
@@ -90,6 +94,14 @@ def pixels(encoded: bytes, channels: int, shown: Shown = Shown()) -> np.ndarray 
 def is_plain(encoded: bytes) -> bool:
     """Whether nothing of `Shown` matters to an encoded image: opaque, 8 bits a channel."""
     return _plain(header.read(encoded))
+
+
+def nobody_said(found: str, shown: Shown) -> Unclear:
+    return Unclear(
+        f"{found}, and nothing says which of them is white",
+        f"Set {shown.setting} to that: 65535 for photographs of 16 bits, 4095 for data of 12 bits, "
+        f"1 for floats from 0 to 1.",
+    )
 
 
 def _plain(head: header.Header | None) -> bool:
@@ -151,18 +163,15 @@ def _over(
     white = head.white if head is not None else 0
     if colours.dtype != np.uint8 and not white:
         if not shown.max_value:
-            raise Unclear(
-                f"has values of {colours.dtype} up to {colours.max()}, and nothing says which of "
-                f"them is white. Set {shown.setting} to that: 65535 for photographs of 16 bits, "
-                f"4095 for data of 12 bits, 1 for floats from 0 to 1"
-            )
+            raise nobody_said(f"has values of {colours.dtype} up to {colours.max()}", shown)
         white = shown.max_value
     if colours.dtype != np.uint8 or white:
         white, low, high = white or 255, colours.min(), colours.max()
         if not 0 <= low <= high <= white:  # nor NaN
             raise Unclear(
-                f"has values of {colours.dtype} from {low} to {high}, and 0 is black and "
-                f"{white:g} white. Set {shown.setting} to the value that is white"
+                f"has values of {colours.dtype} from {low} to {high}, of which 0 is black and "
+                f"{white:g} white",
+                f"Set {shown.setting} to the value that is white.",
             )
         colours = colours * (255.0 / white)
     if alpha is None:

@@ -54,8 +54,8 @@ def check_system(error: Exception, path: str) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise SetupError(
             f"{path} cannot be opened: this process has as many files open as it may, {soft}. "
-            f"Raise that limit (`ulimit -n 65536`; it may be set to {hard} here, and an administrator "
-            f"can raise that), then run the same command again."
+            f"Raise that limit (`ulimit -n 65536`; it may be set to {hard} here, and by an "
+            f"administrator to more), then run the same command again."
         )
     raise OSError(number, said[1].strip(), path)
 

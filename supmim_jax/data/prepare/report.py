@@ -1,7 +1,9 @@
 """What was, or would be, prepared: splits, sizes, and how to train on it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -25,6 +27,13 @@ def named(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f"\n  ... and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return "".join(f"\n  {name}" for name in names[:NAMED]) + more
+
+
+def ignored(names: Sequence[str]) -> str:
+    """What is left out by the endings of its names, in a line."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
+    counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(8))
+    return f"Ignored by their names' endings: {len(names)} files ({counts}), as {names[0]}."
 
 
 def table(splits: Sequence[Split]) -> str:
@@ -55,6 +64,14 @@ def planned(final: epath.Path, splits: Sequence[Split], needed: int | None) -> s
     )
 
 
+def white(features: tfds.features.FeaturesDict) -> list[str]:
+    """The override that images of other values than bytes need, of which nobody knows it."""
+    image = dict(features).get("image")
+    if not isinstance(image, tfds.features.Image) or image.np_dtype == "uint8":
+        return []
+    return [f"max_value=<which value of {image.np_dtype} is white>"]
+
+
 def missing_bytes(final: epath.Path, jobs: dict[str, list[Job]], fingerprint: str) -> int:
     """Of the shards that an interrupted run has not written."""
     part = target.unfinished(final)
@@ -63,7 +80,9 @@ def missing_bytes(final: epath.Path, jobs: dict[str, list[Job]], fingerprint: st
     return bytes_on_disk(job for of in jobs.values() for job in of if job.file not in there)
 
 
-def finished(builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str) -> str:
+def finished(
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
+) -> str:
     """The last words: what is there now, and the overrides to train on it."""
     info = builder.info
     splits = [
@@ -81,6 +100,7 @@ def finished(builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: 
         overrides += [f"label_field={field}"] if field != "label" else []
     else:
         lines.append(f"  no classes; the features are {', '.join(info.features)}")
+    overrides += [f"max_value={max_value:.10g}"] if max_value else white(info.features)
     names = [split.name for split in splits]
     if "train" in names:
         overrides.append(f"train_examples={info.splits['train'].num_examples}")
