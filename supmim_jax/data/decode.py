@@ -9,6 +9,9 @@ import numpy as np
 from supmim_jax.config import IGNORED, DataConfig, SetupError
 from supmim_jax.data import header
 
+# What is wrong with a file is said by those who asked for it.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 
 def class_of(record: dict, cfg: DataConfig, example: int) -> int:
     """The record's label.

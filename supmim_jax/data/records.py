@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,13 +109,12 @@ def open_masks(cfg: DataConfig, split: str) -> Records:
 def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, field: str):
     """The feature that config.data.<field> names, of a data set that has an image, too."""
     features = dict(builder.info.features)
-    for wanted, why in (("image", "which it needs"), (name, f"the config.data.{field}")):
-        if wanted not in features:
-            raise SetupError(
-                f"The data set {cfg.name!r} has no feature {wanted!r}, {why}; it has "
-                f"{', '.join(features)}."
-            )
-    check_image(features["image"], cfg.name)
+    check_image(features, cfg.name)
+    if name not in features:
+        raise SetupError(
+            f"The data set {cfg.name!r} has no feature {name!r}, the config.data.{field}; it has "
+            f"{', '.join(features)}."
+        )
     if features["image"].np_dtype != np.uint8 and not cfg.max_value:
         raise SetupError(
             f"The data set {cfg.name!r} has 'image' as {_shown(features['image'])}, and nothing "
@@ -125,11 +124,13 @@ def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, fiel
     return features[name]
 
 
-def check_image(feature: tfds.features.FeatureConnector, name: str) -> None:
-    """Raises SetupError unless a data set's feature 'image' is one encoded image."""
-    if not isinstance(feature, tfds.features.Image):
+def check_image(features: Mapping[str, tfds.features.FeatureConnector], name: str) -> None:
+    """Raises SetupError unless a data set has one encoded image, in its feature 'image'."""
+    image = dict(features).get("image")
+    if not isinstance(image, tfds.features.Image):
+        found = f"'image' as {_shown(image)}" if image else f"{', '.join(features)}, no 'image'"
         raise SetupError(
-            f"The data set {name!r} has 'image' as {_shown(feature)}, expected one encoded image "
+            f"The data set {name!r} has {found}; it needs one encoded image in 'image' "
             f"(tfds.features.Image). Write the images as files and make a data set of them: "
             f"`{PREPARE} --image_folder`."
         )

@@ -1,10 +1,11 @@
 """What was, or would be, prepared: splits, sizes, and how to train on it."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -52,24 +53,30 @@ def splits_of(jobs: dict[str, list[Job]]) -> list[Split]:
     ]
 
 
-def planned(final: epath.Path, splits: Sequence[Split], needed: int | None) -> str:
+def planned(
+    final: epath.Path,
+    splits: Sequence[Split],
+    needed: int | None,
+    features: tfds.features.FeaturesDict | None = None,
+) -> str:
     """What --dry_run prints; `needed` is in bytes, None where nobody knows it beforehand."""
+    needs = "".join(f"\n  training will need --config.data.{o}" for o in white(features or {}))
     free = target.free_bytes(final)
     size = "unknown" if needed is None else progress.size(needed)
     room = "unknown" if free is None else progress.size(free)
     enough = "" if None in (needed, free) else f" ({'enough' if needed <= free else 'NOT ENOUGH'})"
     return (
         f"Would write {final}\n{table(splits) if splits else '  splits: not known beforehand'}\n"
-        f"  needs at most {size}; free there: {room}{enough}\nNothing was written."
+        f"  needs at most {size}; free there: {room}{enough}{needs}\nNothing was written."
     )
 
 
-def white(features: tfds.features.FeaturesDict) -> list[str]:
-    """The override that images of other values than bytes need, of which nobody knows it."""
+def white(features: Mapping[str, tfds.features.FeatureConnector]) -> list[str]:
+    """The override that images need which are no bytes: no file says which value is white."""
     image = dict(features).get("image")
-    if not isinstance(image, tfds.features.Image) or image.np_dtype == "uint8":
+    if not isinstance(image, tfds.features.Image) or image.np_dtype == np.uint8:
         return []
-    return [f"max_value=<which value of {image.np_dtype} is white>"]
+    return [f"max_value=<which value of {np.dtype(image.np_dtype).name} is white>"]
 
 
 def missing_bytes(final: epath.Path, jobs: dict[str, list[Job]], fingerprint: str) -> int:
