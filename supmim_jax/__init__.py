@@ -7,8 +7,13 @@ each time, as other processes write to them.
 """
 
 import os
+import sys
 
-MOST_PIXELS = 2**27
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MOST_PIXELS))
+_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
+_given = os.environ.setdefault(_VARIABLE, str(2**27))
+if not _given.isdecimal():  # OpenCV would end the process without a word of it
+    print(f"error: {_VARIABLE} is {_given!r}, expected a number of pixels.", file=sys.stderr)
+    raise SystemExit(2)
+MOST_PIXELS = int(_given)
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from supmim_jax import distributed, environment, preemption, storage
 from supmim_jax.config import OF_THE_USER, Config, SetupError
 from supmim_jax.configdict import section
+from supmim_jax.data import readers
 from supmim_jax.finite import Diverged
 from supmim_jax.preemption import EXIT_SETUP
 
@@ -31,6 +32,7 @@ def start(run: Callable[[], None]) -> None:
             fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
         logging.set_verbosity(logging.ERROR)
         preemption.listen()
+        readers.allow_many_files()
         try:
             run()
         except SetupError as error:

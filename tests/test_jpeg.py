@@ -140,11 +140,8 @@ def test_an_older_or_foreign_library_is_none(monkeypatch, tmp_path):
         assert jpeg.library.__wrapped__() is None
 
 
-def test_images_of_unusual_form_and_size():
-    """16 bits a channel lose the lower 8; 20,000 pixels a side are read where they are cropped."""
-    deep = np.random.default_rng(0).integers(0, 2**16, (40, 50, 3), np.uint16)
-    file = cv2.imencode(".png", deep)[1].tobytes()
-    assert np.array_equal(decode.pixels(file, 3), (deep >> 8).astype(np.uint8)[..., ::-1])
+def test_a_very_wide_image_is_read_where_it_is_cropped():
+    """20,000 pixels a side are read where they are cropped."""
     strip = np.zeros((2000, 20_000, 3), np.uint8)
     strip[:, 10_000:] = 250
     file = cv2.imencode(".jpg", strip)[1].tobytes()

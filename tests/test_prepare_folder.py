@@ -62,9 +62,8 @@ def test_a_folder_opens_in_training_with_its_labels_bytes_and_order(photos, tmp_
     for part in ("name=beasts", "num_classes=3", "train_examples=36", "data_dir=" + str(tmp_path)):
         assert f"--config.data.{part}" in said
     assert "eval_split" not in said and "label_field" not in said
-    assert folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data")).startswith(
-        "Prepared already"
-    )
+    again = folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
+    assert "Prepared already" in again
 
 
 def test_records_are_the_same_bytes_in_any_process():
@@ -233,7 +232,7 @@ def test_names_of_tfds_are_refused(photos, tmp_path, name):
 def test_files_that_are_no_images_are_listed_and_stop_it_or_are_left_out(photos, tmp_path):
     whole = encoded(0, ".jpg", 64)
     put(photos / "train/ape/empty.png")
-    put(photos / "train/bee/text.jpg", "GIF89a")
+    put(photos / "train/bee/text.jpg", "%PDF-1.4")
     put(photos / "train/cow/cut.jpg", whole[: len(whole) // 2])
     put(photos / "val/cow/cut.png", encoded(0)[:300])
     root, data = epath.Path(photos), str(tmp_path / "data")
@@ -243,7 +242,7 @@ def test_files_that_are_no_images_are_listed_and_stop_it_or_are_left_out(photos,
     assert "4 of 49 files" in said and "--skip_broken" in said
     for row in (
         "train/ape/empty.png is empty",
-        "train/bee/text.jpg begins with 47 49 46 38",
+        "train/bee/text.jpg begins with 25 50 44 46",
         "train/cow/cut.jpg cannot be decoded",
         "val/cow/cut.png cannot be decoded",
     ):

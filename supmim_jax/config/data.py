@@ -17,6 +17,9 @@ class MasksConfig:
     num_classes: int = within(31, 2, INF)
     ignore: int = within(-1, -1, INF)  # value that doesn't count; -1: there is none
     offset: int = within(0, -(2**15), 2**15)  # added to the other values to make 0, 1, ...
+    # Of images that EXIF turns, which pixels the masks are of: those in the file, or those a viewer
+    # shows. A mask that EXIF turns itself is of those that a viewer shows.
+    drawn_on: Literal["stored", "shown"] = "stored"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class DataConfig:
     masks: MasksConfig = MasksConfig()  # only segmentation and the report read them
     image_size: int = within(20, 1, 2**14)  # pixels, what the encoder sees
     channels: Literal[1, 3] = 1
+    background: tuple[int, ...] = within((255, 255, 255), 0, 255)  # behind transparency: RGB
+    # White, in images of more than 8 bits a channel (65535; 4095 of 12-bit data) or of floats (1);
+    # 0: such images are refused, as no file says it.
+    max_value: float = within(0.0, 0.0, INF)
     crop: Literal["inception", "random", "contrastive"] = "random"
     contrastive_crop: ContrastiveCropConfig = ContrastiveCropConfig()
     # inception and contrastive crop: least share of the area
@@ -67,6 +74,10 @@ class DataConfig:
     prefetch: int = within(4, 1, 1024)  # batches kept ready; at least one per thread
 
     def __post_init__(self):
+        if len(self.background) != 3:
+            raise ConfigError(
+                f"background is {self.background}; it must be red, green and blue, 0 to 255 each."
+            )
         if self.eval_resize < self.image_size:
             raise ConfigError(
                 f"eval_resize is {self.eval_resize}, but the centre crop needs at least "
@@ -95,6 +106,7 @@ class ProbeDataConfig:
     label_field: str = ""
     masks: MasksConfig = MasksConfig()  # the run's, if its field is ""
     eval_resize: int = within(0, 0, 2**14)
+    max_value: float = within(0.0, 0.0, INF)
     workers: int = within(-1, -1, 256)
     threads: int = within(0, 0, 256)
 
@@ -110,6 +122,7 @@ class ProbeDataConfig:
             label_field=self.label_field or run.label_field,
             masks=self.masks if self.masks.field else run.masks,
             eval_resize=self.eval_resize or run.eval_resize,
+            max_value=self.max_value or run.max_value,
             workers=run.workers if self.workers < 0 else self.workers,
             threads=self.threads or run.threads,
         )

@@ -5,8 +5,8 @@ from dataclasses import field
 
 INF = float("inf")
 # System errors that come again until somebody changes something: a full disk, a quota, rights, a
-# read-only file system. Others may be gone the next time.
-_AGAIN = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR")
+# read-only file system, a limit to open files. Others may be gone the next time.
+_AGAIN = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EMFILE")
 OF_THE_USER = tuple(getattr(errno, name) for name in _AGAIN)
 # What the device's int32 and float32 hold.
 LARGEST = {int: 2**31 - 1, float: 3.4e38}

@@ -11,10 +11,10 @@ import functools
 import json
 import zlib
 
-from array_record.python import array_record_module
 from etils import epath
 
 from supmim_jax.config import SetupError
+from supmim_jax.data import readers
 
 FILE = "seals.json"
 END = 2**12  # bytes at each end of an image
@@ -100,15 +100,15 @@ def check_shards(directory: str, shards: tuple[tuple[str, int], ...]) -> None:
         if epath.Path(path).parent != epath.Path(directory):
             return f"{path} is not in the directory"
         try:
-            reader = array_record_module.ArrayRecordReader(path, options="readahead_buffer_size:0")
-            found = reader.num_records()
-            reader.close()
-        except (RuntimeError, ValueError, OSError) as error:
-            return f"{epath.Path(path).name} cannot be read ({str(error)[:300]})"
+            found = readers.count(path)
+        except FileNotFoundError:
+            return f"{epath.Path(path).name} is missing"
+        except ValueError as error:
+            return f"{epath.Path(path).name} {error}"
         told = f"{epath.Path(path).name} has {found} records, dataset_info.json says {expected}"
         return "" if found == expected else told
 
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    with _pool() as pool:
         wrong = next(filter(None, pool.map(fault, shards)), None)
     if wrong:
         raise SetupError(
@@ -118,13 +118,17 @@ def check_shards(directory: str, shards: tuple[tuple[str, int], ...]) -> None:
 
 
 def _each(paths: list[epath.Path]) -> list[str | None]:
-    """The seal of each file; None for one that cannot be read."""
+    """The seal of each file; None for one that is not there."""
 
     def one(path: epath.Path) -> str | None:
         try:
             return seal(path)
-        except OSError:
+        except FileNotFoundError:
             return None
 
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    with _pool() as pool:
         return list(pool.map(one, paths))
+
+
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(64, readers.most_open()))

@@ -10,7 +10,6 @@ that changed since, are found when they are read. A shard has its name when it i
 import concurrent.futures
 import json
 import struct
-import threading
 import zlib
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ from etils import epath
 from supmim_jax import storage
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import differences, section
-from supmim_jax.data import records, seals
+from supmim_jax.data import decode, readers, records, seals
 from supmim_jax.data.token_plan import Plan, read_plan
 
 VERSION = 2  # goes up when the same config gives other crops or tokens
@@ -30,6 +29,9 @@ VERSION = 2  # goes up when the same config gives other crops or tokens
 WRITER = "group_size:16,zstd"
 RECORDS_PER_SHARD = 2**16
 GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
+# How images are shown that are transparent or have more than 8 bits. Caches of versions that did
+# not look at that have no such part, and are right for images that are neither.
+SHOWN = ("background", "max_value")
 RANDOM_GEOMETRY = ("augment_layers", "augment_magnitude")  # of rand_augment alone
 
 
@@ -42,11 +44,13 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
         geometry["contrastive_crop"] = {"alpha": data["contrastive_crop"]["alpha"]}
     tokenizer = section(cfg.objective.target)
     del tokenizer["path"]
+    shown = {name: data[name] for name in SHOWN}
     found = {
         "version": VERSION,
         "seed": cfg.seed,
         "data": {name: data[name] for name in ("name", "train_split", "train_examples")}
         | {"version": records.version(cfg.data)},
+        "shown": shown,
         "augmentation": geometry | {"rand_augment": moves},
         "model": {"patch": cfg.model.patch},
         "tokenizer": tokenizer,
@@ -94,8 +98,8 @@ class TokenCache:
 
     def __init__(self, directory: epath.Path, plan: Plan):
         self.directory, self.plan, self.digest = directory, plan, bytes.fromhex(plan.digest)
-        self.readers: dict[int, array_record_module.ArrayRecordReader] = {}
-        self.lock = threading.Lock()
+        self.plain_alone = "shown" not in plan.fingerprint
+        self.readers = readers.Readers([str(plan.path(directory, i)) for i in range(plan.shards)])
 
     def __getstate__(self) -> tuple[epath.Path, Plan]:
         return self.directory, self.plan
@@ -114,11 +118,18 @@ class TokenCache:
         Raises:
           SetupError: the record cannot be read, or its checksum is of something else.
         """
+        if self.plain_alone and not decode.is_plain(image):
+            raise SetupError(
+                f"The token cache {self.directory} is of a version that did not look at the "
+                f"transparency of images or at more than 8 bits a channel, and example {example} "
+                f"has one of these: its tokens are of another image than is seen. Write another "
+                f"cache with supmim_jax.tokenize."
+            )
         record = view * self.plan.examples + example
         shard, place = divmod(record, self.plan.records_per_shard)
         path = self.plan.path(self.directory, shard)
         try:
-            found = self._reader(shard, path).read([place])[0]
+            found = self.readers.read(shard, place)
         except (RuntimeError, ValueError, IndexError) as error:
             raise SetupError(
                 f"{path} cannot be read: {error}. Delete it and run supmim_jax.tokenize again: it "
@@ -134,12 +145,6 @@ class TokenCache:
             )
         return np.frombuffer(encoded, "<u2")
 
-    def _reader(self, shard: int, path: epath.Path) -> array_record_module.ArrayRecordReader:
-        with self.lock:
-            if shard not in self.readers:
-                self.readers[shard] = _reader(path)
-            return self.readers[shard]
-
 
 def open_cache(cfg: Config, tokenizer_digest: str | None = None) -> TokenCache:
     """The cache that config.tokens names, every shard of it.
@@ -154,7 +159,10 @@ def open_cache(cfg: Config, tokenizer_digest: str | None = None) -> TokenCache:
     directory = epath.Path(cfg.tokens.cache)
     plan = read_plan(directory)
     digest = tokenizer_digest or plan.fingerprint["tokenizer_sha256"]
-    check_same(plan.fingerprint, fingerprint(cfg, digest), directory)
+    wanted = fingerprint(cfg, digest)
+    if "shown" not in plan.fingerprint:
+        del wanted["shown"]
+    check_same(plan.fingerprint, wanted, directory)
     if plan.views < cfg.num_views:
         raise SetupError(
             f"The token cache {directory} has {plan.views} views of each image, and the run wants "
@@ -177,7 +185,7 @@ def _check_shards(directory: epath.Path, plan: Plan) -> None:
             f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. Run the command that "
             f"wrote it again: it goes on where it stopped."
         )
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(64, readers.most_open())) as pool:
         found = pool.map(_damage, paths, [len(plan.shard(i)) for i in range(plan.shards)])
         damage = next(filter(None, found), None)
     if damage:
@@ -190,11 +198,7 @@ def _check_shards(directory: epath.Path, plan: Plan) -> None:
 def _damage(path: epath.Path, expected: int) -> str:
     """What is wrong with a shard; "" for nothing. Only its end is read."""
     try:
-        found = _reader(path).num_records()
-    except (RuntimeError, ValueError) as error:
-        return f"{path.name} is cut or not an ArrayRecord file ({str(error)[:200]})"
+        found = readers.count(str(path))
+    except ValueError as error:
+        return f"{path.name} {error}"
     return "" if found == expected else f"{path.name} has {found} records, expected {expected}"
-
-
-def _reader(path: epath.Path) -> array_record_module.ArrayRecordReader:
-    return array_record_module.ArrayRecordReader(str(path), options="readahead_buffer_size:0")

@@ -9,6 +9,8 @@ when it is complete, not before. Killed, the same command goes on with the shard
 (the first form begins anew: its builder is tfds's own). The last lines say how to train on it.
 """
 
+import errno
+
 from absl import flags
 from etils import epath
 
@@ -20,7 +22,7 @@ from supmim_jax.data.prepare import catalogue, folder, tfrecords
 FORMS = {
     "name": ("manual_dir", "verify"),
     "from_tfrecord": (),
-    "image_folder": ("as", "val_fraction", "no_decode", "skip_broken"),
+    "image_folder": ("as", "val_fraction", "no_decode", "skip_broken", "follow_links", "max_value"),
 }
 
 
@@ -42,9 +44,13 @@ def main() -> None:
                 val_fraction=given["val_fraction"],
                 decode=not given["no_decode"],
                 skip_broken=given["skip_broken"],
+                follow_links=given["follow_links"],
+                max_value=given["max_value"],
                 **where,
             )
     except OSError as error:
+        if error.errno in (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE):
+            raise  # may be gone the next time
         raise SetupError(f"Cannot be read or written: {error}.") from None
     print(said)
 
@@ -80,5 +86,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_bool("no_decode", False, "--image_folder: look at first bytes only.")
     flags.DEFINE_bool("skip_broken", False, "--image_folder: leave out what is no image.")
+    flags.DEFINE_bool("follow_links", False, "--image_folder: links may lead out of it.")
+    flags.DEFINE_float(
+        "max_value", 0.0, "--image_folder: white in images of more than 8 bits.", lower_bound=0.0
+    )
     flags.DEFINE_bool("dry_run", False, "Say what would be written, and write nothing.")
     commands.start(main)

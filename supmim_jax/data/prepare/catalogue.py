@@ -57,6 +57,7 @@ def prepare(
             f"configs are {', '.join(fractals.SPECS)}."
         )
     builder = _builder(name, data_dir)
+    records.check_image(builder.info.features, name)
     final = epath.Path(builder.data_path)
     if final.exists():
         _check_format(builder, name)
@@ -77,7 +78,7 @@ def prepare(
         _check_manual(builder, manual)
         needed = 2 * int(builder.info.dataset_size) + int(builder.info.download_size or 0) or None
     if dry_run:
-        return report.planned(final, splits, needed)
+        return report.planned(final, splits, needed, builder.info.features)
     target.check_space(local, needed or 0)
     if local == root:
         _build(builder, name, root, manual)

@@ -11,7 +11,8 @@ from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from supmim_jax.config import SetupError
 from supmim_jax.data import fractals
-from supmim_jax.data.prepare import files, layout, progress, report, shards, target
+from supmim_jax.data.decode import Shown
+from supmim_jax.data.prepare import files, layout, report, shards, target
 
 VERSION = "1.0.0"
 EXAMPLE_BYTES = 72  # of a record beside its image and file name, at most
@@ -25,6 +26,8 @@ def prepare(
     decode: bool = True,
     skip_broken: bool = False,
     dry_run: bool = False,
+    follow_links: bool = False,
+    max_value: float = 0.0,
 ) -> str:
     """Writes the data set, going on where an earlier run stopped; what to say at the end.
 
@@ -38,42 +41,49 @@ def prepare(
       decode: whether all of an image is tested, or its first bytes alone.
       skip_broken: leaves out what is no image, where otherwise nothing would be written.
       dry_run: writes nothing and says what would be.
+      follow_links: symbolic links may lead out of the folder.
+      max_value: white, of images of more than 8 bits a channel; 0: they are refused.
 
     Raises:
       SetupError: the folder, the name or the disk must be changed first.
     """
     final = target.data_dir(data_dir) / check_free_name(name) / VERSION
-    found = layout.read(root.expanduser(), val_fraction)
-    made_of = {
-        "source": str(root),
-        "fingerprint": files.fingerprint(
-            found.splits,
-            found.classes,
-            decode,
-            skip_broken,
-            shards.WRITER,
-            shards.RECORDS_PER_SHARD,
-            shards.BYTES_PER_SHARD,
-        ),
-    }
+    found = layout.read(root.expanduser(), val_fraction, follow_links)
+    made_of = {"source": str(root), "fingerprint": _fingerprint(found, decode, skip_broken)}
+    if max_value:
+        made_of["max_value"] = max_value
+        made_of["fingerprint"] += f" white={max_value:.10g}"
     if target.is_done(final, made_of):
-        return _finished(final, name, data_dir, target.manifest(final), report.AGAIN)
+        return _finished(final, name, data_dir, target.manifest(final), report.AGAIN, found)
     earlier = target.manifest(target.unfinished(final))
     if earlier.get("fingerprint") == made_of["fingerprint"]:
         made_of = earlier  # with the files that it found broken
     else:
-        made_of["left_out"] = _broken(found, decode, skip_broken)
+        shown = Shown(max_value=max_value, setting="--max_value")
+        made_of["left_out"] = _broken(found, decode, skip_broken, shown)
     jobs = _jobs(found, made_of["left_out"], name)
     needed = report.missing_bytes(final, jobs, made_of["fingerprint"])
     if dry_run:
-        return _left_out(made_of) + report.planned(final, report.splits_of(jobs), needed)
+        planned = report.planned(final, report.splits_of(jobs), needed)
+        return _not_in_it(made_of, found) + planned
     target.check_space(final, needed)
     with target.writing(final, made_of) as directory:
         shards.write_all(directory, [job for of in jobs.values() for job in of])
         _write_info(directory, name, found.classes, jobs)
-    if found.others:
-        progress.say(f"Not images by their names: {len(found.others)}, as {found.others[0]}.")
-    return _finished(final, name, data_dir, made_of, "Prepared")
+    return _finished(final, name, data_dir, made_of, "Prepared", found)
+
+
+def _fingerprint(found: layout.Folder, decode: bool, skip_broken: bool) -> str:
+    """What a data set is made of; the same as long as nothing that matters to it changes."""
+    return files.fingerprint(
+        found.splits,
+        found.classes,
+        decode,
+        skip_broken,
+        shards.WRITER,
+        shards.RECORDS_PER_SHARD,
+        shards.BYTES_PER_SHARD,
+    )
 
 
 def check_free_name(name: str) -> str:
@@ -119,14 +129,22 @@ def examples(classes: Sequence[str]) -> Callable[[dict], bytes]:
     return as_example
 
 
-def _broken(found: layout.Folder, decode: bool, skip: bool) -> dict[str, str]:
+def _broken(found: layout.Folder, decode: bool, skip: bool, shown: Shown) -> dict[str, str]:
     """What is wrong with which files.
 
     Raises:
-      SetupError: something is, and they are not to be skipped; or too much would be.
+      SetupError: something is, and they are not to be skipped; or too much would be; or what is
+      seen in one of them only --max_value can say.
     """
     every = [file for of in found.splits.values() for file in of]
-    broken = files.faults(found.root, every, decode)
+    broken, unclear = files.faults(found.root, every, decode, shown)
+    if unclear:
+        rows = [f"{name} {error.found}" for name, error in unclear.items()]
+        cures = " ".join(dict.fromkeys(error.cure for error in unclear.values()))
+        raise SetupError(
+            f"What is seen in {len(unclear)} of {len(every)} files in {found.root} is not clear:"
+            f"{report.named(rows)}\n{cures} Nothing was written."
+        )
     if broken and not skip:
         rows = [f"{name} {wrong}" for name, wrong in broken.items()]
         raise SetupError(
@@ -169,7 +187,13 @@ def _records(
     root: epath.Path, of: Sequence[files.File], as_example: Callable[[dict], bytes]
 ) -> Iterator[bytes]:
     def record(file: files.File) -> bytes:
-        encoded = (root / file.name).read_bytes()
+        try:
+            encoded = (root / file.name).read_bytes()
+        except FileNotFoundError:
+            raise SetupError(
+                f"{root / file.name} was there when the command began, and is gone. Run it again "
+                f"when nothing writes to the folder."
+            ) from None
         if len(encoded) != file.size:
             raise SetupError(
                 f"{root / file.name} has {len(encoded)} bytes now and had {file.size} when the "
@@ -207,11 +231,16 @@ def _write_info(directory: epath.Path, name: str, classes: Sequence[str], jobs: 
     tfds.core.dataset_info.write_dataset_info_proto(info, directory)
 
 
-def _left_out(made_of: dict) -> str:
+def _not_in_it(made_of: dict, found: layout.Folder) -> str:
+    """Which files of the folder are left out, and why."""
     rows = [f"{name} {wrong}" for name, wrong in made_of["left_out"].items()]
-    return f"Left out, being no images: {len(rows)}{report.named(rows)}\n" if rows else ""
+    said = f"Left out, being no images: {len(rows)}{report.named(rows)}\n" if rows else ""
+    return said + (f"{report.ignored(found.others)}\n" if found.others else "")
 
 
-def _finished(final: epath.Path, name: str, data_dir: str, made_of: dict, done: str) -> str:
+def _finished(
+    final: epath.Path, name: str, data_dir: str, made_of: dict, done: str, found: layout.Folder
+) -> str:
     builder = tfds.builder_from_directory(final)
-    return _left_out(made_of) + report.finished(builder, name, data_dir, done)
+    white = made_of.get("max_value", 0.0)
+    return _not_in_it(made_of, found) + report.finished(builder, name, data_dir, done, white)

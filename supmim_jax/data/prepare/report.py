@@ -1,8 +1,11 @@
 """What was, or would be, prepared: splits, sizes, and how to train on it."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
@@ -28,6 +31,13 @@ def named(names: Sequence[str]) -> str:
     return "".join(f"\n  {name}" for name in names[:NAMED]) + more
 
 
+def ignored(names: Sequence[str]) -> str:
+    """What is left out by the endings of its names, in a line."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
+    counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(8))
+    return f"Ignored by their names' endings: {len(names)} files ({counts}), as {names[0]}."
+
+
 def table(splits: Sequence[Split]) -> str:
     rows = [
         f"  {split.name:<12} {split.records:>12,} records {progress.size(split.bytes):>12} "
@@ -44,16 +54,30 @@ def splits_of(jobs: dict[str, list[Job]]) -> list[Split]:
     ]
 
 
-def planned(final: epath.Path, splits: Sequence[Split], needed: int | None) -> str:
+def planned(
+    final: epath.Path,
+    splits: Sequence[Split],
+    needed: int | None,
+    features: tfds.features.FeaturesDict | None = None,
+) -> str:
     """What --dry_run prints; `needed` is in bytes, None where nobody knows it beforehand."""
+    needs = "".join(f"\n  training will need --config.data.{o}" for o in white(features or {}))
     free = storage.free_bytes(final)
     size = "unknown" if needed is None else progress.size(needed)
     room = "unknown" if free is None else progress.size(free)
     enough = "" if None in (needed, free) else f" ({'enough' if needed <= free else 'NOT ENOUGH'})"
     return (
         f"Would write {final}\n{table(splits) if splits else '  splits: not known beforehand'}\n"
-        f"  needs at most {size}; free there: {room}{enough}\nNothing was written."
+        f"  needs at most {size}; free there: {room}{enough}{needs}\nNothing was written."
     )
+
+
+def white(features: Mapping[str, tfds.features.FeatureConnector]) -> list[str]:
+    """The override that images need which are no bytes: no file says which value is white."""
+    image = dict(features).get("image")
+    if not isinstance(image, tfds.features.Image) or image.np_dtype == np.uint8:
+        return []
+    return [f"max_value=<which value of {np.dtype(image.np_dtype).name} is white>"]
 
 
 def missing_bytes(final: epath.Path, jobs: dict[str, list[Job]], fingerprint: str) -> int:
@@ -64,7 +88,9 @@ def missing_bytes(final: epath.Path, jobs: dict[str, list[Job]], fingerprint: st
     return bytes_on_disk(job for of in jobs.values() for job in of if job.file not in there)
 
 
-def finished(builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str) -> str:
+def finished(
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
+) -> str:
     """The last words: what is there now, and the overrides to train on it."""
     info = builder.info
     splits = [
@@ -82,6 +108,7 @@ def finished(builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: 
         overrides += [f"label_field={field}"] if field != "label" else []
     else:
         lines.append(f"  no classes; the features are {', '.join(info.features)}")
+    overrides += [f"max_value={max_value:.10g}"] if max_value else white(info.features)
     names = [split.name for split in splits]
     if "train" in names:
         overrides.append(f"train_examples={info.splits['train'].num_examples}")

@@ -15,6 +15,7 @@ from tensorflow_datasets.core import dataset_info, file_adapters
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from supmim_jax.config import SetupError
+from supmim_jax.data import records
 from supmim_jax.data.prepare import report, shards, target
 
 INFO = "dataset_info.json"
@@ -42,12 +43,14 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
             f"{source} is where the ArrayRecord copy would go. Give another --data_dir; the copy "
             f"is written to <data_dir>/{full_name}/{proto.version}."
         )
+    features = tfds.features.FeaturesDict.from_config(source)
+    records.check_image(features, full_name)
     jobs = _jobs(source, proto)
     made_of = {"source": str(source), "fingerprint": _fingerprint(source, jobs)}
     if not target.is_done(final, made_of):
         needed = report.missing_bytes(final, jobs, made_of["fingerprint"])
         if dry_run:
-            return report.planned(final, report.splits_of(jobs), needed)
+            return report.planned(final, report.splits_of(jobs), needed, features)
         target.check_space(final, needed)
         with target.writing(final, made_of) as directory:
             shards.write_all(directory, [job for of in jobs.values() for job in of])

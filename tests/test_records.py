@@ -1,0 +1,250 @@
+"""Which features are read, how many files are open, and what the system refuses."""
+
+import contextlib
+import errno
+import os
+import pickle
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import REPOSITORY
+from etils import epath
+from pictures import CLASSES, encoded, put, source
+
+from supmim_jax.config import OF_THE_USER, DataConfig, MasksConfig, SetupError
+from supmim_jax.data import readers, records, seals, sequence
+from supmim_jax.data.prepare import catalogue, folder, shards
+
+F = tfds.features
+PICTURE = F.Image(shape=(4, 4, 3), encoding_format="png")
+PIXELS = np.zeros((4, 4, 3), np.uint8)
+ODD = {
+    "labels": (
+        {
+            "image": PICTURE,
+            "label": F.Sequence(F.ClassLabel(num_classes=30)),
+            "text": F.Text(),
+            "number": F.Tensor(shape=(), dtype=np.int64),
+            "box": F.BBoxFeature(),
+            "depth": F.Image(shape=(4, 4, 1), dtype=np.float32, encoding_format="png"),
+            "kind": F.ClassLabel(num_classes=30),
+        },
+        {
+            "image": PIXELS,
+            "label": [1, 2],
+            "text": "ape",
+            "number": 3,
+            "box": F.BBox(0.0, 0.0, 1.0, 1.0),
+            "depth": np.zeros((4, 4, 1), np.float32),
+            "kind": 3,
+        },
+    ),
+    "tensor": ({"image": F.Tensor(shape=(4, 4, 3), dtype=np.uint8)}, {"image": PIXELS}),
+    "several": ({"image": F.Sequence(PICTURE)}, {"image": [PIXELS, PIXELS]}),
+    "nested": ({"image": {"left": PICTURE}}, {"image": {"left": PIXELS}}),
+    "none": ({"picture": PICTURE}, {"picture": PIXELS}),
+}
+
+
+class Odd(tfds.core.GeneratorBasedBuilder):
+    """Features that are not one image with one class."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ODD]
+
+    def _info(self):
+        features = F.FeaturesDict(ODD[self.builder_config.name][0])
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, ODD[self.builder_config.name][1]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("odd")
+    for name in ODD:
+        Odd(config=name, data_dir=directory, file_format="array_record").download_and_prepare()
+    return str(directory)
+
+
+@pytest.mark.parametrize("field", ["label", "text", "number", "box", "image"])
+def test_what_is_no_single_class_is_refused_by_name(odd, field):
+    cfg = DataConfig(name="odd/labels", data_dir=odd, label_field=field)
+    with pytest.raises(SetupError, match=rf"'odd/labels'.*'{field}'.*label_field.*kind"):
+        records.open_source(cfg, "train")
+
+
+@pytest.mark.parametrize("name", ["tensor", "several", "nested", "none"])
+def test_what_is_no_single_image_is_refused_by_name_also_before_it_is_prepared(odd, name, tmp_path):
+    cfg = DataConfig(name=f"odd/{name}", data_dir=odd)
+    with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
+        records.open_source(cfg, "train")
+    with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
+        catalogue.prepare(f"odd/{name}", str(tmp_path), "", dry_run=True)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["depth", "number"])
+def test_what_is_no_mask_is_refused_by_name(odd, field):
+    cfg = DataConfig(name="odd/labels", data_dir=odd, masks=MasksConfig(field=field))
+    with pytest.raises(SetupError, match=rf"masks\.field is '{field}'.*'odd/labels'"):
+        records.open_masks(cfg, "train")
+
+
+COUNT = 90
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A data set of a shard for each image."""
+    root = tmp_path_factory.mktemp("many")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "RECORDS_PER_SHARD", 1)
+        for i in range(COUNT):
+            put(root / "photos" / "train" / CLASSES[i % 3] / f"{i:03d}.png", encoded(i, size=8))
+        for name in CLASSES:
+            put(root / "photos" / "val" / name / "0.png", encoded(0, size=8))
+        folder.prepare(epath.Path(root / "photos"), "many", str(root / "data"))
+    return str(root / "data")
+
+
+FEW = """
+import dataclasses, os, resource, sys
+from supmim_jax.config import Config, DataConfig, SupervisedConfig
+from supmim_jax.data import feed
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+if __name__ == "__main__":
+    data = DataConfig(name="many", data_dir=sys.argv[1], train_examples=90, num_classes=3,
+                      channels=3, image_size=8, eval_resize=8, workers=int(sys.argv[2]))
+    cfg = Config(data=data, objective=SupervisedConfig(), batch_size=30, epochs=4)
+    fed = feed.training(cfg, range(30))
+    ids = [i for batch in fed for i in batch["id"].tolist()]
+    print(fed.broken, all(sorted(ids[e:e + 90]) == list(range(90)) for e in range(0, 360, 90)))
+    fed.close()
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_more_shards_than_a_process_may_open_files_are_read_without_loss(many, tmp_path, workers):
+    script = tmp_path / "few.py"
+    script.write_text(FEW)
+    out = subprocess.run(
+        [sys.executable, str(script), many, workers],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": REPOSITORY},
+    )
+    assert out.stdout.split()[-2:] == ["0", "True"], out.stderr
+
+
+def opened() -> int:
+    names = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sum("array_record" in os.readlink(name) for name in names if os.path.islink(name))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files by /proc")
+def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, monkeypatch):
+    monkeypatch.setattr(readers, "most_open", lambda: 5)
+    data = source(many, "many")
+    before = opened()
+    read = [data[i]["image"] for i in range(COUNT)]
+    assert 0 < opened() - before <= 5
+    again = pickle.loads(pickle.dumps(data.raw))
+    assert len(again) == COUNT and opened() - before <= 5
+    assert [data[i]["image"] for i in reversed(range(COUNT))] == read[::-1]
+    for wrong in (COUNT, -1):
+        with pytest.raises(IndexError):
+            data.raw[wrong]
+
+
+def test_parts_of_splits_are_the_records_that_tfds_names(many):
+    whole = [source(many, "many")[i]["image"] for i in range(COUNT)]
+    for split, wanted in (
+        ("train[10:20]", whole[10:20]),
+        ("train[-7:]+train[:3]", whole[-7:] + whole[:3]),
+    ):
+        part = source(many, "many", split)
+        assert [part[i]["image"] for i in range(len(part))] == wanted
+
+
+@contextlib.contextmanager
+def limit(soft: int):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_the_limit_is_raised_to_what_the_system_allows():
+    with limit(256) as hard:
+        readers.allow_many_files()
+        most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == max(most, 256)
+
+
+def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
+    data = source(many, "many")
+    held = []
+    with limit(max(map(int, os.listdir("/proc/self/fd"))) + 8):
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(SetupError, match=r"many-train.*ulimit -n"):
+            data[3]
+        with pytest.raises(SetupError, match=r"ulimit -n"):
+            sequence.Intact(data, lambda drawn: {})((0, 3))
+        seals.check_shards.cache_clear()
+        with pytest.raises((SetupError, OSError)) as caught:  # nor a damaged data set
+            source(many, "many")
+        assert "damaged" not in str(caught.value)
+        for file in held:
+            os.close(file)
+    assert data[3]["label"] == source(many, "many")[3]["label"]
+
+
+class Failing:
+    """A reader of a file whose disk or server fails."""
+
+    def __init__(self, said: str):
+        self.said = said
+
+    def read(self, positions):
+        raise RuntimeError(f"pread() failed: {self.said}; reading x; at byte 64; Could not read")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE, errno.EACCES, errno.ENOENT]
+)
+def test_a_read_that_the_system_refuses_ends_the_run(many, monkeypatch, number):
+    data = source(many, "many")
+    said = os.strerror(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            readers.array_record_module, "ArrayRecordReader", lambda *a, **k: Failing(said)
+        )
+        for read in (
+            lambda: data[3],
+            lambda: sequence.Intact(data, lambda drawn: {})((0, 3)),
+            lambda: sequence.EvaluationRecord(data)(3),
+        ):
+            with pytest.raises(OSError, match="many-train") as caught:
+                read()
+            assert caught.value.errno == number
+    assert data[3]["image"]  # a reader that failed is not kept
+
+
+def test_which_errors_a_person_must_mend():
+    """These end a command with 2, others with 1: they may be gone the next time."""
+    assert {errno.EMFILE, errno.EACCES} <= set(OF_THE_USER)
+    assert not {errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE} & set(OF_THE_USER)
