@@ -30,14 +30,13 @@ def start(run: Callable[[], None]) -> None:
         if len(argv) > 1:
             fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
         logging.set_verbosity(logging.ERROR)
-        preemption.listen()
         try:
             run()
         except SetupError as error:
             fail(str(error), EXIT_SETUP)
         except Diverged as error:
             fail(str(error), EXIT_DIVERGED)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             if isinstance(error, OSError) and error.errno in OF_THE_USER:
                 fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
             if not distributed.active():
@@ -47,6 +46,7 @@ def start(run: Callable[[], None]) -> None:
             fail(f"{type(error).__name__}: {reason}", distributed.EXIT_TRY_AGAIN)
         distributed.end()
 
+    preemption.listen()
     app.run(main, flags_parser=parse)
 
 
