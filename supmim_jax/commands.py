@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from supmim_jax import distributed, environment, preemption
+from supmim_jax import display, distributed, environment, preemption
 from supmim_jax.config import OF_THE_USER, Config, SetupError
 from supmim_jax.configdict import section
 from supmim_jax.finite import Diverged
@@ -44,10 +44,19 @@ def start(run: Callable[[], None]) -> None:
             traceback.print_exc()
             reason = str(error).strip().partition("\n")[0]
             fail(f"{type(error).__name__}: {reason}", distributed.EXIT_TRY_AGAIN)
+        if lost := display.lost():
+            fail(f"stdout has not all of what was printed: {lost}. Print elsewhere.", EXIT_SETUP)
         distributed.end()
 
+    display.guard()
     preemption.listen()
-    app.run(main, flags_parser=parse)
+    # All drawing goes to files. What a notebook left here is for its own windows, and matplotlib
+    # cannot even be imported where it knows no such backend.
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        app.run(main, flags_parser=parse)
+    finally:
+        display.end()
 
 
 def parse(argv: list[str]) -> list[str]:

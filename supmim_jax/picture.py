@@ -130,14 +130,12 @@ def one_device() -> Mesh:
 
 def draw(rows: dict[str, np.ndarray], path: Path) -> None:
     """Writes the panels as a PNG, an image a column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     count = len(rows["image"])
     shape = (1.1 * count, 1.15 * len(rows))
-    figure, axes = plt.subplots(len(rows), count, figsize=shape, squeeze=False)
+    figure = Figure(figsize=shape)
+    axes = figure.subplots(len(rows), count, squeeze=False)
     for i, (title, images) in enumerate(rows.items()):
         for j, image in enumerate(images):
             axes[i, j].imshow((image.squeeze() + 1) / 2, cmap="gray", vmin=0, vmax=1)
@@ -146,7 +144,6 @@ def draw(rows: dict[str, np.ndarray], path: Path) -> None:
         axes[i, 0].set_ylabel(title, fontsize=9)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from conftest import REPOSITORY
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
 LAYERS = [
-    {"config", "configdict", "types", "hlo", "environment"},
+    {"config", "configdict", "types", "hlo", "environment", "display"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "finite", "formats", "distributed"},
     {"preemption", "stall"},
@@ -27,7 +27,7 @@ LAYERS = [
     },
     {"report", "rehearse"},
 ]
-SIDEWAYS = {("configdict", "config"), ("sharding", "optim")}
+SIDEWAYS = {("configdict", "config"), ("display", "config"), ("sharding", "optim")}
 APART = {("evals", "objectives"), ("evals", "inference")}
 
 
