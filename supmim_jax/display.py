@@ -47,8 +47,8 @@ def guard() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Shown(stream))

@@ -40,8 +40,7 @@ def shell(redirection: str, *command: str, **env) -> int:
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": REPOSITORY} | env,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         errors="replace",
     )
