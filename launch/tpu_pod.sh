@@ -170,7 +170,7 @@ worst() { # of the workers' codes: one that a person must look at, else one that
   [ -n "$1" ] || return 1
   for code in $1; do
     case "$code" in
-      2 | 3) return "$code" ;;
+      2 | 3 | 130) return "$code" ;;
       0) ;;
       *) found=1 ;;
     esac
@@ -213,7 +213,7 @@ trap 'trap - EXIT; rm -rf "$scratch"; echo "The slice $name stays. --resume goes
 for ((i = 1; ; i++)); do
   code_of_run=0
   attempt || code_of_run=$?
-  case "$code_of_run" in 0 | 2 | 3) break ;; esac
+  case "$code_of_run" in 0 | 2 | 3 | 130) break ;; esac
   if [ -z "$resume" ] || ((i >= attempts)); then break; fi
   echo "Attempt $i ended with $code_of_run; trying again." >&2
   sleep "$POLL"

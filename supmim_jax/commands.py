@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from supmim_jax import distributed, environment, preemption, storage
+from supmim_jax import display, distributed, environment, preemption, storage
 from supmim_jax.config import OF_THE_USER, Config, SetupError
 from supmim_jax.configdict import section
 from supmim_jax.data import readers
@@ -31,7 +31,6 @@ def start(run: Callable[[], None]) -> None:
         if len(argv) > 1:
             fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
         logging.set_verbosity(logging.ERROR)
-        preemption.listen()
         readers.allow_many_files()
         try:
             run()
@@ -39,7 +38,7 @@ def start(run: Callable[[], None]) -> None:
             fail(str(error), EXIT_SETUP)
         except Diverged as error:
             fail(str(error), EXIT_DIVERGED)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             if isinstance(error, OSError) and error.errno in OF_THE_USER:
                 fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
             if refused := storage.denied(error):
@@ -49,9 +48,19 @@ def start(run: Callable[[], None]) -> None:
             traceback.print_exc()
             reason = str(error).strip().partition("\n")[0]
             fail(f"{type(error).__name__}: {reason}", distributed.EXIT_TRY_AGAIN)
+        if lost := display.lost():
+            fail(f"stdout has not all of what was printed: {lost}. Print elsewhere.", EXIT_SETUP)
         distributed.end()
 
-    app.run(main, flags_parser=parse)
+    display.guard()
+    preemption.listen()
+    # All drawing goes to files. What a notebook left here is for its own windows, and matplotlib
+    # cannot even be imported where it knows no such backend.
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        app.run(main, flags_parser=parse)
+    finally:
+        display.end()
 
 
 def parse(argv: list[str]) -> list[str]:

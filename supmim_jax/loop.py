@@ -47,7 +47,7 @@ class Loop:
         self.line = ProgressLine(cfg)
 
     def to(self, last: int) -> tuple[int, TrainState]:
-        """Trains to step `last`, or to the one where SIGTERM stops it, and saves that step.
+        """Trains to step `last`, or to the one where a signal stops it, and saves that step.
 
         Raises:
           Diverged: a loss term or gradient is not finite, and config.watch allows no roll-back.
@@ -169,7 +169,7 @@ class Loop:
     def _back(self, error: Diverged) -> dict:
         """What changes in the run's numbers as it goes back to its newest scheduled checkpoint.
 
-        Not to one that SIGTERM brought about: which batches are left out depends on the schedule
+        Not to one that a signal brought about: which batches are left out depends on the schedule
         alone, and a run that is ended before or after goes the same way.
         """
         times, allowed = self.numbers["roll_backs"], self.cfg.watch.roll_backs

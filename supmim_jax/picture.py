@@ -131,14 +131,12 @@ def one_device() -> Mesh:
 
 def draw(rows: dict[str, np.ndarray]) -> bytes:
     """The panels as a PNG, an image a column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     count = len(rows["image"])
     shape = (1.1 * count, 1.15 * len(rows))
-    figure, axes = plt.subplots(len(rows), count, figsize=shape, squeeze=False)
+    figure = Figure(figsize=shape)
+    axes = figure.subplots(len(rows), count, squeeze=False)
     for i, (title, images) in enumerate(rows.items()):
         for j, image in enumerate(images):
             axes[i, j].imshow((image.squeeze() + 1) / 2, cmap="gray", vmin=0, vmax=1)
@@ -148,7 +146,6 @@ def draw(rows: dict[str, np.ndarray]) -> bytes:
     figure.tight_layout(pad=0.3)
     file = io.BytesIO()
     figure.savefig(file, dpi=100)
-    plt.close(figure)
     return file.getvalue()
 
 

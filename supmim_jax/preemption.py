@@ -1,4 +1,4 @@
-"""SIGTERM: how a command ends when its machine is wanted back.
+"""SIGTERM, Ctrl-C, SIGHUP: how a command ends when its machine or terminal is wanted back.
 
 Steps that no checkpoint holds are saved first, see `told_to_stop`. At any other moment (start-up,
 compilation, evaluation, a command that keeps its work in complete files) there is nothing to lose,
@@ -7,9 +7,12 @@ compilation or collective that the main thread is in returns.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from jax.experimental import multihost_utils
@@ -17,9 +20,9 @@ from jax.experimental import multihost_utils
 from supmim_jax import distributed
 from supmim_jax.config import SetupError
 
-EXIT_STOPPED = 143  # 128 + SIGTERM, as a shell reports it; the same command goes on
 EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
-MESSAGE = "Stopped by SIGTERM; nothing that was done is lost. The same command goes on."
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TWICE = 0.5  # seconds: a wrapper that passes Ctrl-C on sends it again at once; no person does
 
 
 class _Unsaved:
@@ -31,20 +34,34 @@ class _Unsaved:
 
 
 _told, _unsaved = threading.Event(), _Unsaved()
+_first: list[int] = []  # the signal that came first, if one came to this process
 
 
 def listen() -> None:
-    """From now on SIGTERM ends this process as described above. Only the main thread may call.
+    """From now on SIGNALS end this process as described above. Only the main thread may call.
 
     Several processes that have joined learn of it from JAX's preemption service instead, all of
-    them, whichever was sent the signal.
+    them, whichever was sent the signal. What nohup, or a shell for its background jobs, has this
+    process ignore stays ignored.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in SIGNALS:
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     threading.Thread(target=_wait, args=(read,), name="preemption", daemon=True).start()
     distributed.on_preemption(end)
+
+
+def stopped() -> tuple[str, int]:
+    """What a run that was told to stop says at its end, and its exit code, as a shell reports it.
+
+    Of several processes those that were not sent the signal themselves name SIGTERM.
+    """
+    number = _first[0] if _first else signal.SIGTERM
+    said = f"Stopped by {signal.Signals(number).name}; nothing that was done is lost."
+    return f"{said} The same command goes on.", 128 + number
 
 
 def told_to_stop(step: int) -> bool:
@@ -58,7 +75,7 @@ def told_to_stop(step: int) -> bool:
 
 
 def hold() -> None:
-    """A step was done that no checkpoint holds: SIGTERM waits until `release`. May be repeated.
+    """A step was done that no checkpoint holds: a signal waits until `release`. May be repeated.
 
     If the process was told to end while nothing was held, this does not return.
     """
@@ -68,7 +85,7 @@ def hold() -> None:
 
 
 def release() -> None:
-    """Everything is saved: a SIGTERM that waits ends the process now."""
+    """Everything is saved: a signal that waits ends the process now."""
     if _unsaved.held:
         _unsaved.held = False
         _unsaved.lock.release()
@@ -76,7 +93,7 @@ def release() -> None:
 
 @contextlib.contextmanager
 def released(finish: Callable[[], None]) -> Iterator[None]:
-    """Inside, all steps are saved once `finish` has returned; a SIGTERM calls it, then ends."""
+    """Inside, all steps are saved once `finish` has returned; a signal calls it, then ends."""
     _unsaved.finish = finish
     release()
     try:
@@ -97,10 +114,32 @@ def end() -> None:
             distributed.leave(str(error), EXIT_SETUP)
         except Exception as error:
             distributed.leave(f"{type(error).__name__}: {error}", distributed.EXIT_TRY_AGAIN)
-        distributed.leave(MESSAGE, EXIT_STOPPED)
+        distributed.leave(*stopped())
 
 
 def _wait(read: int) -> None:
-    while signal.SIGTERM not in os.read(read, 64):
-        pass
-    end()
+    """Acts on the signals that come through the pipe."""
+    since = 0.0
+    while True:
+        for number in os.read(read, 64):
+            if number not in SIGNALS:
+                continue
+            if not _first:
+                _first.append(number)
+                since = time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - since > TWICE:
+                _end_at_once()
+            if number != signal.SIGTERM and distributed.active():
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX's service tells to all
+                continue
+            if number == signal.SIGINT and _unsaved.held and not _told.is_set():
+                print("\nSaving the step under way; Ctrl-C again ends at once.", file=sys.stderr)
+            threading.Thread(target=end, daemon=True).start()
+
+
+def _end_at_once() -> None:
+    """A second Ctrl-C: whoever presses it will not wait."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    print("\nerror: Ended at once; steps since the newest checkpoint are lost.", file=sys.stderr)
+    os._exit(128 + signal.SIGINT)

@@ -14,6 +14,7 @@ from supmim_jax.config import WatchConfig
 
 FIRST = 5  # intervals before their median is trusted
 RECENT = 101  # intervals that it is of
+LOOK = 0.5  # seconds between looks
 
 
 class StallWatch:
@@ -22,6 +23,8 @@ class StallWatch:
     A process whose last step is longer ago than config.watch allows dumps the stacks of all its
     threads to stderr, says which process is behind, and ends with EXIT_TRY_AGAIN; so do the
     others. Before the median of a step's time is known, and in pauses, nothing is called a stall.
+    Time in which the watch itself did not run counts for nothing: the whole process stood still, by
+    Ctrl-Z, docker pause, Slurm's suspend or a closed lid, and goes on where it was.
     """
 
     def __init__(self, cfg: WatchConfig):
@@ -75,7 +78,13 @@ class StallWatch:
         return since if since > limit else None
 
     def _look(self) -> None:
-        while not self.ending.wait(0.5):
+        looked = time.monotonic()
+        while not self.ending.wait(LOOK):
+            now = time.monotonic()
+            stood, looked = now - looked - LOOK, now
+            with self.lock:
+                if self.last is not None:
+                    self.last = min(now, self.last + stood)
             since = self.stalled()
             if since is not None and not self.ending.is_set():
                 self._give_up(since)

@@ -102,7 +102,8 @@ def main() -> None:
     commands.agree(cfg, command)
     results = train(cfg, WORKDIR.value, use_older_checkpoint=USE_OLDER.value)
     if not results:
-        commands.fail(f"{preemption.MESSAGE} ({WORKDIR.value})", preemption.EXIT_STOPPED)
+        message, code = preemption.stopped()
+        commands.fail(f"{message} ({WORKDIR.value})", code)
     if jax.process_index() == 0:
         print(f"{WORKDIR.value}: {json.dumps(results)}")
 

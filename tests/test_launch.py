@@ -219,7 +219,8 @@ def test_a_slice_is_made_used_and_deleted(pod):
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"), [(["0 2"], 2), (["1 3"], 3), (["0 1"], 1), (["143 143"], 1), ([], 1)]
+    ("codes", "expected"),
+    [(["0 2"], 2), (["1 3"], 3), (["0 1"], 1), (["143 129"], 1), (["130 143"], 130), ([], 1)],
 )
 def test_the_exit_code_is_that_of_the_worst_worker(pod, codes, expected):
     out, calls = pod(codes=codes)
@@ -249,7 +250,7 @@ def test_a_run_that_a_lost_terminal_left_is_followed_and_not_begun_again(pod):
     assert verbs(calls) == ["cat ~/exit", "delete"]
 
 
-@pytest.mark.parametrize("code", [2, 3])
+@pytest.mark.parametrize("code", [2, 3, 130])
 def test_what_another_try_cannot_mend_is_not_tried_again(pod, code):
     out, calls = pod("--resume", codes=[f"{code} {code}", "0 0"])
     assert out.returncode == code and verbs(calls) == [*RUN, "delete"]
@@ -378,7 +379,11 @@ def test_a_jobset_has_what_jax_and_gke_need(kind):
     env = {x["name"]: x["value"].replace("$$", "$") for x in container["env"]}
     assert env.pop("JAX_COMPILATION_CACHE_DIR") == "gs://b/it's $(X)/compiled"
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2, 3]}
+    assert rule["onExitCodes"] == {
+        "containerName": "train",
+        "operator": "In",
+        "values": [2, 3, 130],
+    }
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 20
     if kind is TPU:
         topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import storm
@@ -90,7 +91,7 @@ def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path)
         run, env = faulty(workdir, fault, "--config.epochs=9", *evaluates, *flags)
         processes += started([run], env=env)
     for process in ended(processes, within=90):
-        assert process.code == 143 and preemption.MESSAGE in process.err
+        assert process.code == 143 and preemption.stopped()[0] in process.err
     assert checkpoint.steps(workdir) == [3]
 
 
@@ -116,7 +117,7 @@ def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=40
     )
-    assert out.returncode == 143 and preemption.MESSAGE in out.stderr
+    assert out.returncode == 143 and preemption.stopped()[0] in out.stderr
 
 
 def test_who_is_behind_is_named(monkeypatch):
@@ -132,18 +133,73 @@ def test_who_is_behind_is_named(monkeypatch):
     assert watch.behind() == f"process 1 on {socket.gethostname()} at step 40"
 
 
-def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(data_dir, tmp_path):
-    """As `timeout` sends it: also to the one that decodes, for whose next batch the run waits."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(number, data_dir, tmp_path):
+    """As `timeout` or a terminal sends it: also to the one that decodes, on whom the run waits."""
     (tmp_path / "data").symlink_to(data_dir)
-    fault = {"signal": 15, "at": "batch", "count": 30, "group": True}
+    fault = {"signal": number, "at": "batch", "count": 30, "group": True}
     small = ("width=8", "heads=1", "mlp_dim=8")  # so that all time is the decoder's
     flags = [f"--config.model.{x}" for x in small] + ["--config.batch_size=240"]
     flags += ["--config.epochs=99", "--config.data.workers=1", "--config.data.crop=inception"]
     run, env = faulty(tmp_path / "run", fault, *flags)
     (process,) = ended(started([run], env=env), within=90)
-    assert process.code == 143, process.err
+    assert process.code == 128 + number and "Traceback" not in process.err, process.err
+    assert f"Stopped by {number.name}" in process.err
     done = [json.loads(x).get("done", 0) for x in (tmp_path / "log").read_text().splitlines()]
     assert checkpoint.steps(tmp_path / "run") == [max(done)] and 29 <= max(done) < 35
+
+
+def python(code: str, ignored: tuple = ()) -> subprocess.Popen:
+    """A process with `code` after it has begun to listen; a parent may have it ignore signals."""
+    start = "import os, signal, sys, time\nfrom supmim_jax import preemption\n"
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", f"{start}preemption.listen()\n{code}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+    finally:
+        for number, handler in zip(ignored, before):
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_ctrl_c_ends_at_once(first):
+    """Not the one that a wrapper passes on in the same moment."""
+    code = f"preemption.hold()\nos.kill(os.getpid(), {first:d})\nos.kill(os.getpid(), 2)\n"
+    code += "time.sleep(1)\nprint('waits', flush=True)\nos.kill(os.getpid(), 2)\ntime.sleep(99)"
+    out, err = (process := python(code)).communicate(timeout=60)
+    assert process.returncode == 130 and out == "waits\n" and "Traceback" not in err
+
+
+def test_signals_that_nohup_or_a_shell_has_it_ignore_stay_ignored():
+    code = "os.kill(os.getpid(), 1)\nos.kill(os.getpid(), 2)\ntime.sleep(1)\nprint('goes on')"
+    out, _ = (process := python(code, (signal.SIGINT, signal.SIGHUP))).communicate(timeout=60)
+    assert process.returncode == 0 and out == "goes on\n"
+
+
+def test_a_process_that_stood_still_goes_on_and_a_stall_after_it_is_found():
+    code = (
+        "from supmim_jax.config import WatchConfig\n"
+        "from supmim_jax.stall import StallWatch\n"
+        "with StallWatch(WatchConfig(stall_seconds=1.5, stall_factor=2.0)) as watch:\n"
+        "    for step in range(30):\n"
+        "        watch.beat(step)\n"
+        "        time.sleep(0.1)\n"
+        "        print(step, flush=True)\n"
+        "    time.sleep(99)\n"
+    )
+    process = python(code)
+    for _ in range(10):
+        process.stdout.readline()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert out.endswith("29\n") and process.returncode == 1 and "after step 29" in err
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -245,13 +246,17 @@ def test_when_a_process_dies_the_others_say_so_and_the_run_goes_on(data_dir, tmp
     assert_same_run(whole, parts)
 
 
-def test_sigterm_to_one_saves_and_ends_all_and_the_run_goes_on(data_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_saves_and_ends_all_and_the_run_goes_on(number, data_dir, tmp_path):
     run = command(tmp_path, data_dir, "--config.epochs=9999")
     processes = started([[*run, *flags] for flags in places(2)])
     until(tmp_path, 3)
-    processes[1].terminate()
+    processes[1].send_signal(number)
+    codes = []
     for process in ended(processes, within=60):
-        assert process.code == 143 and "Stopped by SIGTERM" in process.err
+        codes.append(process.code)
+        assert "Stopped by SIG" in process.err and "Traceback" not in process.err
+    assert codes == [143, 128 + number]
     saved = checkpoint.steps(tmp_path)
     assert len(saved) == 1 and saved[0] == lines(tmp_path)[-1]["step"]
 

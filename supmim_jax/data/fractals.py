@@ -160,7 +160,10 @@ def _encode_in_processes(spec: Spec, split: str, processes: int) -> Iterator[lis
 
     Plain subprocesses, as those of multiprocessing import the main module, and JAX with it.
     """
-    command = [sys.executable, "-c", f"from {__name__} import _work; _work()"]
+    # Ctrl-C goes to them, too: they end without a word, unless a shell has all of them ignore it.
+    quiet = "from signal import *; getsignal(SIGINT) == SIG_IGN or signal(SIGINT, SIG_DFL); "
+    quiet += "signal(SIGPIPE, SIG_DFL)"
+    command = [sys.executable, "-c", f"{quiet}; from {__name__} import _work; _work()"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     starts = range(0, spec.num_examples(split), CHUNK)

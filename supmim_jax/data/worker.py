@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import resource_tracker
 
 NAME = "supmim_jax.data.worker"
 
@@ -23,6 +24,10 @@ def keep_light() -> None:
     Grain starts its workers whenever it needs them, so this holds until the end.
     """
     sys.modules["__main__"].__spec__ = importlib.util.find_spec(NAME)
+    # multiprocessing's own helper lives through SIGTERM and Ctrl-C; with this, through SIGHUP too.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(parent: int) -> None:
@@ -35,5 +40,6 @@ def end_with(parent: int) -> None:
 if __name__ == "__mp_main__":
     sys.modules["jax"] = None  # importing it raises ImportError
     # A signal to the whole group: the parent saves first, for which it may need a batch more.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
