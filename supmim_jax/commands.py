@@ -35,7 +35,9 @@ def start(run: Callable[[], None]) -> None:
         try:
             run()
         except SetupError as error:
-            fail(str(error), EXIT_SETUP)
+            # What was being handled as it was raised: a disk or network that failed for a moment.
+            passes = storage.may_pass(error.__context__)
+            fail(str(error), distributed.EXIT_TRY_AGAIN if passes else EXIT_SETUP)
         except Diverged as error:
             fail(str(error), EXIT_DIVERGED)
         except Exception as error:

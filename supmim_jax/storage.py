@@ -7,6 +7,7 @@ append: what must become visible at once there is committed by a file that is wr
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -28,6 +29,12 @@ TAKEN_FOR_BUCKETS = re.compile(r"/(gs|s3|az|hf)(/|$)")
 DENIED = (401, 403, 404)  # HTTP status codes that no other try changes
 DENIAL = r"^Forbidden|Invalid Credentials|PERMISSION_DENIED|UNAUTHENTICATED"  # in their words
 PATTERN = re.compile(r"[*?\[\]]")
+# System errors of a moment: a disk or file server that fails, a network, memory that is short.
+PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE, errno.ETIMEDOUT, errno.EPIPE),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETRESET),
+    *(errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
 THREADS = 32  # of requests to a bucket, which mostly wait
 
 
@@ -273,6 +280,13 @@ def free_bytes(path: str | os.PathLike) -> int | None:
         return None
     local = Path(path).absolute()
     return shutil.disk_usage(next(p for p in (local, *local.parents) if p.exists())).free
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether it is of a disk, server or network, and may be gone on another try."""
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+        return False
+    return error.errno in PASSING if error.errno else not denied(error)
 
 
 def denied(error: BaseException) -> str:

@@ -161,9 +161,12 @@ def test_a_bucket_that_cannot_be_seen_for_a_moment_is_no_empty_one(beasts, here,
     train(beasts, here / "run", stop_at=2, devices=ONE)
     with monkeypatch.context() as now:
         now.setattr(gcsfs.GCSFileSystem, "_call", failing)
-        for look in (checkpoint.steps, checkpoint.locate, lambda x: train(beasts, x, devices=ONE)):
+        for look in (checkpoint.steps, checkpoint.locate):
             with pytest.raises(ConnectionResetError):
                 look(str(here / "run"))
+        with pytest.raises(SetupError) as error:
+            train(beasts, here / "run", devices=ONE)
+        assert storage.may_pass(error.value.__context__)  # and so the command exits with 1
     assert checkpoint.steps(here / "run") == [2]
 
 

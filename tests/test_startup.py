@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import pytest
 from conftest import REPOSITORY
 
 from supmim_jax import metrics
@@ -60,3 +61,31 @@ def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
     entries = {path.name for path in compiled.glob("jit_step*-cache")}
     assert len(entries) == 1  # the second run added none
     assert all(len(re.findall(r"Step 1 is done .* after this process", x)) == 1 for x in said)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        ("OSError(errno.EIO, 'x')", 1),
+        ("ConnectionResetError('of a moment')", 1),
+        ("TimeoutError(errno.ETIMEDOUT, 'x')", 1),
+        ("PermissionError(errno.EACCES, 'x')", 2),
+        ("FileNotFoundError('an object')", 2),
+        ("OSError('Forbidden: b/bucket')", 2),
+        ("ValueError('x')", 2),
+    ],
+)
+def test_only_what_may_pass_is_worth_another_try(raised, code):
+    """Launchers start a command that exits with 1 again, and leave 2 to a person."""
+    text = (
+        "import errno\n"
+        "from supmim_jax import commands, config\n"
+        "def run():\n"
+        f"    try: raise {raised}\n"
+        "    except Exception as error: raise config.SetupError(f'no: {error}') from None\n"
+        "commands.start(run)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert out.returncode == code and "Traceback" not in out.stderr

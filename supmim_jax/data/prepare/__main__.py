@@ -9,8 +9,6 @@ when it is complete, not before. Killed, the same command goes on with the shard
 (the first form begins anew: its builder is tfds's own). The last lines say how to train on it.
 """
 
-import errno
-
 from absl import flags
 from etils import epath
 
@@ -49,8 +47,6 @@ def main() -> None:
                 **where,
             )
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE):
-            raise  # may be gone the next time
         raise SetupError(f"Cannot be read or written: {error}.") from None
     print(said)
 
