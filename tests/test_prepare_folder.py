@@ -1,23 +1,26 @@
 """Preparing a folder of images."""
 
 import dataclasses
+import errno
 import os
+import re
 import shutil
+import subprocess
+import sys
+import zlib
 
+import cv2
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import REPOSITORY
 from etils import epath
 from pictures import CLASSES, WNIDS, contents, encoded, put, raw, source
 
-from supmim_jax.config import SetupError, SupervisedConfig
-from supmim_jax.data import pipeline
-from supmim_jax.data.prepare import (
-    files,
-    folder,
-    layout,
-)
+from supmim_jax.config import DataConfig, SetupError, SupervisedConfig
+from supmim_jax.data import decode, pipeline
+from supmim_jax.data.prepare import files, folder, layout, target
 from supmim_jax.train import train
 
 
@@ -288,3 +291,239 @@ def test_a_file_that_changes_meanwhile_is_an_error(photos, tmp_path, monkeypatch
     with pytest.raises(SetupError, match=r"01\.JPG has \d+ bytes now and had \d+"):
         folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
     assert not (tmp_path / "data/beasts/1.0.0").exists()
+
+
+def prepared(photos, data, **options) -> str:
+    return folder.prepare(epath.Path(photos), "beasts", str(data), **options)
+
+
+@pytest.mark.parametrize("ending", [".webp", ".bmp", ".tif", ".gif", ".ppm", ".jpe", ".WebP"])
+def test_every_form_that_is_decoded_is_an_image_by_its_name(photos, tmp_path, ending):
+    form = {".jpe": ".jpg", ".WebP": ".webp"}.get(ending, ending)
+    shutil.rmtree(photos / "train" / "bee")
+    for i in range(4):
+        put(photos / f"train/bee/{i}{ending}", encoded(i, form))
+    prepared(photos, tmp_path / "data")
+    images = [decode.pixels(record["image"], 3) for record in source(tmp_path / "data")]
+    assert [image.shape for image in images] == 28 * [(24, 24, 3)]
+
+
+def test_what_is_ignored_by_its_ending_is_counted_and_named_in_a_dry_run_too(photos, tmp_path):
+    put(photos / "val" / "cow" / "a.svg", "<svg/>")
+    put(photos / "train" / "README", "about")
+    for dry_run in (True, False):
+        said = prepared(photos, tmp_path / "data", dry_run=dry_run)
+        line = next(line for line in said.splitlines() if "notes.txt" in line or ".svg" in line)
+        assert "3 files" in line and ".txt 1" in line and ".svg 1" in line
+    for i in range(3):
+        put(photos / f"train/dog/{i}.svg", "<svg/>")
+    with pytest.raises(SetupError, match=r"(?s)classes: dog.*3 files \(\.svg 3\).*dog/0\.svg"):
+        prepared(photos, tmp_path / "other", dry_run=True)
+
+
+COMPOSED, APART = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize("names", [(COMPOSED, APART), (APART, COMPOSED)])
+def test_a_class_has_one_name_in_either_form_of_unicode(photos, tmp_path, names):
+    for split, name in zip(("train", "val"), names, strict=True):
+        (photos / split / "bee").rename(photos / split / name)
+    prepared(photos, tmp_path / "data")
+    labels = tfds.builder("beasts", data_dir=tmp_path / "data").info.features["label"].names
+    assert labels == ["ape", names[0], "cow"]
+    found = [record["label"] for record in source(tmp_path / "data", split="validation")]
+    assert found == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_two_forms_of_one_name_in_a_split_are_refused(photos, tmp_path, split):
+    (photos / split / "bee").rename(photos / split / COMPOSED)
+    put(photos / split / APART / "0.png", encoded(0))
+    if split == "val":
+        (photos / "train" / "bee").rename(photos / "train" / COMPOSED)
+    with pytest.raises(SetupError, match=rf"{split} has two.*caf\\xe9.*cafe\\u0301|\\u0301.*\\xe9"):
+        prepared(photos, tmp_path / "data")
+
+
+@pytest.mark.parametrize("what", ["class", "file", "split"])
+def test_a_subset_of_links_is_followed_if_asked(photos, tmp_path, what):
+    """As ImageNet-100 is made of the classes of ImageNet-1k."""
+    subset = tmp_path / "subset"
+    for split in ("train", "val"):
+        if what == "split":
+            link(subset / split, photos / split)
+        for path in (photos / split).iterdir():
+            if what == "class":
+                link(subset / split / path.name, path)
+            if what == "file":
+                for file in path.rglob("*.*"):
+                    link(subset / split / path.name / file.name, file)
+    with pytest.raises(SetupError, match=r"symbolic link to .*photos.*--follow_links"):
+        prepared(subset, tmp_path / "data")
+    prepared(subset, tmp_path / "data", follow_links=True)
+    prepared(photos, tmp_path / "whole")
+    records = [
+        sorted(record["image"] for record in source(tmp_path / where))
+        for where in ("data", "whole")
+    ]
+    assert records[0] == records[1] and len(records[0]) == 36
+
+
+def test_links_that_lead_in_a_circle_are_refused(photos, tmp_path):
+    link(photos / "train/ape/deep/bee", photos / "train/bee")
+    link(photos / "train/bee/ape", photos / "train/ape")
+    with pytest.raises(SetupError, match=r"circle"):
+        prepared(photos, tmp_path / "data")
+    (photos / "train/bee/ape").unlink()
+    link(photos / "train/bee/out", tmp_path / "away")
+    link(tmp_path / "away" / "back", tmp_path / "away")
+    with pytest.raises(SetupError, match=r"back is a symbolic link to .*away, a directory above"):
+        prepared(photos, tmp_path / "data", follow_links=True)
+
+
+def itself(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "row"),
+    [
+        (
+            lambda p: link(p, "../gone/apple.png"),
+            r"apple\.png is a symbolic link to \.\./gone/",
+        ),
+        (
+            lambda p: link(p, "/gone/apple.png"),
+            r"apple\.png is a symbolic link to /gone/apple",
+        ),
+        (itself, r"apple\.png is a symbolic link to .*apple\.png, which leads in a circle"),
+        (os.mkfifo, r"apple\.png is neither a file"),
+    ],
+    ids=["dangling", "dangling outside", "to itself", "a pipe"],
+)
+def test_what_cannot_be_read_is_a_broken_file_by_name(photos, tmp_path, change, row):
+    change(photos / "train/ape/apple.png")
+    with pytest.raises(SetupError, match=rf"1 of 46 files(.|\n)*train/ape/{row}"):
+        prepared(photos, tmp_path / "data")
+    said = prepared(photos, tmp_path / "data", skip_broken=True)
+    assert "no images: 1" in said and "train/ape/apple.png" in said
+    assert len(source(tmp_path / "data")) == 36
+
+
+@pytest.mark.parametrize("place", ["train/dog", "val"])
+def test_a_directory_that_leads_nowhere_is_named_with_its_target(photos, tmp_path, place):
+    shutil.rmtree(photos / place, ignore_errors=True)
+    link(photos / place, "/gone/dogs")
+    for options in ({}, {"skip_broken": True}):
+        with pytest.raises(SetupError, match=rf"{place} is a symbolic link to /gone/dogs"):
+            prepared(photos, tmp_path / "data", **options)
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"),
+    [(errno.EACCES, False), (errno.ENOENT, False)]
+    + [(n, True) for n in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM)],
+)
+def test_an_error_of_the_system_is_no_broken_file(photos, tmp_path, monkeypatch, number, ends):
+    read = type(epath.Path(photos)).read_bytes
+
+    def failing(path):
+        if path.name == "03.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(type(epath.Path(photos)), "read_bytes", failing)
+    if ends:
+        with pytest.raises(OSError, match=r"03\.png") as caught:
+            prepared(photos, tmp_path / "data", skip_broken=True)
+        assert caught.value.errno == number and not (tmp_path / "data").exists()
+    else:
+        said = prepared(photos, tmp_path / "data", skip_broken=True)
+        assert f"03.png cannot be read: {os.strerror(number)}" in said
+
+
+def test_a_file_that_vanishes_meanwhile_is_an_error(photos, tmp_path, monkeypatch):
+    check = files.faults
+    gone = photos / "train/bee/01.JPG"
+    monkeypatch.setattr(files, "faults", lambda *given: (check(*given), gone.unlink())[0])
+    with pytest.raises(SetupError, match=r"bee/01\.JPG"):
+        prepared(photos, tmp_path / "data")
+
+
+def large() -> bytes:
+    """A PNG whose header says 60,000 x 60,000."""
+    file = bytearray(encoded(0))
+    file[16:24] = (60_000).to_bytes(4, "big") * 2
+    file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
+    return bytes(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "told", "not_told"),
+    [
+        (large(), r"3600000000 pixels.*OPENCV_IO_MAX_IMAGE_PIXELS", "cut|damaged"),
+        (encoded(0)[:-40], r"cut", "OPENCV|damaged"),
+        (encoded(0, ".webp")[:-40], r"cut", "OPENCV|damaged"),
+        (encoded(0, ".jpg", 64)[:-40], r"cut", "OPENCV|damaged"),
+        (encoded(0)[:60] + bytes(200) + encoded(0)[260:], r"damaged", "OPENCV|missing"),
+    ],
+    ids=["too large", "cut png", "cut webp", "cut jpeg", "damaged"],
+)
+def test_which_of_three_things_is_wrong_is_told(photos, tmp_path, content, told, not_told):
+    put(photos / "train/ape/x.png", content)
+    with pytest.raises(SetupError, match=rf"train/ape/x\.png .*{told}") as caught:
+        prepared(photos, tmp_path / "data")
+    assert not re.search(not_told, str(caught.value))
+    record = {"image": content}
+    with pytest.raises(decode.BrokenRecord, match=told):  # and so in training
+        decode.decode_image(record, DataConfig(channels=3), 0)
+
+
+def test_the_limit_of_pixels_is_raised_by_the_variable(photos, tmp_path):
+    put(photos / "train/ape/x.png", encoded(0, size=64))
+    command = [sys.executable, "-m", "supmim_jax.data.prepare", f"--image_folder={photos}"]
+    command += ["--as=beasts", f"--data_dir={tmp_path / 'data'}", "--dry_run"]
+    for pixels, code, said in (
+        ("4000", 2, "64 x 64 = 4096 pixels, more than the 4000"),
+        ("5000", 0, "37 records"),
+        ("many", 2, "OPENCV_IO_MAX_IMAGE_PIXELS is 'many'"),
+    ):
+        env = os.environ | {"OPENCV_IO_MAX_IMAGE_PIXELS": pixels}
+        out = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+        assert out.returncode == code and said in out.stdout + out.stderr, out.stderr
+
+
+def deep(ending: str) -> bytes:
+    image = np.arange(123, 123 + 24 * 24, dtype=np.uint16).reshape(24, 24)
+    return cv2.imencode(ending, image)[1].tobytes()
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("options", [{}, {"skip_broken": True}, {"decode": False}], ids=str)
+def test_more_than_8_bits_are_found_before_anything_is_written(photos, tmp_path, ending, options):
+    put(photos / f"train/ape/xray{ending}", deep(ending))
+    for dry_run in (True, False):
+        with pytest.raises(SetupError, match=rf"(?s)train/ape/xray\{ending} .*--max_value"):
+            prepared(photos, tmp_path / "data", dry_run=dry_run, **options)
+    assert not (tmp_path / "data").exists()
+    said = prepared(photos, tmp_path / "data", max_value=4095.0, **options)
+    assert "--config.data.max_value=4095" in said and len(source(tmp_path / "data")) == 37
+    assert "max_value=4095" in prepared(photos, tmp_path / "data", max_value=4095.0, **options)
+
+
+def test_a_value_above_white_is_found_before_anything_is_written(photos, tmp_path):
+    put(photos / "train/ape/xray.png", deep(".png"))
+    with pytest.raises(SetupError, match=r"xray\.png .*from 123 to 698.*255"):
+        prepared(photos, tmp_path / "data", max_value=255.0)
+
+
+def test_what_was_prepared_before_is_still_known(tmp_path):
+    """The fingerprint of a folder without links, and of 8 bits, is that of earlier versions."""
+    for split in ("train", "val"):
+        for name in ("ape", "bee"):
+            path = tmp_path / "photos" / split / name / "0.jpg"
+            put(path, b"\xff\xd8\xff and so on")
+            os.utime(path, (1_700_000_000, 1_700_000_000))
+    prepared(tmp_path / "photos", tmp_path / "data", decode=False)
+    found = target.manifest(epath.Path(tmp_path / "data/beasts/1.0.0"))["fingerprint"]
+    assert found == "568e7b99ba164600ca04b9662b7401ff9f0bbef5f4014c970594bb72ef6a1298"

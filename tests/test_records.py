@@ -163,7 +163,7 @@ def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, mon
     assert [data[i]["image"] for i in reversed(range(COUNT))] == read[::-1]
     for wrong in (COUNT, -1):
         with pytest.raises(IndexError):
-            data.raw[wrong]
+            data[wrong]
 
 
 def test_parts_of_splits_are_the_records_that_tfds_names(many):

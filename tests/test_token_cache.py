@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from supmim_jax.config import (
     TokensConfig,
     VQGANConfig,
 )
-from supmim_jax.data import feed, pipeline, records, token_cache, token_plan
+from supmim_jax.data import feed, pipeline, readers, records, token_cache, token_plan
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -388,3 +389,59 @@ def test_a_mesh_reads_the_tokens_that_one_device_reads(cfg, cache, one_device):
     mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, fsdp=2))
     for a, b in zip(*(pipeline.train_dataset(cached, m) for m in (one_device, mesh)), strict=True):
         assert (np.asarray(a.tokens) == np.asarray(b.tokens)).all()
+
+
+def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp_path, monkeypatch):
+    """It did not look at transparency: what it holds of other images is of something else."""
+    old = epath.Path(tmp_path / "old")
+    fingerprint = token_cache.fingerprint
+
+    def earlier(*given):
+        found = fingerprint(*given)
+        del found["shown"]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "fingerprint", earlier)
+        tokenize.tokenize(cfg, old, views=3, records_per_shard=50)
+    images = encoded_images(cfg)
+    new, opened = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, old))
+    for i in (0, 40, 63):
+        assert (opened.read(1, i, images[i]) == new.read(1, i, images[i])).all()
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    for image in (rgba, rgba[..., :1].astype(np.uint16)):
+        with pytest.raises(SetupError, match=r"old.*example 3.*tokenize"):
+            opened.read(1, 3, cv2.imencode(".png", image)[1].tobytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"background": (0, 0, 0)}, r"shown\.background"),
+        ({"max_value": 255.0}, r"shown\.max_value"),
+    ],
+)
+def test_a_cache_is_of_images_as_they_are_shown(cfg, cache, change, named):
+    with pytest.raises(SetupError, match=named):
+        token_cache.open_cache(with_cache(replaced(cfg, "data", **change), cache))
+
+
+def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, cache, monkeypatch):
+    images = encoded_images(cfg)
+    opened = token_cache.open_cache(with_cache(cfg, cache))
+    monkeypatch.setattr(readers, "most_open", lambda: 1)
+    wanted = [opened.read(view, 5, images[5]) for view in (0, 1, 2)]
+    assert len(opened.readers.open) == 1
+
+    class Failing:
+        def __init__(self, *given, **options):
+            pass
+
+        def read(self, positions):
+            raise RuntimeError("open() failed: Too many open files; opening x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readers.array_record_module, "ArrayRecordReader", Failing)
+        with pytest.raises(SetupError, match=r"tokens-00000-of-00004.*ulimit"):
+            opened.read(0, 5, images[5])
+    assert (opened.read(0, 5, images[5]) == wanted[0]).all()

@@ -31,8 +31,6 @@ class Shards(Sequence):
         return self.starts[-1]
 
     def __getitem__(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
         part = bisect.bisect_right(self.starts, index) - 1
         return self.readers.read(part, self.skipped[part] + index - self.starts[part])
 
@@ -53,6 +51,8 @@ class Records(Sequence):
         return len(self.raw)
 
     def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         encoded = [name for ours, name in self.fields.items() if ours in ("image", "mask")]
         try:
             found = self.features.deserialize_example_np(
