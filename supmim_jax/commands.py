@@ -20,6 +20,9 @@ EXIT_DIVERGED = 3  # training met NaN or infinity
 # Of config.data: where and how a host reads; all else must be the same on every host.
 PER_HOST = ("data_dir", "workers", "threads", "prefetch")
 
+# In what JAX says of a device that it cannot use: another process has it, or it is not ready.
+MAY_PASS = ("in use", "OUT_OF_MEMORY", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+
 # What absl, ml_collections and a config file raise for a wrong flag, key or value.
 MISTAKES = (flags.Error, SetupError, OSError, LookupError, AttributeError, TypeError, ValueError)
 
@@ -45,6 +48,9 @@ def start(run: Callable[[], None]) -> None:
                 fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
             if refused := storage.denied(error):
                 fail(refused, EXIT_SETUP)
+            if no_device := environment.no_device(error):
+                busy = any(word in no_device for word in MAY_PASS)
+                fail(no_device, distributed.EXIT_TRY_AGAIN if busy else EXIT_SETUP)
             if not distributed.active():
                 raise
             traceback.print_exc()
@@ -55,6 +61,7 @@ def start(run: Callable[[], None]) -> None:
         distributed.end()
 
     display.guard()
+    environment.rely()
     preemption.listen()
     # All drawing goes to files. What a notebook left here is for its own windows, and matplotlib
     # cannot even be imported where it knows no such backend.
@@ -111,7 +118,8 @@ def agree(cfg: Config, command: dict) -> None:
         return
     config = section(cfg)
     config["data"] = {k: v for k, v in config["data"].items() if k not in PER_HOST}
-    same = {"config": config, "command": command, "versions": environment.versions()}
+    versions = environment.versions() | environment.flags()
+    same = {"config": config, "command": command, "versions": versions}
     distributed.agree("settings or code", same | {"code": environment.sources()})
     # Only now: to ask for its devices, JAX has all processes exchange theirs.
     devices = jax.local_devices()

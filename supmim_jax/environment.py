@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,10 +15,26 @@ import jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 COMMIT, DATE, FROM_STEP = "commit", "date", "from_step"
+# JAX's settings that decide which numbers are drawn and how they are rounded; for each there is a
+# variable of the same name in capitals.
+FLAGS = (
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_default_matmul_precision",
+)
+# Variables that may change rounding, among many other things: noted where they are set.
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+# What the code relies on: with any other value it fails, or makes arrays of other types.
+RELIED_ON = {
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+}
 CHANGES = " with changes"  # after the commit where files of it were edited
 
 
-def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
+def collect(devices: Sequence[jax.Device]) -> dict[str, str | int | None]:
     """The environment of this process, which computes on `devices` (of all processes)."""
     kinds = Counter(device.device_kind for device in devices)
     return {
@@ -26,6 +43,8 @@ def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
         "CPUs per host": os.cpu_count() or 0,
         "system": platform.platform(),
         **versions(),
+        **flags(),
+        **{name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         COMMIT: commit(Path(__file__)),
         DATE: datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
     }
@@ -35,6 +54,40 @@ def versions() -> dict[str, str]:
     """Of Python and of what computes."""
     found = {package: metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def flags() -> dict[str, str | int | None]:
+    """The values of FLAGS."""
+    return {name: getattr(jax.config, name) for name in FLAGS}
+
+
+def rely() -> None:
+    """From now on JAX's settings are those of RELIED_ON, whatever variables say."""
+    for name, value in RELIED_ON.items():
+        jax.config.update(name, value)
+
+
+def no_device(error: Exception) -> str | None:
+    """What to do about an error that JAX raised as it looked for devices; None of any other."""
+    frames = [
+        frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    if "jax._src.xla_bridge" not in frames or not isinstance(error, (RuntimeError, AssertionError)):
+        return None
+    asked = jax.config.jax_platforms
+    text = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
+    said = f": {text.removesuffix('.')}" if text else ""
+    try:
+        jax.config.update("jax_platforms", "")
+        there = f" There is {', '.join(sorted({x.platform for x in jax.devices()}))}."
+    except Exception:  # the same again, or worse
+        there = ""
+    return (
+        f"JAX_PLATFORMS is {asked!r}, and JAX has no such device to use on {platform.node()}{said}."
+        f"{there} Unset JAX_PLATFORMS or name what is there. For a device that should be there, "
+        f"see that its packages are installed (pip install -e '.[cuda]' or '.[tpu]') and that its "
+        f"driver sees it (nvidia-smi; CUDA_VISIBLE_DEVICES)."
+    )
 
 
 def sources() -> dict[str, str]:

@@ -156,7 +156,11 @@ def check_shared(workdir: epath.Path) -> None:
 
 
 def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
-    """Notes in environment.json what the steps after `step` run on."""
+    """Notes in environment.json what the steps after `step` run on.
+
+    Raises:
+      SetupError: it cannot be read, or the steps before ran with other settings of JAX.
+    """
     if jax.process_index() == 0:
         path, now = workdir / "environment.json", environment.collect(list(mesh.devices.flat))
         try:
@@ -167,4 +171,18 @@ def record_environment(workdir: epath.Path, step: int, mesh: Mesh) -> None:
                 raise ValueError(f"it is no list of objects with {environment.FROM_STEP}")
         except (OSError, ValueError, RecursionError, TypeError) as error:
             raise SetupError(f"{path} cannot be read: {error}. Remove it to go on.") from None
+        _check_flags(parts, step, now, workdir)
         write_json(path, environment.continued(parts, step, now))
+
+
+def _check_flags(parts: list[dict], step: int, now: dict, workdir: epath.Path) -> None:
+    """Raises SetupError if the steps until `step` were drawn or rounded in another way."""
+    before = ([part for part in parts if part[environment.FROM_STEP] < step] or [now])[-1]
+    changed = [x for x in environment.FLAGS if x in before and before[x] != now[x]]
+    if changed:
+        found = "; ".join(f"{x.upper()}: {before[x]!r}; {now[x]!r}" for x in changed)
+        raise SetupError(
+            f"--workdir {workdir} holds a run of other settings of JAX: {found} (there; here). "
+            f"The steps after {step} would draw or round other numbers. Set these variables as "
+            f"they were (None: unset), or choose another --workdir."
+        )

@@ -1,14 +1,27 @@
 """What a run notes about where it was trained."""
 
+import dataclasses
 import json
+import os
 import subprocess
+import sys
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from conftest import REPOSITORY
 from etils import epath
 
-from supmim_jax import environment, run_directory, sharding, train
-from supmim_jax.config import SetupError
+from supmim_jax import environment, program, run_directory, sharding, train
+from supmim_jax.config import (
+    CMAEConfig,
+    PixelsConfig,
+    SetupError,
+    SupMIMConfig,
+    VQGANConfig,
+    VQGANObjectiveConfig,
+)
 
 
 def test_it_names_versions_devices_and_processes():
@@ -62,3 +75,124 @@ def test_training_notes_what_it_runs_on(cfg, tmp_path):
     (tmp_path / "environment.json").write_text("[")
     with pytest.raises(SetupError, match=r"environment\.json cannot be read.*Remove it"):
         run_directory.record_environment(epath.Path(tmp_path), 1, mesh)
+
+
+@pytest.fixture
+def jax_setting():
+    """Changes a setting of JAX for one test."""
+    before = {}
+
+    def change(name, value):
+        before[name] = getattr(jax.config, name)
+        jax.config.update(name, value)
+
+    yield change
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+CHANGED = [
+    ("jax_threefry_partitionable", False),
+    ("jax_default_prng_impl", "rbg"),
+    ("jax_random_seed_offset", 1),
+    ("jax_default_matmul_precision", "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHANGED)
+def test_a_run_does_not_go_on_with_other_settings_of_jax(name, value, cfg, tmp_path, jax_setting):
+    workdir, mesh = epath.Path(tmp_path), sharding.make_mesh(cfg.mesh)
+    before = getattr(jax.config, name)
+    run_directory.record_environment(workdir, 0, mesh)
+    noted = (tmp_path / "environment.json").read_text()
+    jax_setting(name, value)
+    with pytest.raises(SetupError, match=f"{name.upper()}: {before!r}; {value!r}"):
+        run_directory.record_environment(workdir, 3, mesh)
+    assert (tmp_path / "environment.json").read_text() == noted
+    run_directory.record_environment(workdir, 0, mesh)  # nothing was done before
+    run_directory.record_environment(workdir, 5, mesh)
+    assert json.loads((tmp_path / "environment.json").read_text())[0][name] == value
+
+
+def test_a_run_that_noted_no_settings_goes_on(cfg, tmp_path):
+    (tmp_path / "environment.json").write_text(json.dumps([{"from_step": 0, "jax": "0.1"}]))
+    run_directory.record_environment(epath.Path(tmp_path), 3, sharding.make_mesh(cfg.mesh))
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SupMIMConfig(),
+        SupMIMConfig(target=PixelsConfig()),
+        CMAEConfig(),
+        VQGANObjectiveConfig(tokenizer=VQGANConfig(filters=32, multipliers=(1, 1, 2), codes=8)),
+    ],
+    ids=lambda x: x.name,
+)
+def test_types_do_not_depend_on_jax_enable_x64(objective, cfg, one_device, jax_setting):
+    model = dataclasses.replace(cfg.model, pooling="cls", positions="learned", layer_scale=1e-4)
+    crop = "contrastive" if objective.name == "cmae" else cfg.data.crop
+    data = dataclasses.replace(cfg.data, crop=crop)
+    cfg = dataclasses.replace(cfg, model=model, data=data, objective=objective)
+    jax_setting("jax_enable_x64", True)
+    prog = program.build(cfg, one_device)
+    found = {str(x.dtype) for x in jax.tree.leaves((prog.state, prog.frozen))}
+    assert found == {"float32", "int32"}
+
+
+def run(*arguments: str, **env) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"} | env
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_the_code_relies_on_is_so_whatever_the_environment_says(data_dir, tmp_path):
+    command = ["-m", "supmim_jax.train", "--config=configs/debug_supervised.py"]
+    command += ["--config.model.width=16", "--config.model.depth=1", "--config.epochs=1"]
+    command += ["--config.model.layer_scale=0.1"]
+    command += ["--config.eval.which=('top1',)", f"--config.data.data_dir={data_dir}", "--workdir"]
+    env = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
+    env["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    found = []
+    for name, given in (("plain", {}), ("set", env)):
+        out = run(*command, str(tmp_path / name), **given)
+        assert out.returncode == 0, out.stderr
+        state = tmp_path / name / "checkpoints" / "4" / "state"
+        found.append(jax.tree.leaves(ocp.PyTreeCheckpointer().restore(state)))
+    plain, other = found
+    assert [x.dtype for x in plain] == [x.dtype for x in other]
+    assert all(np.array_equal(x, y) for x, y in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "tpu", "nonsense"])
+@pytest.mark.parametrize("command", ["train", "tokenize"])
+def test_a_device_that_is_not_there(command, platforms, tmp_path):
+    if platforms in {x.platform for x in jax.devices()}:
+        pytest.skip("it is there")
+    flags = ["--config=configs/debug.py", f"--workdir={tmp_path}/run"]
+    if command == "tokenize":
+        flags = [flags[0], f"--cache={tmp_path}/run", "--epochs=1"]
+    out = run("-m", f"supmim_jax.{command}", *flags, JAX_PLATFORMS=platforms)
+    assert out.returncode == 2 and "Traceback" not in out.stderr
+    assert f"JAX_PLATFORMS is '{platforms}'" in out.stderr and "There is cpu" in out.stderr
+
+
+def test_a_device_that_another_process_has_may_be_there_the_next_time():
+    code = (
+        "import jax\n"
+        "from jax._src import xla_bridge\n"
+        "from supmim_jax import commands\n"
+        "def busy():\n"
+        "    raise RuntimeError('The TPU is already in use by process with pid 7')\n"
+        "xla_bridge.register_backend_factory('busy', busy)\n"
+        "commands.start(jax.devices)\n"
+    )
+    out = run("-c", code, JAX_PLATFORMS="busy")
+    assert out.returncode == 1 and "pid 7" in out.stderr and "Traceback" not in out.stderr

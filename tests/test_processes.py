@@ -181,7 +181,7 @@ def test_whole_runs_of_several_processes_equal_one(
 
 
 def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
-    """data_dir and threads may differ; the seed and a line of code may not."""
+    """data_dir and threads may differ; the seed, a line of code and a flag of JAX may not."""
     root = tmp_path / "copy"
     for part in ("supmim_jax", "configs"):
         shutil.copytree(Path(REPOSITORY, part), root / part)
@@ -191,12 +191,15 @@ def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
     first, second, third = places(3)
     mine = ["--config.seed=7", "--config.data.threads=3", f"--config.data.data_dir={tmp_path}"]
     commands = [[*run, *first], [*run, *second, *mine], [*run, *third]]
-    found = ended(started(commands, [REPOSITORY, REPOSITORY, root]))
+    processes = started(commands[:2], [REPOSITORY] * 2)
+    processes += started(commands[2:], [root], env=ENV | {"JAX_RANDOM_SEED_OFFSET": "5"})
+    found = ended(processes)
     host = socket.gethostname()
     for process in found:
         assert process.code == 2 and process.seconds < 60
         assert f"process 1 on {host}: config.seed: 0; 7\n" in process.err
-        assert f"process 2 on {host}: code.optim.py: '" in process.err
+        assert f"process 2 on {host}: versions.jax_random_seed_offset: 0; 5; " in process.err
+        assert "code.optim.py: '" in process.err
         assert "data_dir:" not in process.err and "threads" not in process.err
         assert "Traceback" not in process.err and process.err.count("error: ") == 1
     assert not (tmp_path / "run").exists()

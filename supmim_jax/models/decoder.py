@@ -34,7 +34,7 @@ class Decoder(nnx.Module):
         self.embed = linear(encoder.width, cfg.width, dtype, rngs)
         if inserts_masked:
             draw = nnx.initializers.truncated_normal(0.02)
-            self.mask_token = nnx.Param(draw(rngs.params(), (cfg.width,)))
+            self.mask_token = nnx.Param(draw(rngs.params(), (cfg.width,), jnp.float32))
         self.transformer = Transformer(
             cfg.depth,
             (0.0, 0.0),

@@ -32,7 +32,7 @@ class PatchCodes(nnx.Module):
         self.side = data.image_size // patch
         self.num_codes = cfg.codes
         self.channels = data.channels
-        self.codes = Frozen(jnp.zeros(shape(cfg, patch, data.channels)))
+        self.codes = Frozen(jnp.zeros(shape(cfg, patch, data.channels), jnp.float32))
 
     def encode(self, images) -> jax.Array:
         """int32 ids BxL of float BxHxWxC images in [-1, 1]."""

@@ -59,8 +59,8 @@ class Block(nnx.Module):
         self.fc2 = linear(mlp_dim, width, dtype, rngs)
         self.scales = layer_scale > 0
         if self.scales:
-            self.scale1 = nnx.Param(jnp.full((width,), layer_scale))
-            self.scale2 = nnx.Param(jnp.full((width,), layer_scale))
+            self.scale1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
+            self.scale2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
 
     def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1):
         """Tokens after this block; attention stays within each run of `segments` tokens.

@@ -47,9 +47,9 @@ class ViT(nnx.Module):
         self.patches = linear(cfg.patch**2 * data.channels, cfg.width, dtype, rngs)
         if cfg.positions == "learned":
             draw = nnx.initializers.truncated_normal(0.02)
-            self.positions = nnx.Param(draw(rngs.params(), (self.side**2, cfg.width)))
+            self.positions = nnx.Param(draw(rngs.params(), (self.side**2, cfg.width), jnp.float32))
         if cfg.pooling == "cls":
-            self.cls = nnx.Param(jnp.zeros((cfg.width,)))
+            self.cls = nnx.Param(jnp.zeros((cfg.width,), jnp.float32))
         self.transformer = Transformer(
             cfg.depth,
             (cfg.drop_path if cfg.drop_path_form == "constant" else 0.0, cfg.drop_path),

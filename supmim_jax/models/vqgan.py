@@ -105,7 +105,7 @@ class VQGAN(nnx.Module):
         self.encoder = Encoder(cfg, channels, rngs)
         self.decoder = Decoder(cfg, channels, rngs)
         draw = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-        self.codebook = nnx.Param(draw(rngs.params(), (cfg.codes, cfg.code_dim)))
+        self.codebook = nnx.Param(draw(rngs.params(), (cfg.codes, cfg.code_dim), jnp.float32))
 
     def encode(self, images) -> jax.Array:
         """int32 ids BxL of the nearest codes; of equally near ones the first."""

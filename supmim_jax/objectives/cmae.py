@@ -38,7 +38,9 @@ class CMAE(MAE):
             self.locator = linear(cfg.model.width, places, jnp.dtype("float32"), rngs)
             if position.leak_free:
                 draw = nnx.initializers.truncated_normal(0.02)
-                self.place_embedding = nnx.Param(draw(rngs.params(), (cfg.model.width,)))
+                self.place_embedding = nnx.Param(
+                    draw(rngs.params(), (cfg.model.width,), jnp.float32)
+                )
         contrastive = self.cfg.contrastive
         if contrastive.weight:
             sizes = contrastive.hidden, contrastive.dim

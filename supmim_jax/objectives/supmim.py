@@ -41,7 +41,7 @@ class SupMIM(nnx.Module):
         )
         if not visible:
             draw = nnx.initializers.truncated_normal(0.02)
-            self.mask_embedding = nnx.Param(draw(rngs.params(), (cfg.model.width,)))
+            self.mask_embedding = nnx.Param(draw(rngs.params(), (cfg.model.width,), jnp.float32))
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         """The scalar loss of a batch and its terms; `key` is that of the step."""

@@ -32,7 +32,7 @@ class VQGANTraining(nnx.Module):
         patch = self.cfg.tokenizer.downsampling
         self.tokenizer = tokenizer.make(self.cfg.tokenizer, patch, cfg.data, rngs)
         codes = self.cfg.tokenizer.codes
-        self.usage = Moving(jnp.full(codes, 1.0 / codes))  # running share of each code
+        self.usage = Moving(jnp.full(codes, 1.0 / codes, jnp.float32))  # running share of each code
         if self.cfg.perceptual.weight:
             self.perceptual = ViT(cfg.model, cfg.data, rngs=rngs)
             freeze(self.perceptual)
