@@ -30,13 +30,13 @@ VERSION = 2  # goes up when the same config gives other crops or tokens
 WRITER = "group_size:16,zstd"
 RECORDS_PER_SHARD = 2**16
 GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
-RANDOM_GEOMETRY = ("augment_layers", "augment_magnitude")  # of rand_augment alone
+RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
 
 
 def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
     """All that tokens depend on, as nested plain values; two runs may share a cache if equal."""
     data = section(cfg.data)
-    moves = data["augment"] == "rand_augment"
+    moves = cfg.data.moves_pixels
     geometry = {name: data[name] for name in GEOMETRY + (RANDOM_GEOMETRY if moves else ())}
     if data["crop"] == "contrastive":  # with boxes "centre"; the others move while a run learns
         geometry["contrastive_crop"] = {"alpha": data["contrastive_crop"]["alpha"]}
