@@ -4,8 +4,9 @@
       --config.init.checkpoint=<workdir of the run to start from>
 
 Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
-DeiT-III's 20 epochs of AdamW (arXiv 2204.07118) with MAE's decay of the learning rate by layer
-(arXiv 2111.06377). Every value is our choice; not measured.
+DeiT-III's 20 epochs of AdamW with rand-m9-mstd0.5-inc1 in place of 3-Augment (arXiv 2204.07118, its
+README_revenge.md), and MAE's decay of the learning rate by layer (arXiv 2111.06377). Every other
+value is our choice; not measured.
 """
 
 from dataclasses import replace
@@ -21,7 +22,14 @@ def experiment() -> Config:
         start,
         batch_size=512,
         epochs=20,
-        data=replace(start.data, image_size=392, eval_resize=392),
+        data=replace(
+            start.data,
+            image_size=392,
+            eval_resize=392,
+            augment="timm_rand_augment",
+            augment_layers=2,
+            augment_magnitude=9.0,
+        ),
         model=replace(start.model, position_grid=16, drop_path=0.2),
         objective=replace(start.objective, classification=mixed),
         init=InitConfig(checkpoint="runs/supmim_b14_imagenet1k_deit3", head="keep"),

@@ -6,7 +6,7 @@
 Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
 Top-1: 83.6 % after 1600 epochs of MAE (paper: arXiv 2111.06377); not measured here. Recipe: the
 paper's appendix A.1 and, where that gives a range, its code's README for ViT-B, but from the CLS
-token and with magnitude 9 of RandAugment without its noise: our choice.
+token: our choice.
 """
 
 import dataclasses

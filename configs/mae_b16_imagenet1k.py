@@ -17,7 +17,9 @@ def experiment() -> Config:
     return Config(
         batch_size=4096,
         epochs=800,
-        data=dataclasses.replace(base.IMAGENET_1K, min_crop_area=0.2, augment="none"),
+        data=dataclasses.replace(
+            base.IMAGENET_1K, crop="inception", min_crop_area=0.2, augment="none"
+        ),
         model=ViTConfig.variant("B", patch=16, pooling="cls", **base.AT_SCALE),
         objective=MAEConfig(decoder=DecoderConfig(depth=8, width=512, mlp_dim=2048, heads=16)),
         optim=base.MAE_OPTIM,

@@ -13,12 +13,13 @@ from supmim_jax.config import ClassificationConfig, Config, OptimConfig, Supervi
 
 
 def experiment() -> Config:
+    mixing = ClassificationConfig(mixup=0.5, mixup_larger=True)
     return Config(
         batch_size=4096,
         epochs=300,
         data=base.IMAGENET_1K,
         model=ViTConfig.variant("B", patch=14, drop_path=0.1, **base.AT_SCALE),
-        objective=SupervisedConfig(classification=ClassificationConfig(mixup=0.5)),
+        objective=SupervisedConfig(classification=mixing),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=32),  # 10,000 steps
         eval=base.EVAL_AT_SCALE,
     )

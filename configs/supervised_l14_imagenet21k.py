@@ -16,12 +16,13 @@ from supmim_jax.config import ClassificationConfig, Config, OptimConfig, Supervi
 
 
 def experiment() -> Config:
+    classification = ClassificationConfig(loss="sigmoid", mixup=0.2, mixup_larger=True)
     return Config(
         batch_size=4096,
         epochs=90,
         data=base.IMAGENET_21K,
         model=ViTConfig.variant("L", patch=14, drop_path=0.1, **base.AT_SCALE),
-        objective=SupervisedConfig(classification=ClassificationConfig(loss="sigmoid", mixup=0.2)),
+        objective=SupervisedConfig(classification=classification),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=3),
         eval=base.EVAL_AT_SCALE,
     )

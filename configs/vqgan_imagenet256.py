@@ -35,7 +35,12 @@ def experiment() -> Config:
         batch_size=256,
         epochs=200,
         data=dataclasses.replace(
-            base.IMAGENET_1K, image_size=256, min_crop_area=0.5, augment="none", eval_resize=256
+            base.IMAGENET_1K,
+            image_size=256,
+            crop="inception",
+            min_crop_area=0.5,
+            augment="none",
+            eval_resize=256,
         ),
         model=ViTConfig.variant("B", patch=16, **base.AT_SCALE),
         objective=OBJECTIVE,

@@ -207,6 +207,30 @@ def test_mixing_keeps_the_share_of_pixels_and_labels(cfg):
     assert (same == images).all()
 
 
+def test_mixup_can_leave_each_image_its_larger_share(cfg):
+    """Over steps the share of the image itself is as often below a half, and then never."""
+    batch = make_batch(cfg)
+    images = jnp.asarray(batch.views[0], jnp.float32)
+
+    def shares(**mixing) -> np.ndarray:
+        mixing = ClassificationConfig(mixup=0.5, **mixing)
+        mix = jax.jit(lambda key: classification.mix(mixing, images, batch, 30, key))
+        found = []
+        for step in range(60):
+            mixed, targets = mix(jax.random.key(step))
+            share = targets[0, batch.label[0]]
+            if not mixing.cutmix:
+                expected = share * images[0] + (1 - share) * images[-1]
+                np.testing.assert_allclose(mixed[0], expected, rtol=1e-4, atol=1e-2)
+            found.append(share)
+        return np.array(found)
+
+    any_share, larger = shares(), shares(mixup_larger=True)
+    assert batch.label[0] != batch.label[-1] and 0.2 < (any_share < 0.5).mean() < 0.8
+    np.testing.assert_allclose(larger, np.maximum(any_share, 1 - any_share), rtol=1e-5)
+    assert (shares(cutmix=1.0, mixup_larger=True) < 0.5).any()  # a CutMix's share is its box's
+
+
 def test_bce_counts_every_mixed_in_label_whole_and_starts_at_the_prior():
     logits = jnp.array([[2.0, -1.0, 0.5]])
     mixed, weight = jnp.array([[0.3, 0.7, 0.0]]), jnp.ones(1)

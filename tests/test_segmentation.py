@@ -209,6 +209,12 @@ def test_data_without_labels_of_images_can_be_trained_on(masked, shapes_dir, tmp
     [
         ({"masks": MasksConfig()}, None, ("miou",), "masks.field is empty, but objective"),
         ({"augment": "rand_augment", "channels": 3}, None, ("miou",), "moves pixels away"),
+        (
+            {"augment": "timm_rand_augment", "channels": 3, "augment_magnitude": 9.0},
+            None,
+            ("miou",),
+            "moves pixels away",
+        ),
         ({}, SupervisedConfig(), ("miou",), "eval.which has 'miou', but objective 'supervised'"),
     ],
 )

@@ -231,6 +231,26 @@ def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, cac
     assert not (caches / "moving").exists()
 
 
+def test_a_cache_is_of_one_family_of_moving_operations(cfg):
+    """A cache from before there were two of them names none: its crops were of neither."""
+
+    def fingerprint(**changes):
+        data = {"channels": 3, "crop": "inception", "augment_magnitude": 9.0} | changes
+        return token_cache.fingerprint(replaced(cfg, "data", **data), "0" * 64)
+
+    augreg, timm = (fingerprint(augment=name) for name in ("rand_augment", "timm_rand_augment"))
+    before = json.loads(json.dumps(augreg))
+    del before["augmentation"]["augment"]
+    directory = epath.Path("there")
+    for stored in (before, timm, fingerprint(augment="rand_augment", crop="inception_tf")):
+        with pytest.raises(SetupError, match=r"there .*tokens\.augmentation\.(augment|crop): "):
+            token_cache.check_same(stored, augreg, directory)
+    # What moves nothing is as it was: such caches stay valid.
+    plain = fingerprint(augment="three_augment")
+    assert plain["augmentation"]["rand_augment"] is False and "augment" not in plain["augmentation"]
+    token_cache.check_same(fingerprint(augment="none"), plain, directory)
+
+
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
     monkeypatch.setattr(token_cache.records, "version", lambda _: "9.9.9")
     with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):

@@ -57,10 +57,11 @@ def assert_same(a: list, b: list) -> None:
         assert all(np.array_equal(p, q) for p, q in zip(*map(jax.tree.leaves, (x, y))))
 
 
-@pytest.mark.parametrize("augment", ["none", "rand_augment", "three_augment"])
-@pytest.mark.parametrize("crop", ["inception", "contrastive"])
+@pytest.mark.parametrize("augment", ["none", "rand_augment", "timm_rand_augment", "three_augment"])
+@pytest.mark.parametrize("crop", ["inception", "inception_tf", "contrastive"])
 def test_the_second_view_is_another_and_the_first_is_what_it_is_alone(crop, augment):
-    cfg = dataclasses.replace(CFG, crop=crop, augment=augment, erasing=0.2)
+    changes = {"crop": crop, "augment": augment, "augment_magnitude": 1.0}
+    cfg = dataclasses.replace(CFG, erasing=0.2, **changes)
     boxes = table() if crop == "contrastive" else None
     second = []
     for example in range(20):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from supmim_jax.bench import photographs, reference
 from supmim_jax.config import Config
-from supmim_jax.data import augment, crops, decode, jpeg, pipeline, records, transforms
+from supmim_jax.data import crops, decode, jpeg, pipeline, records, transforms
 from supmim_jax.data.transforms import GEOMETRY, TrainExample, generator
 
 STAGES = (
@@ -74,10 +74,7 @@ def _example(source: records.Records, i: int, cfg: Config, spent: dict[str, floa
     t5 = clock()
     view = cv2.flip(view, 1) if crop.mirrored else view
     t6 = clock()
-    layers = 0
-    if cfg.data.augment == "rand_augment":
-        strength = cfg.data.augment_layers, cfg.data.augment_magnitude
-        view, layers = augment.rand_geometry(view, *strength, rng)
+    view, layers = transforms.moved(view, cfg.data, rng)
     view = transforms.coloured(view, layers, cfg.data, cfg.seed, 0, i)
     t7 = clock()
     read, parsed = t1 - t0, (t2 - t1) - (t1 - t0)

@@ -50,9 +50,11 @@ class DataConfig:
     # White, in images of more than 8 bits a channel (65535; 4095 of 12-bit data) or of floats (1);
     # 0: such images are refused, as no file says it.
     max_value: float = within(0.0, 0.0, INF)
-    crop: Literal["inception", "random", "contrastive"] = "random"
+    # inception: area uniform, aspect log-uniform, as torchvision and timm draw them; inception_tf:
+    # as tf.image.sample_distorted_bounding_box does, with more small crops; see crops.py
+    crop: Literal["inception", "inception_tf", "random", "contrastive"] = "random"
     contrastive_crop: ContrastiveCropConfig = ContrastiveCropConfig()
-    # inception and contrastive crop: least share of the area
+    # all but random crops: least share of the area
     min_crop_area: float = within(0.05, 0.0, 1.0)
     # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
     resize: Literal["area", "linear"] = "area"
@@ -60,9 +62,13 @@ class DataConfig:
     # Repeated augmentation (arXiv 1902.05509): each image comes so often in a row, cropped and
     # coloured anew, and an epoch, as long as ever, has a share of the images.
     repeats: int = within(1, 1, 16)
-    augment: Literal["none", "rand_augment", "three_augment", "color_jitter"] = "none"
-    augment_layers: int = within(2, 1, 8)  # rand_augment: operations per image
-    augment_magnitude: float = within(15.0, 0.0, 30.0)  # rand_augment: 10 is AutoAugment's most
+    # rand_augment: AugReg's; timm_rand_augment: rand-m9-mstd0.5-inc1; see rand_augment.py
+    augment: Literal[
+        "none", "rand_augment", "timm_rand_augment", "three_augment", "color_jitter"
+    ] = "none"
+    augment_layers: int = within(2, 1, 8)  # of both: operations per image
+    # Of both; 10 is AutoAugment's most, and timm's, which takes 9. AugReg takes 15.
+    augment_magnitude: float = within(15.0, 0.0, 30.0)
     color_jitter: float = within(0.3, 0.0, 1.0)  # brightness, contrast, saturation
     erasing: float = within(0.0, 0.0, 1.0)  # probability of random erasing, after all else
     eval_resize: int = within(24, 1, 2**14)  # pixels of the shorter side before the centre crop
@@ -87,6 +93,17 @@ class DataConfig:
             raise ConfigError(
                 f"augment is {self.augment!r}, which needs channels = 3, not {self.channels}."
             )
+
+        if self.augment == "timm_rand_augment" and self.augment_magnitude > 10:
+            raise ConfigError(
+                f"augment_magnitude is {self.augment_magnitude}, but timm_rand_augment cuts it at "
+                f"10: take 9, as in rand-m9-mstd0.5-inc1, or augment = 'rand_augment'."
+            )
+
+    @property
+    def moves_pixels(self) -> bool:
+        """Whether some operations of the augmentation move pixels."""
+        return self.augment in ("rand_augment", "timm_rand_augment")
 
     @property
     def learns_boxes(self) -> bool:

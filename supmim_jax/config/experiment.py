@@ -133,10 +133,10 @@ class Config:
                 "data.masks.field is empty, but objective 'segmentation' learns from masks: name "
                 "the data set's feature that holds them."
             )
-        if self.needs_masks and self.data.augment == "rand_augment":
+        if self.needs_masks and self.data.moves_pixels:
             raise ConfigError(
-                "data.augment is 'rand_augment', which moves pixels away from their masks: take "
-                "'three_augment' or 'none' with objective 'segmentation'."
+                f"data.augment is {self.data.augment!r}, which moves pixels away from their masks: "
+                "take 'three_augment' or 'none' with objective 'segmentation'."
             )
 
     def _check_boxes(self) -> None:

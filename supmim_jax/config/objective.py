@@ -21,6 +21,10 @@ class ClassificationConfig:
     loss: Literal["softmax", "sigmoid", "bce", "bce_mean"] = "softmax"
     label_smoothing: float = within(0.0, 0.0, 0.99)
     mixup: float = within(0.0, 0.0, INF)  # Beta parameter; 0 switches it off
+    # Mixup's share x of the image itself is max(x, 1 - x), as in big_vision's code. Partners are
+    # mirrors in the batch, so this only swaps them: each mixture goes to the image that it has more
+    # of, whose masked twin and id it then goes with.
+    mixup_larger: bool = False
     cutmix: float = within(0.0, 0.0, INF)  # Beta parameter; with mixup on, a coin per batch
 
     def __post_init__(self):

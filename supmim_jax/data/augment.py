@@ -1,41 +1,14 @@
-"""Augmentations of uint8 HxWx3 images beside crop and flip: RandAugment and 3-Augment."""
+"""Augmentations of uint8 HxWx3 images beside crop and flip: 3-Augment, jitter, random erasing.
+
+Below them are the operations that RandAugment (rand_augment.py) shares. Where nothing else is said
+they are Pillow's, to the bit or to one step of 255 where floats are rounded.
+"""
 
 import cv2
 import numpy as np
 
-GREY = (128, 128, 128)  # what geometric operations bring in at the border
-
-
-def rand_geometry(
-    image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """The operations of RandAugment that move pixels: the image, and how many others remain.
-
-    RandAugment (arXiv 1909.13719) applies `layers` operations, each drawn uniformly, with one
-    magnitude: 10 is the strongest of AutoAugment's ranges and 15 half as much again, as in AugReg's
-    code; Cutout, SolarizeAdd and the probability of skipping are left out. Here those that move
-    pixels come first, so that an image has one geometry, whatever its colours.
-    """
-    others = 0
-    for _ in range(layers):
-        place = rng.integers(len(GEOMETRY) + len(COLOUR))
-        sign = 1.0 if rng.random() < 0.5 else -1.0
-        if place < len(GEOMETRY):
-            image = list(GEOMETRY.values())[place](image, magnitude / 10.0, sign)
-        else:
-            others += 1
-    return image, others
-
-
-def rand_colour(
-    image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
-) -> np.ndarray:
-    """`layers` operations of RandAugment that leave every pixel in its place."""
-    for _ in range(layers):
-        operation = list(COLOUR.values())[rng.integers(len(COLOUR))]
-        sign = 1.0 if rng.random() < 0.5 else -1.0
-        image = operation(image, magnitude / 10.0, sign)
-    return image
+VALUES = np.arange(256)
+SMOOTH = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / np.float32(13)
 
 
 def three_augment(image: np.ndarray, jitter: float, rng: np.random.Generator) -> np.ndarray:
@@ -85,96 +58,70 @@ def erased(image: np.ndarray, probability: float, rng: np.random.Generator) -> n
 
 
 def blend(low, image: np.ndarray, factor: float) -> np.ndarray:
-    """low + factor * (image - low), clipped to uint8."""
+    """low + factor * (image - low) in float32, cut to uint8."""
+    low = np.float32(low)
     return np.clip(low + factor * (image.astype(np.float32) - low), 0, 255).astype(np.uint8)
 
 
 def brightened(image: np.ndarray, factor: float) -> np.ndarray:
-    return blend(np.float32(0), image, factor)
+    return cv2.LUT(image, blend(0, VALUES, factor))
 
 
 def contrasted(image: np.ndarray, factor: float) -> np.ndarray:
-    return blend(np.float32(luminance(image).mean()), image, factor)
+    return cv2.LUT(image, blend(int(grey(image).mean() + 0.5), VALUES, factor))
 
 
 def saturated(image: np.ndarray, factor: float) -> np.ndarray:
-    return blend(luminance(image)[..., None], image, factor)
+    return blend(grey(image)[..., None], image, factor)
 
 
-def enhancement(strength: float, sign: float) -> float:
-    """Factor of brightness, contrast, saturation or sharpness; never below 0.1."""
-    return max(1.0 + sign * 0.9 * strength, 0.1)
+def sharpened(image: np.ndarray, factor: float, rounding: float = 0.5) -> np.ndarray:
+    """Away from each pixel's average with its neighbours, which is rounded to the nearest.
 
-
-def luminance(image: np.ndarray) -> np.ndarray:
-    """ITU-R 601 luma, float32 HxW."""
-    return image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-
-
-def sharpened(image: np.ndarray, factor: float) -> np.ndarray:
-    smooth = cv2.blur(image, (3, 3)).astype(np.float32)
+    The outermost rows and columns, which lack neighbours, stay as they are.
+    """
+    smooth = image.copy()
+    average = cv2.filter2D(image.astype(np.float32), -1, SMOOTH)
+    smooth[1:-1, 1:-1] = (average + rounding)[1:-1, 1:-1]
     return blend(smooth, image, factor)
 
 
+def grey(image: np.ndarray) -> np.ndarray:
+    """ITU-R 601 luma, int32 HxW."""
+    red, green, blue = np.moveaxis(image.astype(np.int32), -1, 0)
+    return (19595 * red + 38470 * green + 7471 * blue + 2**15) >> 16
+
+
 def equalized(image: np.ndarray) -> np.ndarray:
-    return np.stack(
-        [cv2.equalizeHist(np.ascontiguousarray(c)) for c in np.moveaxis(image, -1, 0)], -1
-    )
+    """Each channel by the sums of its histogram; a channel of one value stays as it is."""
+    tables = []
+    for channel in np.moveaxis(image, -1, 0):
+        counts = np.bincount(channel.ravel(), minlength=256)
+        step = (channel.size - counts[channel.max()]) // 255
+        below = np.cumsum(counts) - counts
+        tables.append((below + step // 2) // step if step else VALUES)
+    return mapped(image, np.stack(tables, -1))
 
 
 def autocontrasted(image: np.ndarray) -> np.ndarray:
-    low, high = image.min((0, 1)).astype(np.float32), image.max((0, 1)).astype(np.float32)
-    scale = np.where(high > low, 255.0 / np.maximum(high - low, 1.0), 1.0)
-    return np.clip((image - np.where(high > low, low, 0.0)) * scale, 0, 255).astype(np.uint8)
+    """Each channel stretched to 0 to 255; one of a single value stays as it is."""
+    channels = np.moveaxis(image, -1, 0)
+    low, high = np.array([(float(c.min()), float(c.max())) for c in channels]).T
+    scale = 255.0 / np.maximum(high - low, 1.0)
+    values = VALUES[:, None]
+    return mapped(image, np.where(high > low, values * scale - low * scale, values))
 
 
-def solarized(image: np.ndarray, threshold: float) -> np.ndarray:
-    return np.where(image < threshold, image, 255 - image)
+def solarized(image: np.ndarray, threshold: int) -> np.ndarray:
+    return mapped(image, np.where(threshold > VALUES, VALUES, 255 - VALUES))
 
 
-def posterized(image: np.ndarray, bits: int) -> np.ndarray:
-    return image & np.uint8(256 - (1 << (8 - bits)))
+def solarize_added(image: np.ndarray, addition: int) -> np.ndarray:
+    """What is below 128 becomes brighter."""
+    return mapped(image, np.where(VALUES < 128, VALUES + addition, VALUES))
 
 
-def sheared(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Affine map by shears about the image's centre."""
-    height, width = image.shape[:2]
-    return warped(image, np.float64([[1, x, -x * height / 2], [y, 1, -y * width / 2]]))
-
-
-def translated(image: np.ndarray, x: float, y: float) -> np.ndarray:
-    """Shift by shares of the width and height."""
-    return warped(image, np.float64([[1, 0, x * image.shape[1]], [0, 1, y * image.shape[0]]]))
-
-
-def rotated(image: np.ndarray, degrees: float) -> np.ndarray:
-    height, width = image.shape[:2]
-    centre = ((width - 1) / 2, (height - 1) / 2)
-    return warped(image, cv2.getRotationMatrix2D(centre, degrees, 1.0))
-
-
-def warped(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    size = (image.shape[1], image.shape[0])
-    return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=GREY)
-
-
-# Operation(image, strength, sign): 1 is the end of AutoAugment's range (arXiv 1805.09501, table 6),
-# and a larger strength changes more.
-GEOMETRY = {
-    "rotate": lambda image, strength, sign: rotated(image, sign * 30.0 * strength),
-    "shear_x": lambda image, strength, sign: sheared(image, sign * 0.3 * strength, 0.0),
-    "shear_y": lambda image, strength, sign: sheared(image, 0.0, sign * 0.3 * strength),
-    "translate_x": lambda image, strength, sign: translated(image, sign * 0.45 * strength, 0.0),
-    "translate_y": lambda image, strength, sign: translated(image, 0.0, sign * 0.45 * strength),
-}
-COLOUR = {
-    "autocontrast": lambda image, strength, sign: autocontrasted(image),
-    "equalize": lambda image, strength, sign: equalized(image),
-    "invert": lambda image, strength, sign: 255 - image,
-    "posterize": lambda image, strength, sign: posterized(image, max(4 - int(4 * strength), 1)),
-    "solarize": lambda image, strength, sign: solarized(image, max(256 - 256 * strength, 0)),
-    "color": lambda image, strength, sign: saturated(image, enhancement(strength, sign)),
-    "contrast": lambda image, strength, sign: contrasted(image, enhancement(strength, sign)),
-    "brightness": lambda image, strength, sign: brightened(image, enhancement(strength, sign)),
-    "sharpness": lambda image, strength, sign: sharpened(image, enhancement(strength, sign)),
-}
+def mapped(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Each value by a table of 256, or of 256x3 for each channel; what is outside is cut."""
+    table = np.clip(table, 0, 255).astype(np.uint8)
+    return cv2.LUT(image, table if table.ndim == 1 else table[None])

@@ -53,6 +53,8 @@ def draw_crop(
         extent, box = random_crop(height, width, cfg, rng)
     elif cfg.crop == "inception":
         extent, box = inception_crop(height, width, cfg, rng)
+    elif cfg.crop == "inception_tf":
+        extent, box = inception_tf_crop(height, width, cfg, rng)
     else:
         fixed = cfg.contrastive_crop.boxes == "centre"
         bounds = contrastive_crop.CENTRE if fixed else bounds
@@ -135,6 +137,36 @@ def inception_crop(
             return (height, width), Box(int(top), int(left), h, w)
     side = min(height, width)
     return (height, width), Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+def inception_tf_crop(
+    height: int, width: int, cfg: DataConfig, rng: np.random.Generator
+) -> tuple[tuple[int, int], Box]:
+    """A box as tf.image.sample_distorted_bounding_box draws it with the defaults of AugReg's code.
+
+    Aspect uniform in [0.75, 1.33], then the height uniform in what the aspect, the image and
+    [min_crop_area, 1] of its area allow. So small areas are likelier than in `inception_crop`: of
+    0.05 to 1 the mean is 0.35, there 0.42. As there, a box never touches the bottom or right edge
+    unless it is as high or wide as the image. After a hundred misses all of the image.
+    """
+    least, most = cfg.min_crop_area * height * width, height * width
+    for _ in range(100):
+        aspect = rng.uniform(0.75, 1.33)
+        low, high = (round(np.sqrt(area / aspect)) for area in (least, most))
+        if round(high * aspect) > width:
+            high = int((width + 0.5 - 1e-7) / aspect)
+        high = min(high, height)
+        h = int(rng.integers(low, high + 1)) if low < high else high
+        w = round(h * aspect)
+        if w * h < least:  # by rounding
+            h, w = h + 1, round((h + 1) * aspect)
+        if w * h > most:
+            h, w = h - 1, round((h - 1) * aspect)
+        if least <= w * h <= most and 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(height - h)) if h < height else 0
+            left = int(rng.integers(width - w)) if w < width else 0
+            return (height, width), Box(top, left, h, w)
+    return (height, width), Box(0, 0, height, width)
 
 
 def random_crop(

@@ -32,13 +32,13 @@ GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
 # How images are shown that are transparent or have more than 8 bits. Caches of versions that did
 # not look at that have no such part, and are right for images that are neither.
 SHOWN = ("background", "max_value")
-RANDOM_GEOMETRY = ("augment_layers", "augment_magnitude")  # of rand_augment alone
+RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
 
 
 def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
     """All that tokens depend on, as nested plain values; two runs may share a cache if equal."""
     data = section(cfg.data)
-    moves = data["augment"] == "rand_augment"
+    moves = cfg.data.moves_pixels
     geometry = {name: data[name] for name in GEOMETRY + (RANDOM_GEOMETRY if moves else ())}
     if data["crop"] == "contrastive":  # with boxes "centre"; the others move while a run learns
         geometry["contrastive_crop"] = {"alpha": data["contrastive_crop"]["alpha"]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from supmim_jax.config import IGNORED, DataConfig
-from supmim_jax.data import augment, jpeg, seals
+from supmim_jax.data import augment, jpeg, rand_augment, seals
 from supmim_jax.data.crops import (
     cropped,
     cropped_mask,
@@ -47,9 +47,9 @@ def generator(
 
 def moved(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """A crop after the operations that move pixels, and how many of colour are left to do."""
-    if cfg.augment == "rand_augment":
-        return augment.rand_geometry(image, cfg.augment_layers, cfg.augment_magnitude, rng)
-    return image, 0
+    if not cfg.moves_pixels:
+        return image, 0
+    return rand_augment.geometry(cfg.augment, image, cfg.augment_layers, cfg.augment_magnitude, rng)
 
 
 def decoded_crop(
@@ -99,8 +99,8 @@ def coloured(
     if cfg.augment == "none" and not cfg.erasing:
         return view
     rng = generator(seed, epoch, example, COLOURS, crop)
-    if cfg.augment == "rand_augment":
-        view = augment.rand_colour(view, layers, cfg.augment_magnitude, rng)
+    if cfg.moves_pixels:
+        view = rand_augment.colours(cfg.augment, view, layers, cfg.augment_magnitude, rng)
     elif cfg.augment == "three_augment":
         view = augment.three_augment(view, cfg.color_jitter, rng)
     elif cfg.augment == "color_jitter":

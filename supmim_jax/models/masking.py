@@ -1,6 +1,6 @@
 """Which patches are masked: random (MAE) and block-wise (BEiT), always the same number.
 
-Both rank the patches of an image by a score and mask those ranked last, so shapes are static.
+Both give the patches of an image scores and mask those ranked last, so shapes are static.
 Every example's mask is a function of (key, id) alone, whatever batch or device it is on.
 """
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCKS = 16  # rectangles laid down at most; the last ones hardly ever matter
-MIN_BLOCK_AREA = 1 / 12  # of the grid, as BEiT's 16 patches of 196
-MAX_BLOCK_AREA = 0.4
+BLOCKS = 64  # rectangles tried at most
+TRIES = 10  # that fail in a row
+MIN_BLOCK_AREA = 16 / 196  # of the grid
 MAX_ASPECT = 1 / 0.3
 
 
@@ -47,35 +47,63 @@ def sample(form: str, ratio: float, side: int, key: jax.Array, ids_B) -> Mask:
       ids_B: int32 ids of the examples.
     """
     score = {"random": random_scores, "block": block_scores}[form]
+    count = num_masked(side * side, ratio)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_B)
-    return from_scores(jax.vmap(lambda k: score(k, side))(keys), ratio)
+    return from_scores(jax.vmap(lambda k: score(k, side, count))(keys), ratio)
 
 
-def random_scores(key: jax.Array, side: int) -> jax.Array:
+def random_scores(key: jax.Array, side: int, count: int) -> jax.Array:
     """Uniform noise, float32 L: MAE's random masking (arXiv 2111.06377, section 3)."""
     return jax.random.uniform(key, (side * side,))
 
 
-def block_scores(key: jax.Array, side: int) -> jax.Array:
-    """Scores, float32 L, that mask rectangle after rectangle: BEiT's block-wise masking.
+def block_scores(key: jax.Array, side: int, count: int) -> jax.Array:
+    """Scores, float32 L, of 1 for `count` masked patches and else 0: BEiT's block-wise masking.
 
-    BEiT (arXiv 2106.08254, algorithm 1) lays rectangles of random area and aspect until enough
-    patches are covered. Here a patch scores by the first rectangle that covers it (noise breaks
-    ties and orders the uncovered), so the last rectangle is cut to fit the number exactly.
+    As in BEiT's code (arXiv 2106.08254, algorithm 1; microsoft/unilm, beit/masking_generator.py)
+    rectangles are laid down whose area is uniform from 16 patches of 196 to what is still to be
+    masked, and aspect log-uniform in [0.3, 1/0.3]. One that would mask more than that, nothing new,
+    or all of a row or column is left out. After ten in a row that code stops, with fewer patches
+    masked than asked for. Here a last rectangle brings the number that shapes need: of ten, and the
+    whole grid, that with the fewest patches too many is masked row by row until the number is
+    reached. Then rows and columns change places, and ends, by coins.
     """
-    area_key, aspect_key, place_key, noise_key = jax.random.split(key, 4)
-    area = (
-        side
-        * side
-        * jax.random.uniform(area_key, (BLOCKS,), minval=MIN_BLOCK_AREA, maxval=MAX_BLOCK_AREA)
-    )
-    limit = jnp.log(MAX_ASPECT)
-    aspect = jnp.exp(jax.random.uniform(aspect_key, (BLOCKS,), minval=-limit, maxval=limit))
-    extent = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)])
-    extent = jnp.clip(jnp.round(extent), 1, side)
-    start = jnp.floor(jax.random.uniform(place_key, (2, BLOCKS)) * (side - extent + 1))
-    at = jnp.arange(side)[:, None]
-    rows, columns = ((at >= s) & (at < s + e) for s, e in zip(start, extent, strict=True))
-    covered = rows[:, None] & columns[None, :]  # side x side x BLOCKS
-    first = jnp.where(covered.any(-1), jnp.argmax(covered, axis=-1), BLOCKS)
-    return (BLOCKS - first).reshape(-1) + jax.random.uniform(noise_key, (side * side,))
+    draw_key, last_key, turn_key = jax.random.split(key, 3)
+
+    def lay(state: tuple[jax.Array, jax.Array], draws_4):
+        masked, failed = state
+        new = _rectangle(draws_4, count - masked.sum(), side) & ~masked
+        fits = (new.sum() > 0) & (new.sum() <= count - masked.sum()) & (failed < TRIES)
+        failed = jnp.where(fits, 0, failed + 1)
+        return (masked | (new & fits), failed), None
+
+    draws = jax.random.uniform(draw_key, (BLOCKS, 4))
+    (masked, _), _ = jax.lax.scan(lay, (jnp.zeros((side, side), bool), 0), draws)
+
+    missing = count - masked.sum()
+    draws = jax.random.uniform(last_key, (TRIES, 4))
+    last = jax.vmap(lambda u: _rectangle(u, missing, side))(draws)
+    last = jnp.concatenate([last, jnp.ones((1, side, side), bool)]) & ~masked
+    size = last.sum((1, 2))
+    new = last[jnp.argmin(jnp.where(size >= missing, size, side * side + 1))]
+    masked |= new & (new.cumsum().reshape(side, side) <= missing)
+
+    turn = jax.random.bernoulli(turn_key, shape=(3,))
+    for coin, turned in zip(turn, (lambda x: x.T, lambda x: x[::-1], lambda x: x[:, ::-1])):
+        masked = jnp.where(coin, turned(masked), masked)
+    return masked.reshape(-1).astype(jnp.float32)
+
+
+def _rectangle(draws_4, missing: jax.Array, side: int) -> jax.Array:
+    """A rectangle of area, aspect and place by four numbers in [0, 1); bool side x side.
+
+    Empty if it would be as high or wide as the grid.
+    """
+    area, aspect, *place = draws_4
+    area = MIN_BLOCK_AREA * side**2 * (1.0 - area) + missing * area
+    aspect = jnp.exp((2.0 * aspect - 1.0) * jnp.log(MAX_ASPECT))
+    extent = jnp.round(jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)]))
+    start = jnp.floor(jnp.stack(place) * (side - extent + 1))
+    at = jnp.arange(side)
+    rows, columns = ((at >= s) & (at < s + e) for s, e in zip(start, extent))
+    return rows[:, None] & columns & (extent < side).all()

@@ -42,8 +42,8 @@ def accuracy(logits_BxV, batch: Batch) -> jax.Array:
 def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> tuple:
     """Images and soft targets BxV after mixup (1710.09412) or CutMix (1905.04899), if on.
 
-    Each image is mixed with its mirror in the batch, with one coefficient per batch; when both
-    are on a coin chooses, as in timm and DeiT-III.
+    Each image is mixed with its mirror in the batch, with one coefficient per batch, as in scenic,
+    timm and DeiT-III; when both are on a coin chooses, as in the latter two.
     """
     targets = losses.smoothed_one_hot(batch.label, classes, cfg.label_smoothing)
     if not (cfg.mixup or cfg.cutmix):
@@ -53,6 +53,8 @@ def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> t
     use_cutmix = jax.random.bernoulli(coin_key, share_cutmix)
     alpha = jnp.where(use_cutmix, cfg.cutmix or 1.0, cfg.mixup or 1.0)
     share = jax.random.beta(beta_key, alpha, alpha)  # of the image itself
+    if cfg.mixup_larger:
+        share = jnp.where(use_cutmix, share, jnp.maximum(share, 1.0 - share))
     inside = _box(box_key, share, images.shape[1:3]) & use_cutmix
     share = jnp.where(use_cutmix, 1.0 - inside.mean(), share)
     own = jnp.where(use_cutmix, ~inside, share).astype(images.dtype)[None, :, :, None]
