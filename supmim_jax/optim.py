@@ -38,21 +38,23 @@ def decay_mask(params: Any, tokens: bool = False) -> Any:
 def schedule(cfg: Config) -> optax.Schedule:
     """Learning rate of a step: linear warm-up to the peak, then cosine to final_lr.
 
-    Each step has its rate, and the cosine begins after the warm-up; or, as timm's scheduler by
-    epochs does, each epoch has one, of a cosine over all epochs.
+    Each step has its rate, and the cosine begins after the warm-up; or it is over all steps, with
+    the warm-up as a factor (scenic), or in its place, by epochs (timm).
     """
     optim, peak = cfg.optim, cfg.peak_lr
-    by_epoch = optim.schedule == "per_epoch"
+    by_epoch, product = optim.schedule == "per_epoch", optim.schedule == "product"
     steps = cfg.data.train_examples / cfg.batch_size  # of an epoch
     warmup, total = cfg.warmup_steps, cfg.total_steps
     if by_epoch:
         warmup, total = warmup / steps, total / steps
     cosine = optax.cosine_decay_schedule(
-        peak, total if by_epoch else total - warmup, optim.final_lr / (peak or 1.0)
+        peak, total if by_epoch or product else total - warmup, optim.final_lr / (peak or 1.0)
     )
     rise = optax.linear_schedule(optim.warmup_lr, peak, max(warmup, 1))
 
     def rate(step):
+        if product:
+            return cosine(step) * jnp.minimum(step / max(warmup, 1), 1)
         now = jnp.floor(step / steps + 1e-4) if by_epoch else step
         after = cosine(now if by_epoch else jnp.maximum(now - warmup, 0))
         return jnp.where(now < warmup, rise(now), after) if warmup else after

@@ -17,7 +17,7 @@ from supmim_jax.program import Program
 from supmim_jax.types import TrainState
 
 # Regularisation, rounding and memory of the training; everything else makes another encoder.
-MAY_DIFFER = ("config.model.drop_path", "config.model.dtype:", "config.model.remat:")
+MAY_DIFFER = tuple(f"config.model.{x}" for x in ("drop_path", "dropout:", "dtype:", "remat:"))
 
 
 def state(cfg: Config, prog: Program) -> TrainState:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError, ViTConfig
 from supmim_jax.models import masking, patch_codes, vit
-from supmim_jax.models.transformer import _keep, sincos2d
+from supmim_jax.models.transformer import _keep, dropout, sincos2d
 
 DATA = DataConfig(image_size=16, eval_resize=16, channels=3)
 SMALL = ViTConfig(patch=4, width=32, depth=2, mlp_dim=64, heads=2)
@@ -55,6 +55,18 @@ def test_masked_pixels_are_hidden_in_both_forms():
     for arguments in ({"visible": mask}, {"masked": (mask, jnp.ones(32))}):
         assert (model.embed(IMAGES, **arguments) == model.embed(other, **arguments)).all()
         assert (model.embed(IMAGES) != model.embed(other)).any()
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    plain, model = (encoder(dropout=rate, depth=3) for rate in (0.0, 0.5))
+    nnx.update(model, nnx.state(plain))
+    kept = plain.features(IMAGES).pooled
+    assert (model.features(IMAGES).pooled == kept).all()
+    first, again, other = (model.features(IMAGES, jax.random.key(i)).pooled for i in (0, 0, 1))
+    assert (first == again).all() and (first != other).any() and (first != kept).any()
+    x = dropout(jnp.ones((1000, 100)), 0.25, jax.random.key(0))
+    assert set(np.unique(x)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(float((x == 0).mean()) - 0.25) < 0.005
 
 
 def test_drop_path_needs_a_key_and_keeps_the_mean():

@@ -51,6 +51,13 @@ def test_a_rate_for_each_epoch_is_timms(cfg):
     np.testing.assert_allclose([rate(s) for s in (0, 4, 8)], [0.02, 0.06, 0.1], rtol=1e-5)
 
 
+def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
+    changed = OptimConfig(lr=0.1, warmup_epochs=2.5, schedule="product")
+    rate = optim.schedule(dataclasses.replace(cfg, epochs=10, optim=changed))  # 10 steps of 40
+    expected = [0.05 * (1 + np.cos(np.pi * s / 40)) * min(s / 10, 1) for s in range(40)]
+    np.testing.assert_allclose([rate(s) for s in range(40)], expected, rtol=1e-5, atol=1e-8)
+
+
 def test_maes_code_also_decays_tokens(cfg, one_device):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
     params = program.build(cfg, one_device).state.params

@@ -30,6 +30,9 @@ class ViTConfig:
     layer_scale: float = within(0.0, 0.0, 1.0)  # initial value; 0 leaves LayerScale out
     drop_path: float = within(0.0, 0.0, 0.99)  # of the last block
     drop_path_form: Literal["linear", "constant"] = "linear"  # from 0; or of all blocks (DeiT-III)
+    # Of the embedded patches and, in each block, of what attention gives, of the MLP's hidden
+    # values and of what it gives: where ViT's code has dropout. Attention's weights keep all.
+    dropout: float = within(0.0, 0.0, 0.99)
     gelu: Literal["exact", "tanh"] = "exact"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     remat: Literal["none", "names", "full"] = "none"

@@ -30,8 +30,9 @@ class OptimConfig:
     warmup_epochs: float = within(5.0, 0.0, INF)
     warmup_lr: float = within(0.0, 0.0, INF)  # that the warm-up begins with
     # per_epoch: timm's. The rate stands for an epoch, and the cosine is one over all epochs, whose
-    # beginning the warm-up takes the place of.
-    schedule: Literal["per_step", "per_epoch"] = "per_step"
+    # beginning the warm-up takes the place of. product: scenic's. The cosine is over all steps, and
+    # the warm-up, from 0, is a factor of it.
+    schedule: Literal["per_step", "per_epoch", "product"] = "per_step"
     weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate; matrices
     b1: float = within(0.9, 0.0, 0.999999)
     b2: float = within(0.999, 0.0, 0.999999)

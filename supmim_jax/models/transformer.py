@@ -35,6 +35,13 @@ def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-6, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+def dropout(x, rate: float, key: jax.Array | None):
+    """Each value 0 with this probability, the others larger by as much; without a key as it is."""
+    if not rate or key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
 class Block(nnx.Module):
     """Self-attention and MLP, each behind a LayerNorm and, if asked for, LayerScale."""
 
@@ -48,8 +55,10 @@ class Block(nnx.Module):
         gelu: str,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        dropout: float = 0.0,
     ):
         self.heads = heads
+        self.dropout = dropout
         self.gelu = gelu
         self.norm1 = layer_norm(width, dtype, rngs)
         self.qkv = linear(width, 3 * width, dtype, rngs, XAVIER_QKV)
@@ -62,18 +71,24 @@ class Block(nnx.Module):
             self.scale1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
             self.scale2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
 
-    def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1):
+    def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1, key=None):
         """Tokens after this block; attention stays within each run of `segments` tokens.
 
-        keep_2xBxNx1 multiplies the two residual branches (DropPath); None keeps them whole.
+        keep_2xBxNx1 multiplies the two residual branches (DropPath); None keeps them whole. `key`
+        draws dropout; None leaves it out.
         """
+
+        def dropped(x, number: int):
+            drawn = None if key is None else jax.random.fold_in(key, number)
+            return dropout(x, self.dropout, drawn)
+
         x = by_rows(x_BxNxD)
-        branch = self.attend(self.norm1(x), segments)
+        branch = dropped(self.attend(self.norm1(x), segments), 0)
         x = x + _kept(branch, 0, keep_2xBxNx1)
         x = checkpoint_name(x, "mid")
         hidden = checkpoint_name(self.fc1(self.norm2(x)), "fc1")
-        hidden = jax.nn.gelu(hidden, approximate=self.gelu == "tanh")
-        return x + _kept(self.project(self.fc2, hidden, 1), 1, keep_2xBxNx1)
+        hidden = dropped(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"), 1)
+        return x + _kept(dropped(self.project(self.fc2, hidden, 1), 2), 1, keep_2xBxNx1)
 
     def attend(self, x_BxNxD, segments: tuple[int, ...]):
         """Multi-head self-attention within each segment of the packed sequence."""
@@ -116,7 +131,7 @@ class Transformer(nnx.Module):
         self.blocks = make(rngs.split(depth))
 
     def __call__(self, x_BxNxD, segments: tuple[int, ...], key: jax.Array | None = None):
-        """Tokens after all blocks; `key` draws DropPath, None (inference) leaves it out.
+        """Tokens after all blocks; `key` draws DropPath and dropout, None (inference) neither.
 
         DropPath (stochastic depth, arXiv 1603.09382) drops a residual branch per example and
         segment, at a rate that goes linearly from the first block's to the last one's.
@@ -127,16 +142,19 @@ class Transformer(nnx.Module):
         drop = key is not None and max(self.drop_path) > 0
         rates = jnp.linspace(*self.drop_path, self.depth, dtype=jnp.float32)
         keys = jax.random.split(key, self.depth) if drop else jnp.zeros((self.depth, 0))
+        drops = key is not None and self.blocks.dropout > 0
+        other = jax.random.fold_in(key, self.depth) if drops else None  # a stream of its own
 
         def body(x, layer):
-            params, rate, key = layer
+            params, rate, key, number = layer
             keep = _keep(key, rate, x.shape[0], segments) if drop else None
-            return nnx.merge(graph, params)(x, segments, keep), None
+            drawn = jax.random.fold_in(other, number) if drops else None
+            return nnx.merge(graph, params)(x, segments, keep, drawn), None
 
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x_BxNxD, (params, rates, keys))[0]
+        return jax.lax.scan(body, x_BxNxD, (params, rates, keys, jnp.arange(self.depth)))[0]
 
 
 def _kept(branch, which: int, keep_2xBxNx1):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from supmim_jax.config import DataConfig, ViTConfig
 from supmim_jax.models.masking import Mask
-from supmim_jax.models.transformer import Transformer, layer_norm, linear, sincos2d
+from supmim_jax.models.transformer import Transformer, dropout, layer_norm, linear, sincos2d
 from supmim_jax.types import Features
 
 
@@ -31,6 +31,9 @@ def unpatchify(patches_BxLxP, patch: int, side: int) -> jax.Array:
     b, _, p = patches_BxLxP.shape
     x = patches_BxLxP.reshape(b, side, side, patch, patch, p // patch**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * patch, side * patch, -1)
+
+
+EMBEDDED = 2**16  # folded into the key for dropout: above the number of any block
 
 
 class ViT(nnx.Module):
@@ -61,6 +64,7 @@ class ViT(nnx.Module):
             layer_scale=cfg.layer_scale,
             gelu=cfg.gelu,
             dtype=dtype,
+            dropout=cfg.dropout,
         )
         self.norm = layer_norm(cfg.width, dtype, rngs)
 
@@ -104,12 +108,14 @@ class ViT(nnx.Module):
     def encode(self, inputs: tuple[jax.Array, ...], key=None) -> tuple[jax.Array, ...]:
         """Normalised tokens of each BxNxD input, all in one pass; attention stays within one."""
         segments = tuple(x.shape[1] for x in inputs)
-        x = self.norm(self.transformer(jnp.concatenate(inputs, axis=1), segments, key))
+        x = jnp.concatenate(inputs, axis=1)
+        x = dropout(x, self.cfg.dropout, None if key is None else jax.random.fold_in(key, EMBEDDED))
+        x = self.norm(self.transformer(x, segments, key))
         ends = [sum(segments[: i + 1]) for i in range(len(segments) - 1)]
         return tuple(jnp.split(x, ends, axis=1))
 
     def features(self, images, key=None) -> Features:
-        """Features of float BxHxWxC images; `key` switches DropPath on."""
+        """Features of float BxHxWxC images; `key` switches DropPath and dropout on."""
         (tokens,) = self.encode((self.embed(images),), key)
         grid = tokens[:, self.prefix :].astype(jnp.float32)
         return Features(self.pool(tokens), grid.reshape(len(grid), self.side, self.side, -1))

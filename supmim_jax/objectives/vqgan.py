@@ -1,9 +1,8 @@
 """Trains an image tokenizer: VQGAN (arXiv 2012.09841) as MaskGIT (arXiv 2202.04200) uses it.
 
-MaskGIT's training code was not published. The terms are those of the papers; commitment weight,
-entropy weight and temperature are those of MaskGIT's published config. Our choices: dead codes are
-revived, the discriminator is a plain patch discriminator, and the perceptual distance is that of
-an encoder of ours in place of VGG features.
+The terms are those of the papers, with the weights of MaskGIT's published config in
+configs/vqgan_imagenet256.py. Our choices: dead codes are revived, the discriminator is a plain
+patch discriminator, and the perceptual distance is of an encoder of ours in place of VGG features.
 """
 
 import jax
