@@ -70,8 +70,9 @@ IMAGENET_21K = dataclasses.replace(
     train_examples=14_197_122,  # less those that are held out: data.prepare tells how many
     num_classes=21_841,
 )
-# Of ViTConfig. Average pooling with fixed sine-cosine positions follows Beyer et al. (arXiv
-# 2205.01580): our choice, AugReg and DeiT-III have a CLS token and learned positions.
+# Of ViTConfig. Average pooling with fixed positions is in the manner of Beyer et al. (arXiv
+# 2205.01580), with MAE's frequencies: our choice, AugReg and DeiT-III have a CLS token and
+# learned positions.
 AT_SCALE = {"positions": "sincos2d", "dtype": "bfloat16", "remat": "names"}
 MAE_OPTIM = OptimConfig(
     lr=1.5e-4,

@@ -99,7 +99,8 @@ def source(cfg: Config, params: dict) -> tuple[epath.Path, dict]:
 def resized(positions_LxD: jax.Array, side: int) -> jax.Array:
     """Learned positions of a square grid for one of `side` x `side` patches.
 
-    Bicubic as images are resized (as in DeiT's code), with antialiasing when the grid shrinks.
+    Bicubic with antialiasing when the grid shrinks, as timm's resample_abs_pos_embed (to 1e-6); the
+    kernel of DeiT's own code is another one, without antialiasing.
     """
     length, width = positions_LxD.shape
     old = round(length**0.5)

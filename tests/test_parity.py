@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from supmim_jax import start
 from supmim_jax.config import DataConfig, DecoderConfig, ViTConfig
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
@@ -249,3 +250,14 @@ def test_mae_tokens_predictions_and_gradients(mae):
     theirs = port_encoder(gradients, encoder.cfg, "vit."), port_decoder(gradients)
     ours = tuple(map(nnx.to_pure_dict, ours))
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-4 * np.abs(b).max()), ours, theirs)
+
+
+@pytest.mark.parametrize("side", [10, 16, 24])
+def test_positions_are_resized_as_timm_does(side):
+    """resample_abs_pos_embed: PyTorch's bicubic, antialiased."""
+    grid = torch.randn((1, 8, 14, 14), generator=torch.Generator().manual_seed(0))
+    theirs = torch.nn.functional.interpolate(
+        grid, size=(side, side), mode="bicubic", antialias=True
+    )
+    ours = start.resized(jnp.asarray(grid[0].permute(1, 2, 0).reshape(196, 8).numpy()), side)
+    np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).reshape(-1, 8), atol=3e-6)

@@ -13,6 +13,8 @@ from supmim_jax.formats import equivalents
 from supmim_jax.formats.description import Foreign, Section
 from supmim_jax.formats.layout import BLOCKS, Layout, Row, convolution, linear, norm, to_foreign
 
+# Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
+INTERPOLATION = {"area": "box", "linear": "bilinear"}
 GELU = {"exact": "gelu", "tanh": "gelu_tanh"}
 SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
 ARCHITECTURE = r"vit_(tiny|small|base|large|huge|giant)_patch(\d+)_(\d+)"
@@ -87,7 +89,7 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
     pretrained = {
         "input_size": [data.channels, data.image_size, data.image_size],
         "fixed_input_size": True,
-        "interpolation": "bicubic",
+        "interpolation": INTERPOLATION[data.resize],
         "crop_pct": crop(data.image_size, data.eval_resize),
         "crop_mode": "center",
         "mean": [0.5] * data.channels,

@@ -21,7 +21,8 @@ CLASSIFIERS = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassifi
 ENCODERS = {"cls": "ViTModel", "gap": "IJepaModel"}
 MAE, MAE_ENCODER = "vit_mae", "ViTMAEModel"
 NO_ENCODER = ("pooler.", "decoder.")  # a layer after the CLS token; what predicts masked patches
-BICUBIC = 3  # PIL's number
+# Pillow's numbers of the filters nearest to crops.resize: box and bilinear (see timm_vit.py).
+RESAMPLE = {"area": 4, "linear": 2}
 EPSILON = 1e-6
 
 
@@ -85,7 +86,7 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
         "do_convert_rgb": data.channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": data.eval_resize},
-        "resample": BICUBIC,
+        "resample": RESAMPLE[data.resize],
         "do_center_crop": True,
         "crop_size": {"height": data.image_size, "width": data.image_size},
         "do_rescale": True,

@@ -26,6 +26,7 @@ def bounds(heat_BxHxW, size: int, threshold: float) -> jax.Array:
 
     The map is enlarged to `size` x `size` and scaled to [0, 1], then cut at the threshold (arXiv
     2202.03278, section 3.2). The box of a map without differences is the whole image.
+    ContrastiveCrop's code scales the map first, and leaves the last warm row and column out.
     """
     x = jax.image.resize(heat_BxHxW, (heat_BxHxW.shape[0], size, size), "linear")
     low, high = x.min((1, 2), keepdims=True), x.max((1, 2), keepdims=True)

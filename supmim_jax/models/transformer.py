@@ -176,7 +176,8 @@ def sincos2d(height: int, width: int, dim: int, grid: int = 0) -> np.ndarray:
     """Fixed 2-D sine-cosine position embeddings, float32 (height*width)xdim.
 
     As in MAE (arXiv 2111.06377, reference code): the first half encodes the column, the second
-    the row; each as [sin, cos] over dim/4 frequencies 10000^(-i / (dim/4)).
+    the row; each as [sin, cos] over dim/4 frequencies 10000^(-i / (dim/4)). big_vision's (arXiv
+    2205.01580) are 10000^(-i / (dim/4 - 1)), and so other values.
 
     With a `grid`, the coordinates are those of a grid x grid image at the same relative places
     (of patch centres), so that an encoder trained there finds every place where it was.
