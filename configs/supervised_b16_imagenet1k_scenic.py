@@ -13,7 +13,7 @@ from supmim_jax.config import ClassificationConfig, Config, OptimConfig, Supervi
 
 
 def experiment() -> Config:
-    classification = ClassificationConfig(loss="sigmoid", mixup=0.5, mixup_larger=True)
+    classification = ClassificationConfig(loss="sigmoid", mixup=0.5)
     return Config(
         batch_size=4096,
         epochs=300,
