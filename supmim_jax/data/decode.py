@@ -141,16 +141,16 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
 def _split(
     raw: np.ndarray, head: header.Header | None, floats: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Colours HxWxC (RGB or grey) and alpha HxWx1 in [0, 1] of what IMREAD_UNCHANGED decodes."""
+    """Colours HxWxC (RGB or grey) and alpha HxW in [0, 1] of what IMREAD_UNCHANGED decodes."""
     raw = raw if raw.ndim == 3 else raw[..., None]
     colours = raw[..., 2::-1] if raw.shape[2] > 2 else raw[..., :1]
     if floats and raw.shape[2] == 4 and raw.dtype == np.uint8:
         return np.concatenate([colours, raw[..., 3:]], axis=2).view("<f4"), None
     if raw.shape[2] == 4:
-        return colours, raw[..., 3:] / np.float64(_full(raw.dtype))
+        return colours, raw[..., 3] / np.float32(_full(raw.dtype))
     if head is not None and head.key is not None:  # OpenCV leaves it out of grey images alone
         key = head.key * (255 // (2**head.bits - 1) if head.bits < 8 else 1)
-        return colours, (colours != key).astype(np.float64)
+        return colours, (colours[..., 0] != key).astype(np.float32)
     return colours, None
 
 
@@ -163,13 +163,11 @@ def _over(
     colours: np.ndarray, alpha: np.ndarray | None, head: header.Header | None, shown: Shown
 ) -> np.ndarray:
     """uint8 HxWxC: the colours in 8 bits, over the background."""
-    white = head.white if head is not None else 0
+    white = (head.white if head is not None else 0) or shown.max_value
     if colours.dtype != np.uint8 and not white:
-        if not shown.max_value:
-            raise nobody_said(f"has values of {colours.dtype} up to {colours.max()}", shown)
-        white = shown.max_value
-    if colours.dtype != np.uint8 or white:
-        white, low, high = white or 255, colours.min(), colours.max()
+        raise nobody_said(f"has values of {colours.dtype} up to {colours.max()}", shown)
+    if colours.dtype != np.uint8 or (head is not None and head.white):
+        low, high = colours.min(), colours.max()
         if not 0 <= low <= high <= white:  # nor NaN
             raise Unclear(
                 f"has values of {colours.dtype} from {low} to {high}, of which 0 is black and "
@@ -177,11 +175,14 @@ def _over(
                 f"Set {shown.setting} to the value that is white.",
             )
         colours = colours * (255.0 / white)
-    if alpha is None:
-        return np.rint(colours).astype(np.uint8)
-    if head is None or head.kind != "TIFF":  # there the decoder has multiplied
-        colours = colours * alpha
-    return np.rint(np.minimum(colours + (1 - alpha) * shown.background, 255)).astype(np.uint8)
+    if alpha is None or (alpha == 1).all():
+        return colours if colours.dtype == np.uint8 else np.rint(colours).astype(np.uint8)
+    times = alpha if head is None or head.kind != "TIFF" else 1  # there the decoder has multiplied
+    over = [
+        np.rint(np.minimum(colours[..., i % colours.shape[2]] * times + (1 - alpha) * value, 255))
+        for i, value in enumerate(shown.background)
+    ]
+    return np.stack(over, axis=2).astype(np.uint8)
 
 
 def _drawn(
@@ -200,7 +201,7 @@ def _drawn(
     value = colours[..., 0]
     if alpha is not None:
         seen = cfg.background[0] * (_full(value.dtype) // 255)
-        value = np.where(alpha[..., 0] == 0, seen, value)
+        value = np.where(alpha == 0, seen, value)
     drawn = _turned(value, head)
     if head is not None and head.orientation != 1:
         orientation = 1  # it is turned already
