@@ -23,8 +23,8 @@ PER_HOST = ("data_dir", "workers", "threads", "prefetch")
 # In what JAX says of a device that it cannot use: another process has it, or it is not ready.
 MAY_PASS = ("in use", "OUT_OF_MEMORY", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
 
-# What absl, ml_collections and a config file raise for a wrong flag, key or value.
-MISTAKES = (flags.Error, SetupError, OSError, LookupError, AttributeError, TypeError, ValueError)
+# What absl and ml_collections raise for a wrong flag, key or value.
+MISTAKES = (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError)
 
 
 def start(run: Callable[[], None]) -> None:
@@ -76,6 +76,8 @@ def parse(argv: list[str]) -> list[str]:
     """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
     try:
         return flags.FLAGS(argv)
+    except SetupError as error:  # of the config file
+        return fail(str(error), EXIT_SETUP)
     except MISTAKES as error:
         return fail(f"{error} (in the command line)", EXIT_SETUP)
 

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, inference, optim, sharding, storage
+from supmim_jax import checkpoint, commands, config_file, inference, optim, sharding, storage
 from supmim_jax.config import (
     Config,
     DataConfig,
@@ -131,8 +130,6 @@ def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
 
 
 def main() -> None:
-    if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
-        raise SetupError("--config names no readable file; give the path of one in configs/.")
     base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
     with storage.fetched(epath.Path(PATH.value)) as path:
         cfg, params = load(FROM.value, path, base)
@@ -141,7 +138,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "Data set and the rest: a config file")
+    CONFIG = config_file.define("Data set and the rest: a config file")
     FROM = flags.DEFINE_enum("from", None, SOURCES, "Library that wrote it.", required=True)
     PATH = storage.define(
         "path", None, "Directory with model.safetensors, or .npz.", required=True, searched=False

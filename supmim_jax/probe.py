@@ -18,10 +18,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import checkpoint, commands, evals, inference, sharding, storage
-from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
+from supmim_jax import checkpoint, commands, config_file, evals, inference, sharding, storage
+from supmim_jax.config import Config, DataConfig, ProbeConfig
 from supmim_jax.configdict import from_configdict, section, to_configdict
 from supmim_jax.evals.results import Results
 from supmim_jax.metrics import write_json
@@ -186,8 +185,6 @@ def file_name() -> str:
 
 
 def main() -> None:
-    if CONFIG.value is not None and not isinstance(CONFIG.value, ConfigDict):
-        raise SetupError("--config names no readable file; give the path of one in configs/probes.")
     asked = from_configdict(CONFIG.value, ProbeConfig) if CONFIG.value is not None else None
     rows = []
     for location in CHECKPOINT.value:
@@ -202,7 +199,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "What to measure: configs/probes/*.py")
+    CONFIG = config_file.define("What to measure: configs/probes/*.py")
     CHECKPOINT = storage.define_multi(
         "checkpoint", "workdir or workdir@step; may be given several times"
     )

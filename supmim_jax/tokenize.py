@@ -18,9 +18,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, frozen, inference, sharding, storage
+from supmim_jax import commands, config_file, frozen, inference, sharding, storage
 from supmim_jax.config import Config, ConfigError, MeshConfig, SetupError, TokensConfig
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed, token_cache, token_plan
@@ -184,8 +183,6 @@ class Progress:
 
 
 def main() -> None:
-    if not isinstance(CONFIG.value, ConfigDict):
-        raise SetupError("--config names no readable file; give the path of one in configs/.")
     commands.join()
     cfg, directory = from_configdict(CONFIG.value), epath.Path(CACHE.value)
     commands.agree(cfg, {"cache": CACHE.value, "epochs": EPOCHS.value, "shard": SHARD.value})
@@ -195,7 +192,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "The run that the tokens are for.")
+    CONFIG = config_file.define("The run that the tokens are for.")
     CACHE = storage.define("cache", None, "Directory to write, or to go on with.")
     EPOCHS = flags.DEFINE_integer("epochs", None, "Views of each image.", lower_bound=1)
     SHARD = flags.DEFINE_integer(

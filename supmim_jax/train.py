@@ -9,11 +9,11 @@ import json
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import (
     checkpoint,
     commands,
+    config_file,
     distributed,
     frozen,
     inference,
@@ -24,7 +24,7 @@ from supmim_jax import (
     start,
     storage,
 )
-from supmim_jax.config import Config, SetupError
+from supmim_jax.config import Config
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed
 from supmim_jax.loop import Loop
@@ -94,8 +94,6 @@ def train(
 
 
 def main() -> None:
-    if not isinstance(CONFIG.value, ConfigDict):
-        raise SetupError("--config names no readable file; give the path of one in configs/.")
     commands.join()
     cfg = from_configdict(CONFIG.value)
     command = {"workdir": WORKDIR.value, "use_older_checkpoint": USE_OLDER.value}
@@ -109,7 +107,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
+    CONFIG = config_file.define("Experiment: configs/<name>.py")
     WORKDIR = storage.define("workdir", None, "Directory of this run; it resumes if it can.")
     USE_OLDER = flags.DEFINE_bool(
         "use_older_checkpoint", False, "If the newest is damaged, set it aside; use one before it."

@@ -10,7 +10,7 @@ LAYERS = [
     {"config", "configdict", "storage", "types", "hlo", "environment", "display"},
     {"models", "data"},
     {"optim", "objectives", "sharding", "metrics", "finite", "formats", "distributed"},
-    {"preemption", "stall"},
+    {"preemption", "stall", "config_file"},
     {"inference", "checkpoint", "evals", "commands", "accumulate"},
     {"program"},
     {"frozen", "start", "localize"},

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import hlo, program, sharding
+from supmim_jax import config_file, hlo, program, sharding
 from supmim_jax.bench import analytic
 from supmim_jax.config import Config, SetupError
 from supmim_jax.configdict import from_configdict
@@ -141,13 +140,11 @@ def check(cfg: Config) -> None:
 
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
-    config = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
+    config = config_file.define("Experiment: configs/<name>.py")
     scopes = flags.DEFINE_bool("scopes", False, "Also list every scope with matmuls, in GF.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:
-        if not isinstance(config.value, ConfigDict):
-            raise SetupError("--config names no readable file; give the path of one in configs/.")
         cfg = from_configdict(config.value)
         check(cfg)
         result = measure(cfg, sharding.make_mesh(cfg.mesh))

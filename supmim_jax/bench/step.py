@@ -12,9 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import hlo, program, sharding, storage
+from supmim_jax import config_file, hlo, program, sharding, storage
 from supmim_jax.bench import analytic, flops, step_data, step_timing, step_where, torch_rival
 from supmim_jax.bench.step_report import report
 from supmim_jax.config import Config, SetupError
@@ -38,7 +37,7 @@ class Plan:
 
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
-    config = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
+    config = config_file.define("Experiment: configs/<name>.py")
     number, boolean = flags.DEFINE_integer, flags.DEFINE_bool
     given = {
         "rounds": number("rounds", 10, "Rounds; their median counts.", lower_bound=1),
@@ -52,8 +51,6 @@ def command() -> Callable[[], None]:
     flags.mark_flag_as_required("config")
 
     def run() -> None:
-        if not isinstance(config.value, ConfigDict):
-            raise SetupError("--config names no readable file; give the path of one in configs/.")
         plan = Plan(**{name: flag.value for name, flag in given.items()})
         if plan.rival:  # it needs room on the same GPU
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

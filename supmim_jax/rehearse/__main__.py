@@ -9,9 +9,8 @@ import json
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, sharding, storage
+from supmim_jax import commands, config_file, sharding, storage
 from supmim_jax.config import Config, ConfigError, SetupError
 from supmim_jax.configdict import from_configdict
 from supmim_jax.rehearse import chips, compiled, report, sweep
@@ -62,8 +61,6 @@ def compare(cfg: Config, part: chips.Slice, limit: int) -> list[dict]:
 
 
 def main() -> None:
-    if not isinstance(CONFIG.value, ConfigDict):
-        raise SetupError("--config names no readable file; give the path of one in configs/.")
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; this machine's devices stay free
     cfg, part = from_configdict(CONFIG.value), chips.parse(TOPOLOGY.value)
     if SWEEP.value:
@@ -81,7 +78,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: configs/<name>.py")
+    CONFIG = config_file.define("Experiment: configs/<name>.py")
     TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:16x16")
     SWEEP = flags.DEFINE_integer("sweep", 0, "Compare this many meshes and remat policies.", 0)
     ROW = flags.DEFINE_bool("row", False, "Print the row of a Markdown table instead.")
