@@ -19,6 +19,7 @@ for flag in (
 
 import dataclasses
 import shutil
+import signal
 from collections.abc import Iterator
 
 import jax
@@ -43,6 +44,14 @@ from supmim_jax.config import (
     ViTConfig,
 )
 from supmim_jax.types import Batch
+
+# Under nohup, or in the background of a shell, the tests and what they start would ignore these.
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, default)
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

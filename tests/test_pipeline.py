@@ -269,7 +269,7 @@ def test_eval_images_are_the_centre_of_the_resized_image():
 
 def test_undecodable_bytes_are_named():
     for encoded in (b"", b"not an image"):
-        with pytest.raises(decode.BrokenRecord, match=r"set record 7: \d+ bytes are not an image"):
+        with pytest.raises(decode.BrokenRecord, match=r"set record 7: 'image', \d+ bytes"):
             decode.decode_image({"image": encoded}, DataConfig(name="set"), 7)
 
 

@@ -120,13 +120,16 @@ FEW = """
 import dataclasses, os, resource, sys
 from supmim_jax.config import Config, DataConfig, SupervisedConfig
 from supmim_jax.data import feed
-resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, 256))
 if __name__ == "__main__":
     data = DataConfig(name="many", data_dir=sys.argv[1], train_examples=90, num_classes=3,
                       channels=3, image_size=8, eval_resize=8, workers=int(sys.argv[2]))
     cfg = Config(data=data, objective=SupervisedConfig(), batch_size=30, epochs=4)
     fed = feed.training(cfg, range(30))
-    ids = [i for batch in fed for i in batch["id"].tolist()]
+    batches = [next(fed)]
+    # The workers have their limit. This process holds files of the memory that it shares with them.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    ids = [i for batch in (*batches, *fed) for i in batch["id"].tolist()]
     print(fed.broken, all(sorted(ids[e:e + 90]) == list(range(90)) for e in range(0, 360, 90)))
     fed.close()
 """

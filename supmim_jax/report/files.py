@@ -145,7 +145,7 @@ def _is_numbers(values: dict) -> bool:
 
 def _is_part(part: Any) -> bool:
     known = isinstance(part, dict) and environment.FROM_STEP in part
-    return known and all(type(x) in (str, int) for x in part.values())
+    return known and all(type(x) in (str, int, bool, type(None)) for x in part.values())
 
 
 def _refused(path: epath.Path, reason: str) -> SetupError:
