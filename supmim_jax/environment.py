@@ -34,7 +34,7 @@ RELIED_ON = {
 CHANGES = " with changes"  # after the commit where files of it were edited
 
 
-def collect(devices: Sequence[jax.Device]) -> dict[str, str | int | None]:
+def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
     """The environment of this process, which computes on `devices` (of all processes)."""
     kinds = Counter(device.device_kind for device in devices)
     return {
@@ -56,9 +56,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def flags() -> dict[str, str | int | None]:
-    """The values of FLAGS."""
-    return {name: getattr(jax.config, name) for name in FLAGS}
+def flags() -> dict[str, str]:
+    """The values of FLAGS, as text."""
+    return {name: str(getattr(jax.config, name)) for name in FLAGS}
 
 
 def rely() -> None:

@@ -62,14 +62,17 @@ class Loop:
             except Diverged as error:
                 changes = self._back(error)
 
-    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+    def evaluate(self, step: int, state: TrainState) -> evals.Results:
         """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
         cfg, split = self.cfg, self.cfg.data.eval_split
-        results = evals.run_all(self.subject.bind(state.judged), cfg, split, self.mesh).metrics
-        self.writer.write(step, {f"eval/{name}": value for name, value in results.items()})
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in results.items())
+        results = evals.run_all(self.subject.bind(state.judged), cfg, split, self.mesh)
+        metrics = results.metrics
+        self.writer.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
         self.line.say(f"step {step}, {split}: {shown}")
-        self.checkpoints.found(step, results)
+        for name, reason in results.errors.items():
+            self.line.say(f"step {step}, {split}: {name} cannot be measured. {reason}")
+        self.checkpoints.found(step, metrics)
         return results
 
     def _begin(self, changes: dict) -> tuple[int, TrainState]:

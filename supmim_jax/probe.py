@@ -19,8 +19,17 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, commands, config_file, evals, inference, sharding, storage
-from supmim_jax.config import Config, DataConfig, ProbeConfig
+from supmim_jax import (
+    checkpoint,
+    commands,
+    config_file,
+    evals,
+    inference,
+    preemption,
+    sharding,
+    storage,
+)
+from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
 from supmim_jax.configdict import from_configdict, section, to_configdict
 from supmim_jax.evals.results import Results
 from supmim_jax.metrics import write_json
@@ -73,6 +82,7 @@ class Report:
             "seconds": self.numbers["seconds"],
             "metrics": self.results.metrics,
             "details": self.results.details,
+            **({evals.ERRORS: errors} if (errors := self.results.errors) else {}),
             "config": to_configdict(self.asked).to_dict(),
             "data": section(self.data),
             "device": {
@@ -115,14 +125,14 @@ def probe(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
     subject = inference.build_evaluation(run, batch_size, mesh)
-    model = subject.bind(checkpoint.restore_params(directory, subject.params))
-
     data = asked.data.over(run.data)
-    if hidden := unknown_heads(run.data, data):
-        model = WithoutHeads(model, hidden)
     cfg = dataclasses.replace(
         run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
     )
+    evals.check(cfg, data.eval_split)
+    model = subject.bind(checkpoint.restore_params(directory, subject.params))
+    if hidden := unknown_heads(run.data, data):
+        model = WithoutHeads(model, hidden)
     results = evals.run_all(model, cfg, data.eval_split, mesh)
     return Report(directory, run, checkpoint.read_run(directory), asked, data, mesh, results)
 
@@ -186,16 +196,25 @@ def file_name() -> str:
 
 def main() -> None:
     asked = from_configdict(CONFIG.value, ProbeConfig) if CONFIG.value is not None else None
-    rows = []
+    rows, refused = [], []
     for location in CHECKPOINT.value:
-        given = asked or own(checkpoint.read_config(checkpoint.locate(location)))
-        report = probe(location, with_flags(given))
+        try:
+            given = asked or own(checkpoint.read_config(checkpoint.locate(location)))
+            report = probe(location, with_flags(given))
+        except SetupError as error:  # of one checkpoint; the others are measured
+            refused.append(str(error))
+            continue
         rows.append(report.row())
+        if report.results.errors:
+            refused.append(evals.told(report.results.errors, location))
         try:
             print(save(report, file_name()), file=sys.stderr)
         except OSError as error:  # of a checkpoint that others own; the table has the numbers
             print(f"Not saved: {error}", file=sys.stderr)
-    print(table(rows))
+    if rows:
+        print(table(rows))
+    if refused:
+        commands.fail("\n\n".join(refused), preemption.EXIT_SETUP)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _check_flags(parts: list[dict], step: int, now: dict, workdir: epath.Path) -
     before = ([part for part in parts if part[environment.FROM_STEP] < step] or [now])[-1]
     changed = [x for x in environment.FLAGS if x in before and before[x] != now[x]]
     if changed:
-        found = "; ".join(f"{x.upper()}: {before[x]!r}; {now[x]!r}" for x in changed)
+        found = "; ".join(f"{x.upper()}: {before[x]}; {now[x]}" for x in changed)
         raise SetupError(
             f"--workdir {workdir} holds a run of other settings of JAX: {found} (there; here). "
             f"The steps after {step} would draw or round other numbers. Set these variables as "

@@ -15,6 +15,7 @@ from supmim_jax import (
     commands,
     config_file,
     distributed,
+    evals,
     frozen,
     inference,
     preemption,
@@ -27,6 +28,7 @@ from supmim_jax import (
 from supmim_jax.config import Config
 from supmim_jax.configdict import from_configdict
 from supmim_jax.data import feed
+from supmim_jax.evals import ERRORS
 from supmim_jax.loop import Loop
 from supmim_jax.metrics import ProgressLine, write_json
 
@@ -56,11 +58,14 @@ def train(
     prog = program.build(cfg, mesh)
     subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     feed.check(cfg)
+    evals.check(cfg, cfg.data.eval_split)
     workdir = storage.location(workdir)
     run_directory.check(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
-        ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
-        return run_directory.results(workdir)
+        results = run_directory.results(workdir)
+        if not results.get(ERRORS):  # or what could not be measured may be now
+            ProgressLine(cfg).say(f"{workdir} is complete; these are its results.")
+            return results
     if not checkpoint.steps(workdir):
         start.check(cfg, prog.state.params)
     frozen.check_cache(cfg, workdir, mesh)
@@ -79,13 +84,15 @@ def train(
         last, state = run.to(min(stop_at or cfg.total_steps, cfg.total_steps))
         results = {}
         if last == cfg.total_steps:
+            found = run.evaluate(last, state)
             results = {
                 "objective": cfg.objective.name,
                 "epochs": cfg.epochs,
                 "seconds": run.numbers["seconds"],
                 "split": cfg.data.eval_split,
                 **({"skipped_batches": x} if (x := run.numbers["skipped_batches"]) else {}),
-                **run.evaluate(last, state),
+                **found.metrics,
+                **({ERRORS: found.errors} if found.errors else {}),
             }
             if jax.process_index() == 0:
                 write_json(workdir / "results.json", results)
@@ -104,6 +111,8 @@ def main() -> None:
         commands.fail(f"{message} ({WORKDIR.value})", code)
     if jax.process_index() == 0:
         print(f"{WORKDIR.value}: {json.dumps(results)}")
+    if errors := results.get(ERRORS):
+        commands.fail(evals.told(errors, WORKDIR.value), preemption.EXIT_SETUP)
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ def test_a_run_does_not_go_on_with_other_settings_of_jax(name, value, cfg, tmp_p
     run_directory.record_environment(workdir, 0, mesh)
     noted = (tmp_path / "environment.json").read_text()
     jax_setting(name, value)
-    with pytest.raises(SetupError, match=f"{name.upper()}: {before!r}; {value!r}"):
+    with pytest.raises(SetupError, match=f"{name.upper()}: {before}; {value}"):
         run_directory.record_environment(workdir, 3, mesh)
     assert (tmp_path / "environment.json").read_text() == noted
     run_directory.record_environment(workdir, 0, mesh)  # nothing was done before
     run_directory.record_environment(workdir, 5, mesh)
-    assert json.loads((tmp_path / "environment.json").read_text())[0][name] == value
+    assert json.loads((tmp_path / "environment.json").read_text())[0][name] == str(value)
 
 
 def test_a_run_that_noted_no_settings_goes_on(cfg, tmp_path):

@@ -198,7 +198,7 @@ def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
     for process in found:
         assert process.code == 2 and process.seconds < 60
         assert f"process 1 on {host}: config.seed: 0; 7\n" in process.err
-        assert f"process 2 on {host}: versions.jax_random_seed_offset: 0; 5; " in process.err
+        assert f"process 2 on {host}: versions.jax_random_seed_offset: '0'; '5'; " in process.err
         assert "code.optim.py: '" in process.err
         assert "data_dir:" not in process.err and "threads" not in process.err
         assert "Traceback" not in process.err and process.err.count("error: ") == 1

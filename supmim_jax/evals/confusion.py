@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from supmim_jax.config import IGNORED, SetupError
+from supmim_jax.config import IGNORED
+from supmim_jax.evals.results import CannotEvaluate
 
 
 class Scores(NamedTuple):
@@ -21,7 +22,7 @@ def count(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     Arrays of one shape, whatever it is; matrices of several batches add up.
     """
     if truth.shape != predicted.shape:
-        raise SetupError(f"Masks are {truth.shape}, predictions {predicted.shape}.")
+        raise CannotEvaluate(f"Masks are {truth.shape}, predictions {predicted.shape}.")
     valid = truth != IGNORED
     cell = truth[valid].astype(np.int64) * classes + predicted[valid]
     return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
@@ -30,7 +31,7 @@ def count(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
 def score(matrix_VxV: np.ndarray) -> Scores:
     """Scores of all pixels counted."""
     if not matrix_VxV.sum():
-        raise SetupError("No pixel of the masks counts: all are to be ignored.")
+        raise CannotEvaluate("No pixel of the masks counts: all are to be ignored.")
     right_V = np.diag(matrix_VxV)
     union_V = matrix_VxV.sum(axis=0) + matrix_VxV.sum(axis=1) - right_V
     iou_V = np.full(len(union_V), np.nan)

@@ -7,8 +7,8 @@ it: features standardised by the shots, a constant column for the bias, targets 
 
 import numpy as np
 
-from supmim_jax.config import SetupError
 from supmim_jax.evals import rows
+from supmim_jax.evals.results import CannotEvaluate
 
 CHUNK = 65536  # examples classified at once
 
@@ -50,7 +50,7 @@ def draw_shots(labels_N: np.ndarray, classes: int, shots: int, *, seed: int, dra
     counts_V = np.bincount(labels_N, minlength=classes)
     if counts_V.min() < shots:
         scarce = int(counts_V.argmin())
-        raise SetupError(
+        raise CannotEvaluate(
             f"{shots} shots are wanted of each class, but class {scarce} has {counts_V[scarce]} "
             f"training examples. Take at most {counts_V[scarce]} shots."
         )

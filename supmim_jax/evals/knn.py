@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from supmim_jax import sharding
-from supmim_jax.config import SetupError
 from supmim_jax.evals import rows
+from supmim_jax.evals.results import CannotEvaluate
 
 QUERY_CHUNK = 1024  # times BANK_CHUNK: 32 MiB of similarities at once
 BANK_CHUNK = 8192
@@ -94,7 +94,9 @@ def vote(
     depth = similarity_QxK.shape[1]
     wrong = [k for k in ks if not 1 <= k <= depth]
     if wrong:
-        raise SetupError(f"k = {wrong} of the vote must lie in [1, {depth}], the neighbours found.")
+        raise CannotEvaluate(
+            f"k = {wrong} of the vote must lie in [1, {depth}], the neighbours found."
+        )
     # Relative to the nearest: exp(s / 0.07) alone would be fine, a small temperature would not.
     nearest = similarity_QxK[:, :1].astype(np.float64)
     weight_QxK = np.exp((similarity_QxK - nearest) / temperature)
@@ -237,14 +239,16 @@ def _check(queries_QxD: np.ndarray, bank_NxD: np.ndarray, k: int, leave_one_out:
     rows.check_features(queries_QxD, "queries of kNN")
     rows.check_features(bank_NxD, "bank of kNN")
     if queries_QxD.shape[1] != bank_NxD.shape[1]:
-        raise SetupError(
+        raise CannotEvaluate(
             f"queries have {queries_QxD.shape[1]} dimensions, the bank {bank_NxD.shape[1]}."
         )
     if leave_one_out and len(queries_QxD) != len(bank_NxD):
-        raise SetupError(
+        raise CannotEvaluate(
             f"leave_one_out needs the bank as queries, got {len(queries_QxD)} queries and a bank "
             f"of {len(bank_NxD)}."
         )
     most = len(bank_NxD) - leave_one_out
     if not 1 <= k <= most:
-        raise SetupError(f"k is {k}; it must lie in [1, {most}], the neighbours that there are.")
+        raise CannotEvaluate(
+            f"k is {k}; it must lie in [1, {most}], the neighbours that there are."
+        )

@@ -24,8 +24,8 @@ import optax
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
-from supmim_jax.config import SetupError
 from supmim_jax.evals import rows
+from supmim_jax.evals.results import CannotEvaluate
 
 ROWS = 4096  # of one chunk's logits: memory doesn't grow with the training set
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # c; a small one is a strong penalty
@@ -97,7 +97,7 @@ def hold_out(labels_N: np.ndarray, share: float, seed: int) -> np.ndarray:
     aside_N = np.zeros(len(labels_N), bool)
     aside_N[order] = rank_N < np.repeat(wanted_V, counts_V)
     if not aside_N.any():
-        raise SetupError(
+        raise CannotEvaluate(
             f"None of {len(labels_N)} training examples can be held out: each is the only one of "
             f"its class."
         )

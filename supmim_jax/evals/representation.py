@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from supmim_jax.config import Config, SetupError
+from supmim_jax.config import Config
 from supmim_jax.data import pipeline
 from supmim_jax.evals import confusion, features, few_shot, knn, linear_probe, retrieval
 from supmim_jax.evals import segmentation as heads
-from supmim_jax.evals.results import Results
+from supmim_jax.evals.results import CannotEvaluate, Results
 from supmim_jax.types import Encoder
 
 
@@ -44,19 +44,23 @@ class Subject:
         batches = pipeline.masked_dataset(self.cfg, split, self.mesh)
         for tokens, masks in features.extract_tokens(self.encoder, batches):
             if not np.isfinite(tokens).all():
-                raise SetupError(f"Tokens of {split!r} have NaN or infinity. Has it diverged?")
+                raise CannotEvaluate(f"Tokens of {split!r} have NaN or infinity. Has it diverged?")
             yield tokens, masks
 
 
 def measure(encoder: Encoder, cfg: Config, split: str, mesh: Mesh) -> Results:
-    """All evaluations of `cfg.eval.which`."""
+    """All evaluations of `cfg.eval.which`; one that cannot be made leaves the others alone."""
     subject = Subject(encoder, cfg, split, mesh)
-    metrics, details = {}, {}
+    metrics, details, errors = {}, {}, {}
     for name in cfg.eval.which:
-        found = EVALUATIONS[name](subject)
+        try:
+            found = EVALUATIONS[name](subject)
+        except CannotEvaluate as error:
+            errors[name] = str(error)
+            continue
         metrics |= found.metrics
         details |= {name: found.details} if found.details else {}
-    return Results(metrics, details)
+    return Results(metrics, details, errors)
 
 
 def top1(subject: Subject) -> Results:

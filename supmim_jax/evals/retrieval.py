@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from supmim_jax.config import SetupError
+from supmim_jax.evals.results import CannotEvaluate
 
 RECALLS = (1, 10, 100)
 CHUNK = 1024  # queries at once
@@ -58,14 +58,14 @@ def score(
     """
     wanted = depth(query_labels_Q, bank_labels_N, leave_one_out=leave_one_out, recalls=recalls)
     if index_QxK.shape[1] < wanted:
-        raise SetupError(
+        raise CannotEvaluate(
             f"Retrieval needs the nearest {wanted} neighbours of each query (its recalls and its "
             f"largest class), got {index_QxK.shape[1]}."
         )
     found_Q = relevant(query_labels_Q, bank_labels_N, leave_one_out)
     counts = np.flatnonzero(found_Q > 0)
     if not len(counts):
-        raise SetupError("Retrieval has nothing to find: no query shares its label with the bank.")
+        raise CannotEvaluate("Retrieval has nothing to find: no two examples share a label.")
     first_hit, precision = [], []
     for start in range(0, len(counts), CHUNK):
         part = counts[start : start + CHUNK]

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from supmim_jax import sharding
-from supmim_jax.config import SetupError
+from supmim_jax.evals.results import CannotEvaluate
 
 
 def everywhere() -> Mesh:
@@ -46,14 +46,14 @@ def round_up(number: int, multiple: int) -> int:
 def check_features(features_NxD: np.ndarray, what: str) -> None:
     """Raises SetupError unless these are finite numbers, a row for each of N > 0 examples."""
     if features_NxD.ndim != 2 or not features_NxD.size:
-        raise SetupError(
+        raise CannotEvaluate(
             f"{what} must be a row per example and a column per dimension, got an array of shape "
             f"{features_NxD.shape}."
         )
     with np.errstate(invalid="ignore"):
         bad = np.flatnonzero(~np.isfinite(features_NxD.sum(axis=1, dtype=np.float64)))
     if len(bad):
-        raise SetupError(
+        raise CannotEvaluate(
             f"{what} has NaN or infinity in {len(bad)} of {len(features_NxD)} rows, first in row "
             f"{bad[0]}. Has the training diverged?"
         )
@@ -62,11 +62,11 @@ def check_features(features_NxD: np.ndarray, what: str) -> None:
 def check_labels(labels_N: np.ndarray, features_NxD: np.ndarray, classes: int, what: str) -> None:
     """Raises SetupError unless there is one integer label in [0, classes) for each example."""
     if labels_N.shape != features_NxD.shape[:1] or not np.issubdtype(labels_N.dtype, np.integer):
-        raise SetupError(
+        raise CannotEvaluate(
             f"{what} must have an integer for each of {len(features_NxD)} examples, got "
             f"{labels_N.dtype} {labels_N.shape}."
         )
     if labels_N.min() < 0 or labels_N.max() >= classes:
-        raise SetupError(
+        raise CannotEvaluate(
             f"{what} must lie in [0, {classes}), got {labels_N.min()} to {labels_N.max()}."
         )

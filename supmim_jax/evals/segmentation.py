@@ -15,8 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from supmim_jax import optim
-from supmim_jax.config import IGNORED, HeadTrainingConfig, SetupError
+from supmim_jax.config import IGNORED, HeadTrainingConfig
 from supmim_jax.evals import confusion, rows
+from supmim_jax.evals.results import CannotEvaluate
 from supmim_jax.models.segmentation import HEADS, pixel_cross_entropy
 from supmim_jax.models.segmentation import classes as classes_of
 
@@ -52,7 +53,7 @@ def fit(
     """
     _check(tokens_NxHxWxD, masks_NxYxX, classes)
     if head not in HEADS:
-        raise SetupError(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
+        raise CannotEvaluate(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
     mesh = mesh or rows.everywhere()
     init, apply = _functions(head, tokens_NxHxWxD.shape[-1], classes)
     solver = optax.adamw(
@@ -151,13 +152,13 @@ def _placed(tokens, masks, batch_size: int, mesh: Mesh) -> tuple[jax.Array, jax.
 
 def _check(tokens: np.ndarray, masks: np.ndarray, classes: int) -> None:
     if tokens.ndim != 4 or masks.ndim != 3 or len(tokens) != len(masks) or not tokens.size:
-        raise SetupError(
+        raise CannotEvaluate(
             f"Segmentation needs tokens NxHxWxD and masks NxYxX of as many examples, got "
             f"{tokens.shape} and {masks.shape}."
         )
     wrong = masks[(masks != IGNORED) & ((masks < 0) | (masks >= classes))]
     if wrong.size:
-        raise SetupError(
+        raise CannotEvaluate(
             f"Masks have labels {np.unique(wrong)[:8].tolist()}; known are 0 to {classes - 1}, and "
             f"{IGNORED} for pixels that don't count."
         )

@@ -8,10 +8,12 @@ from etils import epath
 
 from supmim_jax import environment, storage
 from supmim_jax.config import SetupError
+from supmim_jax.evals import ERRORS
 
 LARGEST_INT = 2**53  # that a float holds
 LARGEST_DRAWN = 1e100
-ABOUT = ("objective", "epochs", "seconds", "split")  # of results.json; the rest was measured
+# Of results.json; the rest was measured.
+ABOUT = ("objective", "epochs", "seconds", "split", ERRORS)
 
 
 @dataclass(frozen=True)
