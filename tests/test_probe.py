@@ -182,7 +182,7 @@ REFUSED = (
     ({"num_classes": 9}, {"which": ("knn",)}, r"num_classes is 9, but .* has 30 classes"),
     ({"eval_resize": 10}, {"which": ("knn",)}, "eval_resize is 10, but the centre crop needs"),
     ({"eval_split": "dev"}, {"which": ("top1",)}, "has no split 'dev'"),
-    ({}, {"which": ("few_shot",)}, "10 shots are wanted of each class, but class"),
+    ({}, {"which": ("few_shot",)}, "shots is 10, but class"),
 )
 
 
