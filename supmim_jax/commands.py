@@ -51,6 +51,8 @@ def start(run: Callable[[], None]) -> None:
             if no_device := environment.no_device(error):
                 busy = any(word in no_device for word in MAY_PASS)
                 fail(no_device, distributed.EXIT_TRY_AGAIN if busy else EXIT_SETUP)
+            if isinstance(error, ChildProcessError):
+                fail(str(error), distributed.EXIT_TRY_AGAIN)
             if not distributed.active():
                 raise
             traceback.print_exc()

@@ -49,7 +49,10 @@ class Feed(Iterator[Arrays]):
         self.batches.close()
 
     def __next__(self) -> Arrays:
-        arrays = next(self.batches)
+        try:
+            arrays = next(self.batches)
+        except RuntimeError as error:
+            raise worker.ended(error) from None
         ids = arrays.pop("broken")
         for example in ids[ids != sequence.NONE].tolist():
             self.broken += 1
@@ -88,7 +91,8 @@ def training(
         .map(sequence.TrainingOrder(len(source), cfg.seed, cfg.data.repeats))
         .map(sequence.Intact(source, train_example(cfg, boxes)))
     )
-    batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
+    evaluated = cfg.eval.batch_size * len(rows) // cfg.batch_size * _eval_bytes(cfg)
+    batches = _decoded(examples, len(rows), cfg.data, evaluated, bool(cfg.eval.every))
     return Feed(batches, cfg.data, cfg.data.train_split, "another record stands in for it")
 
 
@@ -134,7 +138,7 @@ def _once(source, make, cfg: Config, split: str, rows: Sequence[int]) -> Feed:
         .map(sequence.EvaluationRecord(source))
         .map(make)
     )
-    batches = _decoded(examples.batch(len(rows), drop_remainder=True), cfg.data)
+    batches = _decoded(examples, len(rows), cfg.data)
     return Feed(batches, cfg.data, split, "it counts as a grey image, if its label can be read")
 
 
@@ -153,7 +157,7 @@ def target_images(
         .map(sequence.ViewOrder(len(source)))
         .map(sequence.Intact(source, transforms.TargetExample(make)))
     )
-    for arrays in _decoded(examples.batch(batch_size), cfg.data):
+    for arrays in _decoded(examples, batch_size, cfg.data, drop=False):
         yield arrays["image"], arrays["mark"]
 
 
@@ -192,12 +196,42 @@ def first_images(cfg: Config, count: int) -> np.ndarray:
     return np.stack(images)
 
 
-def _decoded(batches: grain.MapDataset, data: DataConfig) -> grain.DatasetIterator:
-    """Batches decoded ahead, each by one thread or process."""
+def _eval_bytes(cfg: Config) -> int:
+    """Of an image that an evaluation reads, and of its mask where it reads one."""
+    masks = 4 * bool({"segmentation", "miou"} & set(cfg.eval.which))
+    return cfg.data.image_size**2 * (cfg.data.channels + masks)
+
+
+def _decoded(
+    examples: grain.MapDataset,
+    size: int,
+    data: DataConfig,
+    later: int = 0,
+    beside: bool = False,
+    drop: bool = True,
+) -> grain.DatasetIterator:
+    """Batches decoded ahead, each by one thread or process.
+
+    Args:
+      examples: of which `size` are a batch.
+      size: as above.
+      data: the config's section.
+      later: bytes of a batch that workers are asked for later on, so that it is known now.
+      beside: whether that is while these workers wait.
+      drop: whether a last batch that is smaller is left out.
+
+    Raises:
+      SetupError: the workers' shared memory is too small.
+    """
+    batches = examples.batch(size, drop_remainder=drop)
     threads, ahead = data.threads, max(data.prefetch, data.threads)
     options = grain.ReadOptions(1, 1) if data.workers else grain.ReadOptions(threads, ahead)
     local = batches.to_iter_dataset(options)
     if data.workers:
+        first = examples[0] if len(examples) else {}
+        arrays = (size * np.asarray(x).nbytes for x in first.values())
+        now = sum(math.ceil(x / worker.PAGE) * worker.PAGE for x in arrays)
+        worker.check_room(data.workers, now + later if beside else max(now, later))
         if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
             flags.FLAGS.mark_as_parsed()
         worker.keep_light()

@@ -1,4 +1,4 @@
-"""Keeps JAX out of the processes that decode images, and ends them with their parent.
+"""The processes that decode images: without JAX, ended with their parent, explained when they die.
 
 A spawned process first imports, under the name __mp_main__, the module that its parent ran as a
 script: `supmim_jax.train`, and so all of JAX, Flax and Orbax. Here it imports this one, which bars
@@ -8,14 +8,24 @@ workers would outlive one that was killed.
 """
 
 import importlib.util
+import math
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from multiprocessing import resource_tracker
 
+from supmim_jax.config import SetupError
+
 NAME = "supmim_jax.data.worker"
+SHARED = "/dev/shm"  # where batches pass from a worker to its parent, as long as Linux has it
+# Batches that are there at a time: of each worker one that waits and one that waits for its place;
+# then those on the way to the devices, or in use, and some whose memory is about to be given back.
+OF_A_WORKER, TAKEN, MARGIN = 2, 4, 1.25
+PAGE = 4096  # bytes in which shared memory is given
+MB = 2**20
 
 
 def keep_light() -> None:
@@ -28,6 +38,56 @@ def keep_light() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_room(workers: int, size: float) -> None:
+    """Raises SetupError if finished batches of `size` bytes each have no room."""
+    needed, (free, total) = MARGIN * (OF_A_WORKER * workers + TAKEN) * size, _shared()
+    if needed > free:
+        raise SetupError(
+            f"config.data.workers is {workers}, which needs about {needed / MB:.1f} MB of "
+            f"shared memory for finished batches, and {SHARED} has {free / MB:.1f} MB free of "
+            f"{total / MB:.1f} MB. {_more(needed)}"
+        )
+
+
+def ended(error: RuntimeError) -> Exception:
+    """What is to be done about an error of Grain's: if a worker died, why."""
+    found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    if not found:
+        return error
+    code, (free, total) = int(found[1]), _shared()
+    if code == -signal.SIGBUS:
+        return SetupError(
+            f"A process that decodes images met SIGBUS: {SHARED} was full (now {free / MB:.1f} MB "
+            f"free of {total / MB:.1f} MB), or a file of the data set was cut while it was read. "
+            f"{_more(0)}"
+        )
+    if code == -signal.SIGKILL:
+        return ChildProcessError(
+            "A process that decodes images was killed (SIGKILL): mostly by the system, for want of "
+            "memory (dmesg tells). The same command goes on; fewer config.data.workers, or a "
+            "larger limit of the container or job, may help."
+        )
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+    return ChildProcessError(f"A process that decodes images ended by {name}. Its output is above.")
+
+
+def _shared() -> tuple[float, float]:
+    """Bytes of SHARED that are free, and all; infinite where there is none."""
+    try:
+        found = os.statvfs(SHARED)
+    except OSError:
+        return float("inf"), float("inf")
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
+def _more(needed: float) -> str:
+    size = math.ceil(2 * needed / 2**30) or 1
+    return (
+        f"Give a container more (docker run --shm-size={size}g, or --ipc=host; in Kubernetes an "
+        f"emptyDir of medium Memory at {SHARED}), or set config.data.workers=0."
+    )
 
 
 def end_with(parent: int) -> None:
