@@ -58,7 +58,6 @@ def train(
     prog = program.build(cfg, mesh)
     subject = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     feed.check(cfg)
-    evals.check(cfg, cfg.data.eval_split)
     workdir = storage.location(workdir)
     run_directory.check(workdir, cfg)
     if (workdir / "results.json").exists():  # written last, so the run is complete
@@ -68,6 +67,7 @@ def train(
             return results
     if not checkpoint.steps(workdir):
         start.check(cfg, prog.state.params)
+    evals.check(cfg, cfg.data.eval_split)
     frozen.check_cache(cfg, workdir, mesh)
     host_arrays = frozen.arrays(cfg, workdir, prog.frozen)
     frozen.check_kept(host_arrays, cfg, workdir)
