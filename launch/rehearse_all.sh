@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rehearses the ImageNet configs on 256 chips of each kind: a row per step that was compiled, and a
-# JSON file beside it. Needs the extra [tpu] and hours: half a minute to three per row, 44 rows.
+# JSON file beside it. Needs the extra [tpu] and hours: half a minute to three per row, 48 rows.
 # usage: bash launch/rehearse_all.sh <directory for the JSON> [config ...]
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '/^# usage/s/^# //p' "$0" >&2; exit 2; }
