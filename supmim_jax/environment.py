@@ -51,7 +51,7 @@ def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what computes."""
+    """The versions of Python and of PACKAGES."""
     found = {package: metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **found}
 

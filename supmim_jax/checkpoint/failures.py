@@ -13,14 +13,18 @@ from supmim_jax.config import OF_THE_USER, SetupError
 
 @contextlib.contextmanager
 def explained(what: epath.Path, done: str, workdir: epath.Path) -> Iterator[None]:
-    """Says of a failure that somebody must see to what is left, and what to do.
+    """Explains an error of the file system that a person must fix (OF_THE_USER).
 
-    Others, which may be gone the next time, pass as they are.
+    The message says which checkpoints remain and what to do. Any other error passes unchanged: it
+    may be gone on the next try.
 
     Args:
-      what: is written.
-      done: the verb that fails.
-      workdir: of the run.
+      what: the path being written.
+      done: what was being done to it, as a past participle ("saved").
+      workdir: the run's directory.
+
+    Raises:
+      SetupError: for an error that a person must fix.
     """
     try:
         yield

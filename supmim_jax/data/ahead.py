@@ -12,8 +12,8 @@ Item = TypeVar("Item")
 class Ahead(Iterator[Item], Generic[Item]):
     """`items`, of which up to `most` wait made; an exception comes at its item's place.
 
-    Taking an item that waits hands no lock to the thread, which therefore makes the next one
-    when the taker next lets it run, not while the taker waits.
+    Taking an item that is ready does not block, so the thread gets no turn at that moment; it makes
+    the next item as soon as the consumer gives up Python's lock.
     """
 
     def __init__(self, items: Iterator[Item], most: int):
