@@ -32,6 +32,7 @@ def experiment() -> Config:
         optim=OptimConfig(
             lr=1e-3,
             weight_decay=0.1,
+            decay_on="all",
             warmup_epochs=10_000 * 4096 / 1_281_167,  # 10,000 steps
             schedule="product",
         ),

@@ -1,6 +1,5 @@
-"""The optimizer: warm-up and cosine, AdamW or LAMB, decay on matrices only, rates by layer."""
+"""The optimizer: warm-up and cosine, AdamW or LAMB, weight decay, rates by layer."""
 
-import functools
 import re
 from typing import Any
 
@@ -11,9 +10,12 @@ import optax
 
 from supmim_jax.config import Config
 
-DECAYED = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
-TOKENS = re.compile(r"(^|/)(cls|mask_token|mask_embedding)$")  # added by optim.decay_tokens
-# which config.optim.decay_tokens adds
+MATRICES = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
+DECAYED = {  # by config.optim.decay_on
+    "matrices": MATRICES,
+    "matrices_and_tokens": re.compile(r"/kernel$|(^|/)(cls|mask_token|mask_embedding)$"),
+    "all": re.compile(""),
+}
 STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layers
 # For layer_decay. BEiT's code counts the mask embedding among the inputs, too.
 ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls)|mask_embedding)$")
@@ -25,14 +27,11 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def decay_mask(params: Any, tokens: bool = False) -> Any:
-    """True for the parameters that weight decay applies to; `tokens` adds those of TOKENS."""
-
-    def decayed(path: tuple, _) -> bool:
-        name = path_name(path)
-        return bool(DECAYED.search(name) or (tokens and TOKENS.search(name)))
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+def decay_mask(params: Any, on: str = "matrices") -> Any:
+    """True for the parameters that weight decay applies to; `on` is a key of DECAYED."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(DECAYED[on].search(path_name(path))), params
+    )
 
 
 def schedule(cfg: Config) -> optax.Schedule:
@@ -72,7 +71,7 @@ def layer_trust_ratio() -> optax.GradientTransformation:
 
     def ratio(path: tuple, update: jax.Array, parameter: jax.Array) -> jax.Array:
         name = path_name(path)
-        if not DECAYED.search(name) or name == "head/kernel":
+        if not MATRICES.search(name) or name == "head/kernel":
             return update
         axes = tuple(range(int(bool(STACKED.search(name))), update.ndim))
         norms = [jnp.sqrt((x**2).sum(axes, keepdims=True)) for x in (parameter, update)]
@@ -118,7 +117,7 @@ def make(cfg: Config) -> optax.GradientTransformation:
         optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
         optax.scale_by_adam(optim.b1, optim.b2, eps=optim.eps),
         optax.add_decayed_weights(
-            optim.weight_decay, mask=functools.partial(decay_mask, tokens=optim.decay_tokens)
+            optim.weight_decay, mask=lambda params: decay_mask(params, optim.decay_on)
         ),
         layer_trust_ratio() if lamb else optax.identity(),
         rate,

@@ -58,13 +58,30 @@ def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
     np.testing.assert_allclose([rate(s) for s in range(40)], expected, rtol=1e-5, atol=1e-8)
 
 
-def test_maes_code_also_decays_tokens(cfg, one_device):
+def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
     params = program.build(cfg, one_device).state.params
-    masks = (optim.decay_mask(params, tokens) for tokens in (False, True))
-    off, on = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
-    added = {optim.path_name(path) for (path, a), (_, b) in zip(off, on) if a != b}
+    masks = (optim.decay_mask(params, on) for on in ("matrices", "matrices_and_tokens", "all"))
+    matrices, tokens, everything = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
+    added = {optim.path_name(path) for (path, a), (_, b) in zip(matrices, tokens) if a != b}
     assert added == {"encoder/cls", "mask_embedding"}
+    assert all(on for _, on in everything)
+
+
+@pytest.mark.parametrize("decay_on", ["matrices", "all"])
+def test_what_decays_moves_without_a_gradient(cfg, decay_on):
+    """AdamW's step of a zero gradient is -lr * weight_decay * parameter, or nothing."""
+    cfg = dataclasses.replace(cfg, optim=OptimConfig(weight_decay=0.1, decay_on=decay_on))
+    params = {"qkv": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "positions": jnp.ones(3)}
+    made = optim.make(cfg)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = made.init(params)
+    _, state = made.update(zeros, state, params)  # the warm-up begins at 0
+    moved, _ = made.update(zeros, state, params)
+    step = -0.1 * optim.schedule(cfg)(1)
+    np.testing.assert_allclose(moved["qkv"]["kernel"], step, rtol=1e-5)
+    expected = step if decay_on == "all" else 0.0
+    np.testing.assert_allclose([*moved["qkv"]["bias"], *moved["positions"]], expected, rtol=1e-5)
 
 
 def test_lamb_treats_stacked_layers_as_layers():

@@ -33,11 +33,13 @@ class OptimConfig:
     # beginning the warm-up takes the place of. product: scenic's. The cosine is over all steps, and
     # the warm-up, from 0, is a factor of it.
     schedule: Literal["per_step", "per_epoch", "product"] = "per_step"
-    weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate; matrices
+    weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate
     b1: float = within(0.9, 0.0, 0.999999)
     b2: float = within(0.999, 0.0, 0.999999)
     eps: float = within(1e-8, SMALLEST, 1.0)  # of Adam's denominator
-    decay_tokens: bool = False  # also CLS, mask tokens and mask embeddings, as MAE's code does
+    # What decays: matrices; with CLS, mask tokens and mask embeddings, as in MAE's code; or all, as
+    # in scenic's, with biases, norms and positions.
+    decay_on: Literal["matrices", "matrices_and_tokens", "all"] = "matrices"
     # Polyak's moving average of the parameters, new = ema * old + (1 - ema) * parameters; 0: none.
     # Where there is one, it is what evaluations, probes, exports and other runs take.
     ema: float = within(0.0, 0.0, 0.9999999)
