@@ -162,7 +162,7 @@ def _cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarra
 def _contrasted(image: np.ndarray, factor: float) -> np.ndarray:
     """About the number of pixels / 256, which is 196 at 224 px, and not about their mean.
 
-    A slip of the original (google-research/big_vision, issue 109) that AugReg's models have seen.
+    A slip of the original (google-research/big_vision#109) that AugReg's models have seen.
     """
     middle = min(image[..., 0].size // 256, 255)
     return cv2.LUT(image, augment.blend(middle, augment.VALUES, factor))
