@@ -1,0 +1,43 @@
+"""What earlier versions wrote still opens: a data set, a token cache and a run's checkpoint."""
+
+import dataclasses
+import json
+import tarfile
+from pathlib import Path
+
+import jax
+import pytest
+
+from supmim_jax import probe
+from supmim_jax.config import InitConfig, TokensConfig
+from supmim_jax.configdict import from_configdict
+from supmim_jax.train import train
+
+KEPT = Path(__file__).parent / "kept"
+
+
+@pytest.fixture(params=sorted(x.name for x in KEPT.iterdir()))
+def kept(request, tmp_path):
+    with tarfile.open(KEPT / request.param) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_a_run_of_an_earlier_version_is_probed_and_trained_on(kept):
+    one = jax.devices()[:1]
+    results = json.loads((kept / "run" / "results.json").read_text())
+    saved = from_configdict(json.loads((kept / "run" / "config.json").read_text()))
+    asked = probe.own(saved)
+    asked = dataclasses.replace(
+        asked, data=dataclasses.replace(asked.data, data_dir=str(kept / "data"))
+    )
+    found = probe.probe(str(kept / "run"), asked, one)
+    assert found.results.metrics == {name: results[name] for name in ("top1", "knn")}
+
+    cfg = dataclasses.replace(
+        saved,
+        data=dataclasses.replace(saved.data, data_dir=str(kept / "data")),
+        tokens=TokensConfig(cache=str(kept / "tokens")),
+        init=InitConfig(checkpoint=str(kept / "run"), head="keep"),
+    )
+    assert train(cfg, kept / "next", devices=one)["knn"] > 0
