@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from supmim_jax.config import (
     ClassificationConfig,
     Config,
-    ConfigError,
     DataConfig,
     DecoderConfig,
     EvalConfig,
@@ -24,7 +23,8 @@ from supmim_jax.config import (
     SupMIMConfig,
     VQGANConfig,
 )
-from supmim_jax.configdict import to_configdict
+from supmim_jax.config.configdict import to_configdict
+from supmim_jax.errors import ConfigError
 
 IMAGENET_1K = DataConfig(
     name="imagenet2012",

@@ -6,13 +6,7 @@ Hardware: 2 CPU cores.
 """
 
 from configs import base
-from supmim_jax.config import (
-    ClassificationConfig,
-    Config,
-    OptimConfig,
-    SupervisedConfig,
-    ViTConfig,
-)
+from supmim_jax.config import ClassificationConfig, Config, OptimConfig, SupervisedConfig, ViTConfig
 
 
 def experiment() -> Config:

@@ -11,14 +11,7 @@ layers and 512 channels is to ViT-B, roughly. All values are our choices, made w
 import dataclasses
 
 from configs import base
-from supmim_jax.config import (
-    Config,
-    DecoderConfig,
-    EvalConfig,
-    MAEConfig,
-    OptimConfig,
-    ViTConfig,
-)
+from supmim_jax.config import Config, DecoderConfig, EvalConfig, MAEConfig, OptimConfig, ViTConfig
 
 
 def experiment() -> Config:

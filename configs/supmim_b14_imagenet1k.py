@@ -1,6 +1,6 @@
 """SupMIM ViT-B/14 on ImageNet-1k: configs/supervised_b14_imagenet1k.py plus the masked branch.
 
-  python -m supmim_jax.tokenize --config configs/supmim_b14_imagenet1k.py --epochs 300 \
+  python -m supmim_jax.cache_tokens --config configs/supmim_b14_imagenet1k.py --epochs 300 \
       --cache gs://.../tokens --config.objective.target.path=gs://.../tokenizer_imagenet256_checkpoint
   python -m supmim_jax.train --config configs/supmim_b14_imagenet1k.py --workdir gs://... \
       --config.tokens.cache=gs://.../tokens

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, commands, inference, sharding, storage
-from supmim_jax.config import MeshConfig, SetupError
-from supmim_jax.formats import files, timm_vit, transformers_vit
+from supmim_jax import checkpoint, cli, encoder, sharding, storage
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
+from supmim_jax.formats import layout, timm, transformers
 
-WRITERS = {"timm": timm_vit.write, "transformers": transformers_vit.write}
+WRITERS = {"timm": timm.write, "transformers": transformers.write}
 LOADING = {  # by library and by what the run's objective leaves; these are what can be written
     "timm": dict.fromkeys(
         ("classifier", "encoder"), "timm.create_model('local-dir:{}', pretrained=True)"
@@ -38,7 +39,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
       SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, or
         `out` is not free.
     """
-    out = files.check_free(out)
+    out = layout.check_free(out)
     directory = checkpoint.locate(location)
     cfg = checkpoint.read_config(directory)
     if cfg.objective.leaves not in LOADING[to]:
@@ -48,10 +49,10 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
             f"export the run that it started from, or another."
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = inference.build_inference(cfg, 1, mesh)
+    runner = encoder.build_inference(cfg, 1, mesh)
     params = jax.tree.map(np.asarray, checkpoint.restore_params(directory, runner.params))
     tensors, documents = WRITERS[to](params, cfg)
-    files.write(out, tensors, documents)
+    layout.write(out, tensors, documents)
     return LOADING[to][cfg.objective.leaves].format(out)
 
 
@@ -63,4 +64,4 @@ if __name__ == "__main__":
     CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
     TO = flags.DEFINE_enum("to", None, sorted(WRITERS), "Library to write for.", required=True)
     OUT = storage.define("out", None, "Directory to make.", required=True, searched=False)
-    commands.start(main)
+    cli.start(main)

@@ -16,23 +16,16 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from supmim_jax import checkpoint, commands, config_file, inference, optim, sharding, storage
-from supmim_jax.config import (
-    Config,
-    DataConfig,
-    MAEConfig,
-    MeshConfig,
-    SetupError,
-    SupervisedConfig,
-)
-from supmim_jax.configdict import from_configdict, to_configdict
-from supmim_jax.formats import augreg, equivalents, files, timm_vit, transformers_vit
-from supmim_jax.formats.description import Foreign
-from supmim_jax.formats.layout import from_foreign
+from supmim_jax import checkpoint, cli, encoder, optim, sharding, storage
+from supmim_jax.batch import TrainState
+from supmim_jax.config import Config, DataConfig, MAEConfig, MeshConfig, SupervisedConfig
+from supmim_jax.config.configdict import from_configdict, to_configdict
+from supmim_jax.errors import SetupError
+from supmim_jax.formats import augreg, layout, timm, transformers
+from supmim_jax.formats.layout import Foreign, from_foreign
 from supmim_jax.metrics import write_json
-from supmim_jax.types import TrainState
 
-READERS = {"timm": timm_vit.read, "transformers": transformers_vit.read}
+READERS = {"timm": timm.read, "transformers": transformers.read}
 SOURCES = ("augreg", *READERS)
 
 
@@ -43,17 +36,17 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
       SetupError: a file is missing or broken, or is not exactly a model of ours.
     """
     if source == "augreg":
-        arrays, file = files.read_npz(path), str(path)
+        arrays, file = layout.read_npz(path), str(path)
         found = augreg.read(arrays, file)
     else:
-        arrays, documents, file = files.read_directory(path)
+        arrays, documents, file = layout.read_directory(path)
         found = READERS[source](documents, file)
     cfg = (combine if found.num_classes else combine_encoder)(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = inference.build_inference(cfg, 1, mesh).params
+    like = encoder.build_inference(cfg, 1, mesh).params
     params = from_foreign(encoder_of(arrays, found, file), found.layout, like, file)
-    params = equivalents.with_our_pixels(params, found.mean, found.std, cfg.model.patch)
-    params = equivalents.without_fixed_positions(params, cfg.model, cfg.data)
+    params = layout.with_our_pixels(params, found.mean, found.std, cfg.model.patch)
+    params = layout.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
     return cfg, params
@@ -138,10 +131,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_file.define("Data set and the rest: a config file")
+    CONFIG = cli.define("Data set and the rest: a config file")
     FROM = flags.DEFINE_enum("from", None, SOURCES, "Library that wrote it.", required=True)
     PATH = storage.define(
         "path", None, "Directory with model.safetensors, or .npz.", required=True, searched=False
     )
     WORKDIR = storage.define("workdir", None, "Directory to make.", required=True)
-    commands.start(main)
+    cli.start(main)

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 
 from supmim_jax import storage
+from supmim_jax.batch import Metrics
 from supmim_jax.config import Config
-from supmim_jax.types import Metrics
 
 IMPORTED = time.perf_counter()
 

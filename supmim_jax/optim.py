@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from supmim_jax.config import Config
+from supmim_jax.sharding import path_name
 
 MATRICES = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
 DECAYED = {  # by config.optim.decay_on
@@ -20,11 +21,6 @@ STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layer
 # For layer_decay. BEiT's code counts the mask embedding among the inputs, too.
 ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls)|mask_embedding)$")
 ENCODER_BLOCKS = re.compile(r"^encoder/transformer/blocks/")
-
-
-def path_name(path: tuple) -> str:
-    """A pytree path as `encoder/transformer/blocks/qkv/kernel`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def decay_mask(params: Any, on: str = "matrices") -> Any:

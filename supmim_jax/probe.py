@@ -19,21 +19,13 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import (
-    checkpoint,
-    commands,
-    config_file,
-    evals,
-    inference,
-    preemption,
-    sharding,
-    storage,
-)
-from supmim_jax.config import Config, DataConfig, ProbeConfig, SetupError
-from supmim_jax.configdict import from_configdict, section, to_configdict
-from supmim_jax.evals.results import Results
+from supmim_jax import checkpoint, cli, encoder, evals, multihost, sharding, storage
+from supmim_jax.batch import Encoder, Features
+from supmim_jax.config import Config, DataConfig, ProbeConfig
+from supmim_jax.config.configdict import from_configdict, section, to_configdict
+from supmim_jax.errors import SetupError
+from supmim_jax.evals.features import Results
 from supmim_jax.metrics import write_json
-from supmim_jax.types import Encoder, Features
 
 TITLES = {"top1": "top-1 %", "knn": "kNN %", "miou": "mIoU %"}  # others keep their names
 SWEEP = "knn/k="  # metrics that would make the table too wide; the file has them
@@ -124,7 +116,7 @@ def probe(
     mesh = sharding.make_mesh(asked.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
-    subject = inference.build_evaluation(run, batch_size, mesh)
+    subject = encoder.build_evaluation(run, batch_size, mesh)
     data = asked.data.over(run.data)
     cfg = dataclasses.replace(
         run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
@@ -214,14 +206,14 @@ def main() -> None:
     if rows:
         print(table(rows))
     if refused:
-        commands.fail("\n\n".join(refused), preemption.EXIT_SETUP)
+        cli.fail("\n\n".join(refused), multihost.EXIT_SETUP)
 
 
 if __name__ == "__main__":
-    CONFIG = config_file.define("What to measure: configs/probes/*.py")
+    CONFIG = cli.define("What to measure: configs/probes/*.py")
     CHECKPOINT = storage.define_multi(
         "checkpoint", "workdir or workdir@step; may be given several times"
     )
     SPLIT = flags.DEFINE_string("split", "", "Split to measure on; default: as configured.")
     DATA_DIR = storage.define("data_dir", "", "Where the data are; default: as configured.")
-    commands.start(main)
+    cli.start(main)

@@ -2,7 +2,9 @@
 
 Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers. Of
 several slices `data` alone crosses from one to another.
-"""
+
+
+Where activations live on a mesh, for the models: each device holds whole examples."""
 
 import re
 from typing import Any
@@ -12,9 +14,37 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supmim_jax.config import ConfigError, MeshConfig
-from supmim_jax.models.placement import ROWS
-from supmim_jax.optim import path_name
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import ConfigError
+
+ROWS = ("data", "fsdp")  # the mesh axes that share the batch
+
+
+def by_rows(x_BxN) -> jax.Array:
+    """`x` with its leading axis split over the devices that share the batch.
+
+    The partitioner, left to itself, may keep the weights' FSDP sharding on what they produce, and
+    then every device of that axis repeats the attention of all of its examples. Gradients are
+    split alike. Outside a program that was traced for a mesh (`program.build` does so), `x` as is.
+    """
+    return _constrained(x_BxN, PartitionSpec(ROWS))
+
+
+def rows_of_parts(x_PxBxN) -> jax.Array:
+    """As `by_rows`, of arrays whose second axis counts examples."""
+    return _constrained(x_PxBxN, PartitionSpec(None, ROWS))
+
+
+def everywhere(x_BxN) -> jax.Array:
+    """`x` whole on every device that shares the batch: what all examples are compared with."""
+    return _constrained(x_BxN, PartitionSpec())
+
+
+def _constrained(x, spec: PartitionSpec) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(ROWS)
@@ -36,6 +66,11 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"/(bias|scale|scale1|scale2)$", ()),
     (r"(^|/)(positions|cls|mask_token|mask_embedding|place_embedding|usage|steps)$", ()),
 )
+
+
+def path_name(path: tuple) -> str:
+    """A pytree path as `encoder/transformer/blocks/qkv/kernel`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:

@@ -21,7 +21,7 @@ import fsspec
 from absl import flags
 from etils import epath
 
-from supmim_jax.config.fields import SetupError
+from supmim_jax.errors import SetupError
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 # Local directories of these names would be taken for a bucket by epath.

@@ -29,7 +29,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 from pictures import CLASSES, ToyPictures, encoded, put
 
-from supmim_jax import checkpoint, inference, program, sharding
+from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.batch import Batch
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -43,7 +44,6 @@ from supmim_jax.config import (
     SupMIMConfig,
     ViTConfig,
 )
-from supmim_jax.types import Batch
 
 # Under nohup, or in the background of a shell, the tests and what they start would ignore these.
 for number, default in (
@@ -119,7 +119,7 @@ def one_device():
 @pytest.fixture
 def initial(cfg, one_device, tmp_path) -> str:
     """The --workdir of a run that has not begun to learn."""
-    state = program.build(cfg, one_device).init(jax.random.key(0))
+    state = train_step.build(cfg, one_device).init(jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
     checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
@@ -181,7 +181,7 @@ def make_frozen(cfg: Config, seed: int = 0) -> dict:
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: random.uniform(-1, 1, x.shape).astype(np.float32),
-        program.build(cfg, one).frozen,
+        train_step.build(cfg, one).frozen,
     )
 
 
@@ -215,7 +215,7 @@ def make_params(cfg: Config, seed: int = 0) -> dict:
             x *= 0.02
         return x.astype(np.float32)
 
-    params = inference.build_inference(cfg, 1, mesh).params
+    params = encoder.build_inference(cfg, 1, mesh).params
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
@@ -223,4 +223,4 @@ def make_features(cfg: Config, params: dict, images: np.ndarray):
     """What our inference program makes of uint8 images."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.default_matmul_precision("highest"):
-        return inference.build_inference(cfg, len(images), mesh).features(params, images)
+        return encoder.build_inference(cfg, len(images), mesh).features(params, images)

@@ -18,11 +18,11 @@ import time
 import numpy as np
 from orbax.checkpoint._src.path import atomicity
 
-from supmim_jax import checkpoint, loop, run_directory, storage
-from supmim_jax.data import fractals, pipeline
+from supmim_jax import checkpoint, storage, train, workdir
+from supmim_jax.data import fractals, loader
 from supmim_jax.metrics import MetricsWriter
-from supmim_jax.models import patch_codes
-from supmim_jax.stall import StallWatch
+from supmim_jax.models import kmeans
+from supmim_jax.watchdog import StallWatch
 
 FAULT = json.loads(os.environ["FAULT"])
 reached = {}
@@ -126,18 +126,18 @@ def commit(function):
 
 
 def main() -> None:
-    pipeline.Training.__next__ = batches(pipeline.Training.__next__)
+    loader.Training.__next__ = batches(loader.Training.__next__)
     StallWatch.beat = beat(StallWatch.beat)
     MetricsWriter.write = write(MetricsWriter.write)
-    pipeline.eval_dataset = evaluation(pipeline.eval_dataset)
+    loader.eval_dataset = evaluation(loader.eval_dataset)
     for temporary in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
         temporary.finalize = commit(temporary.finalize)
     before(checkpoint.Checkpoints, "save", "save")
     before(checkpoint.Checkpoints, "restore", "restore")
     before(fractals, "render", "render")
-    before(patch_codes, "fit", "fit")
-    before(run_directory, "make", "make")
-    before(loop.Loop, "to", "loop")
+    before(kmeans, "fit", "fit")
+    before(workdir, "make", "make")
+    before(train.Loop, "to", "loop")
     runpy.run_module("supmim_jax.train", run_name="__main__")
 
 

@@ -26,16 +26,16 @@ import conftest  # noqa: F401  sets up JAX
 import jax
 import numpy as np
 
-from supmim_jax import checkpoint, inference, program, sharding
+from supmim_jax import checkpoint, encoder, sharding, train_step
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     MeshConfig,
-    SetupError,
     SupervisedConfig,
     ViTConfig,
 )
+from supmim_jax.errors import SetupError
 
 OLD, NEW = 4, 8  # steps that are saved; NEW is damaged
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "WRONG", "CRASHED"
@@ -48,7 +48,7 @@ class Saved:
 
     workdir: Path
     cfg: Config
-    built: program.Program
+    built: train_step.Program
     state: dict
     run: dict
 
@@ -63,7 +63,7 @@ def save(workdir: Path) -> Saved:
         objective=SupervisedConfig(),
         checkpoint=CheckpointConfig(every=4),
     )
-    built = program.build(cfg, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    built = train_step.build(cfg, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     for step in (OLD, NEW):
         numbers = np.random.default_rng(step)
@@ -183,7 +183,7 @@ def by_training(saved: Saved, workdir: Path) -> bool:
 
 def by_params(saved: Saved, workdir: Path) -> bool:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = inference.build_inference(saved.cfg, 16, mesh).params
+    like = encoder.build_inference(saved.cfg, 16, mesh).params
     params = checkpoint.restore_params(checkpoint.locate(f"{workdir}@{NEW}"), like)
     return same(params, {name: saved.state["params"][name] for name in like})
 

@@ -34,9 +34,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import commands, inference, optim, program, sharding
-from supmim_jax.config import INF, Config, ConfigError, SetupError, VQGANConfig
-from supmim_jax.configdict import from_configdict
+from supmim_jax import cli, encoder, optim, sharding, train_step
+from supmim_jax.config import INF, Config, VQGANConfig
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.errors import ConfigError, SetupError
 
 BASES = (
     *(("debug", "debug"), ("debug_pixels", "debug"), ("debug_supervised", "debug")),
@@ -135,7 +136,7 @@ def by_flags(base: ConfigDict, overrides: list[tuple[str, Any]]) -> ConfigDict |
             config_flags.DEFINE_config_dict("config", copy.deepcopy(base), flag_values=values)
             values(given)
         return values.config
-    except commands.MISTAKES:
+    except cli.MISTAKES:
         return None
 
 
@@ -235,11 +236,11 @@ def size(cfg: Config) -> float:
 def trace(cfg: Config) -> None:
     """Traces start and step, abstractly."""
     mesh = sharding.make_mesh(cfg.mesh)
-    built = program.build(cfg, mesh)
+    built = train_step.build(cfg, mesh)
     state, metrics = jax.eval_shape(built.step, built.state, built.batch, built.frozen)
     assert jax.tree.structure(state) == jax.tree.structure(built.state)
     assert all(x.shape == () for x in metrics.values())
-    found = inference.build_evaluation(cfg, cfg.eval.batch_size, mesh)
+    found = encoder.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     if cfg.objective.leaves == "tokenizer":
         jax.eval_shape(found.encode, found.arrays, found.images)
     else:

@@ -38,14 +38,15 @@ from supmim_jax.config import (
     Config,
     DataConfig,
     PatchCodesConfig,
-    SetupError,
     SupMIMConfig,
     TokensConfig,
     ViTConfig,
 )
-from supmim_jax.data import feed, records, seals, token_cache, token_plan
+from supmim_jax.data import loader, token_cache
+from supmim_jax.data import source as source_module
 from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.prepare import folder, shards
+from supmim_jax.errors import SetupError
 
 NAME, EXAMPLES, CLASSES, HELD_OUT, VIEWS = "specimens", 36, 3, 9, 3
 SHARD_END = 256  # bytes at each end that a seal is of: the shards are small
@@ -83,20 +84,20 @@ def make(root: Path) -> None:
             path = root / "photos" / split / f"class_{i * CLASSES // count}" / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cv2.imencode(".png", noise // 9 + np.uint8(4 * i))[1].tobytes())
-    shards.RECORDS_PER_SHARD, seals.SHARD_END = 12, SHARD_END
+    shards.RECORDS_PER_SHARD, source_module.SHARD_END = 12, SHARD_END
     folder.prepare(epath.Path(root / "photos"), NAME, str(root / "data"))
     cfg = config(root, cached=False)
     (root / "cache").mkdir()
-    plan = token_plan.Plan(
+    plan = token_cache.Plan(
         fingerprint=token_cache.fingerprint(cfg, "0" * 64),
         **{"views": VIEWS, "examples": EXAMPLES, "tokens": 25, "codes": 16},
         records_per_shard=27,
     )
-    (root / "cache" / token_plan.MANIFEST).write_text(json.dumps(plan.manifest, indent=2))
-    source = records.open_training_source(cfg.data)
+    (root / "cache" / token_cache.MANIFEST).write_text(json.dumps(plan.manifest, indent=2))
+    source = source_module.open_training_source(cfg.data)
     for index in range(plan.shards):
         rows = (
-            (tokens(record), seals.mark(source[record % EXAMPLES]["image"]))
+            (tokens(record), source_module.mark(source[record % EXAMPLES]["image"]))
             for record in plan.shard(index)
         )
         path = plan.path(epath.Path(root / "cache"), index)
@@ -111,17 +112,17 @@ def tokens(record: int) -> np.ndarray:
 def read(root: Path, what: str) -> str:
     """Reads everything as training and evaluation do, and tells what came of it."""
     cfg = config(root, cached=what == "cache")
-    seals.check_shards.cache_clear()
+    source_module.check_shards.cache_clear()
     replaced = 0
     try:
-        feed.check(cfg)
+        loader.check(cfg)
         replaced += read_training(cfg)
         for split, count in SPLITS.items():
             replaced += read_split(cfg, split, count)
         if what == "cache":
             read_cache(cfg)
     except Moved:
-        sealed = (root / "data" / NAME / "1.0.0" / seals.FILE).exists()
+        sealed = (root / "data" / NAME / "1.0.0" / source_module.FILE).exists()
         assert not (sealed or what == "cache"), "records under other ids"
         return MOVED
     except SetupError as error:
@@ -133,7 +134,7 @@ def read(root: Path, what: str) -> str:
 
 def read_training(cfg: Config) -> int:
     """Broken records in the batches of the run; asserts that the others are right."""
-    fed = feed.training(cfg, range(cfg.batch_size))
+    fed = loader.training(cfg, range(cfg.batch_size))
     seen = 0
     for arrays in fed:
         check_examples(arrays, EXAMPLES)
@@ -150,7 +151,7 @@ def read_training(cfg: Config) -> int:
 
 def read_split(cfg: Config, split: str, count: int) -> int:
     """Broken records of a split, by evaluation's path and one by one."""
-    source, broken = records.open_source(cfg.data, split), 0
+    source, broken = source_module.open_source(cfg.data, split), 0
     assert len(source) == count, "another number of records"
     for i in range(count):
         try:
@@ -160,7 +161,7 @@ def read_split(cfg: Config, split: str, count: int) -> int:
             continue
         if found["label"] != i * CLASSES // count:
             raise Moved
-    fed = feed.evaluation(cfg, split, range(cfg.eval.batch_size))
+    fed = loader.evaluation(cfg, split, range(cfg.eval.batch_size))
     for arrays in fed:
         check_examples(arrays, count)
     return broken + fed.broken
@@ -179,7 +180,7 @@ def check_examples(arrays: dict, count: int) -> None:
 
 
 def read_cache(cfg: Config) -> None:
-    cache, source = token_cache.open_cache(cfg), records.open_training_source(cfg.data)
+    cache, source = token_cache.open_cache(cfg), source_module.open_training_source(cfg.data)
     for view in range(VIEWS):
         for i in range(EXAMPLES):
             ids = cache.read(view, i, source[i]["image"])
@@ -283,7 +284,7 @@ def _places(values):
 
 def child(root: Path, what: str) -> None:
     """Answers a line for each line that comes in: the outcome of reading."""
-    seals.SHARD_END = SHARD_END
+    source_module.SHARD_END = SHARD_END
     logging.set_verbosity(logging.FATAL)
     for _ in sys.stdin:
         try:
@@ -340,7 +341,7 @@ def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[C
         make(root)
         target = root / "cache" if what == "cache" else root / "data" / NAME / "1.0.0"
         if not sealed:
-            (root / "data" / NAME / "1.0.0" / seals.FILE).unlink()
+            (root / "data" / NAME / "1.0.0" / source_module.FILE).unlink()
         whole = root / "whole"
         shutil.copytree(target, whole)
         reader = Reader(root, what)

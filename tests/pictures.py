@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from supmim_jax.config import DataConfig
-from supmim_jax.data import records
+from supmim_jax.data import source as source_module
 
 CLASSES = ("ape", "bee", "cow")
 WNIDS = ("n01440764", "n01443537", "n01484850")
@@ -32,7 +32,7 @@ def contents(root) -> dict[str, bytes]:
 
 def source(data_dir, name="beasts", split="train", **changes):
     cfg = DataConfig(name=name, data_dir=str(data_dir), num_classes=3, **changes)
-    return records.open_source(cfg, split)
+    return source_module.open_source(cfg, split)
 
 
 def raw(builder_dir, split) -> list[bytes]:

@@ -6,22 +6,22 @@ As supmim_jax.train, but for `stop_at`, which no command has; prints the results
 import json
 import sys
 
-from supmim_jax import commands, distributed
-from supmim_jax.configdict import from_configdict
+from supmim_jax import cli, multihost
+from supmim_jax.config.configdict import from_configdict
 from supmim_jax.train import train
 
 
 def main() -> None:
     asked = json.loads(sys.argv.pop())
-    where = distributed.Place(asked["coordinator"], asked["processes"], asked["process"])
+    where = multihost.Place(asked["coordinator"], asked["processes"], asked["process"])
 
     def run() -> None:
-        distributed.join(where, 60)
+        multihost(where, 60)
         cfg = from_configdict(asked["config"])
-        commands.agree(cfg, {})
+        cli.agree(cfg, {})
         print(json.dumps(train(cfg, asked["workdir"], asked["stop_at"])))
 
-    commands.start(run)
+    cli.start(run)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
 
-from supmim_jax import accumulate, program, sharding
+from supmim_jax import sharding, train_step
 from supmim_jax.config import (
     ClassificationConfig,
     Config,
-    ConfigError,
     MAEConfig,
     MeshConfig,
     SupervisedConfig,
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
+from supmim_jax.errors import ConfigError
 
 MIXED = ClassificationConfig(mixup=0.5, cutmix=1.0, label_smoothing=0.1)
 
@@ -33,7 +33,7 @@ def changed(cfg: Config, parts: int) -> Config:
 
 def two_steps(cfg: Config, mesh) -> dict[str, float]:
     """Metrics after two steps with some padding in the batch, and a sum over the parameters."""
-    built = program.build(cfg, mesh)
+    built = train_step.build(cfg, mesh)
     batch = make_batch(cfg)
     weight = np.ones(cfg.batch_size, np.float32)
     weight[[1, 2, 3, 7]] = 0.0
@@ -66,7 +66,7 @@ def test_micro_batches_give_the_step_of_the_large_batch(cfg, one_device, objecti
 
 def test_every_example_is_in_one_micro_batch_with_its_mirror(cfg):
     batch = make_batch(dataclasses.replace(cfg, batch_size=24))
-    dealt = accumulate.split(batch, 3)
+    dealt = train_step.split(batch, 3)
     assert dealt.micro.tolist() == [0, 1, 2]
     assert sorted(dealt.id.reshape(-1).tolist()) == list(range(24))
     for ids in dealt.id:
@@ -86,7 +86,7 @@ def test_droppath_is_drawn_for_each_micro_batch(cfg, supervised):
 def test_what_does_not_divide_is_named(cfg, one_device):
     def build(parts: int, **changes):
         optim = dataclasses.replace(cfg.optim, accumulate=parts)
-        return program.build(dataclasses.replace(cfg, optim=optim, **changes), one_device)
+        return train_step.build(dataclasses.replace(cfg, optim=optim, **changes), one_device)
 
     with pytest.raises(ConfigError, match=r"accumulate is 3.*the 16 rows.*batch_size of 15 or 18"):
         build(3)

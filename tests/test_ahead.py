@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from supmim_jax.data.ahead import Ahead
+from supmim_jax.data.loader import Ahead
 
 
 def counted(log):

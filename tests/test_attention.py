@@ -10,10 +10,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from supmim_jax import program, sharding
+from supmim_jax import sharding, train_step
 from supmim_jax.config import MeshConfig
 from supmim_jax.models import transformer
-from supmim_jax.models.attention import device, implementation
+from supmim_jax.models.transformer import device, implementation
 
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
 CASES = [
@@ -49,7 +49,7 @@ def test_the_device_is_the_meshs():
 
 def calls(cfg, mesh) -> Counter:
     """Custom calls of the train step, lowered for CUDA."""
-    prog = program.build(cfg, mesh)
+    prog = train_step.build(cfg, mesh)
     traced = prog.step.trace(prog.state, prog.batch, prog.frozen)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return Counter(re.findall(r"custom_call @(__cudnn\S+?)\(", text))

@@ -21,8 +21,9 @@ from supmim_jax.bench import (
 )
 from supmim_jax.bench.data_report import report
 from supmim_jax.bench.data_stages import STAGES
-from supmim_jax.config import SetupError
-from supmim_jax.data import crops, records, transforms
+from supmim_jax.data import crops, transforms
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import SetupError
 
 IMAGES = 16
 
@@ -118,7 +119,7 @@ def test_tfdata_makes_the_same_images(directory):
     if data_rates.metadata_version("tensorflow") is None:
         pytest.skip("needs TensorFlow")
     cfg = data_plan.config(small(), directory, IMAGES)
-    source = records.open_training_source(cfg.data)
+    source = source_module.open_training_source(cfg.data)
     boxes = data_rates.boxes(cfg, IMAGES)
     example = transforms.TrainExample(cfg.data, cfg.seed, 1)
     ours = np.stack([example((0, i, source[i]))["image"] for i in range(8)])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from supmim_jax import program
+from supmim_jax import train_step
 from supmim_jax.bench import step, step_data, step_report, step_timing, step_where, torch_rival
 from supmim_jax.config import (
     ClassificationConfig,
@@ -22,10 +22,10 @@ from supmim_jax.config import (
     MeshConfig,
     PixelsConfig,
     SegmentationObjectiveConfig,
-    SetupError,
     SupervisedConfig,
 )
-from supmim_jax.hlo.text import parse
+from supmim_jax.errors import SetupError
+from supmim_jax.rehearse.hlo import parse
 
 PLAN = step.Plan(rounds=2, steps=1)
 
@@ -90,7 +90,7 @@ def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
 
 def test_random_batches_have_ids_of_the_codebook(cfg, one_device):
     cfg = cached(cfg)
-    like = program.build(cfg, one_device).batch
+    like = train_step.build(cfg, one_device).batch
     batch = step_timing.random_batch(cfg, like, np.random.default_rng(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), like
@@ -123,7 +123,7 @@ def test_ratios_are_of_rounds():
 
 
 def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
-    prog = program.build(cfg, one_device)
+    prog = train_step.build(cfg, one_device)
     compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     text = compiled.as_text()
     module = parse(text)

@@ -14,12 +14,14 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from supmim_jax import evals, inference, sharding
-from supmim_jax.config import CMAEConfig, DataConfig, MeshConfig, SetupError
-from supmim_jax.data import feed, pipeline, records, sequence
-from supmim_jax.evals import features
+from supmim_jax import encoder, evals, sharding
+from supmim_jax.batch import Features
+from supmim_jax.config import CMAEConfig, DataConfig, MeshConfig
+from supmim_jax.data import decode, loader, sampler
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import SetupError
+from supmim_jax.evals import features as features_module
 from supmim_jax.train import train
-from supmim_jax.types import Features
 
 ONE = jax.devices()[:1]
 EXAMPLES, BROKEN = 40, (3, 4, 17, 39)
@@ -77,7 +79,7 @@ def said(monkeypatch) -> list[str]:
 def drawn(cfg, mesh, first: int = 0):
     """(id, label, brightness) of each example, in order."""
     found = []
-    for batch in pipeline.train_dataset(cfg, mesh, first):
+    for batch in loader.train_dataset(cfg, mesh, first):
         pixels = np.asarray(batch.views[0])
         assert (pixels == pixels[:, :1, :1]).all()
         found += zip(*(np.asarray(x).tolist() for x in (batch.id, batch.label, pixels[:, 0, 0, 0])))
@@ -88,7 +90,7 @@ def drawn(cfg, mesh, first: int = 0):
 def test_the_next_record_that_is_whole_stands_in_for_a_broken_one(run, one_device, workers):
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, workers=workers))
     found = drawn(run, one_device)
-    order = sequence.TrainingOrder(EXAMPLES, run.seed)
+    order = sampler.TrainingOrder(EXAMPLES, run.seed)
     wanted = [order(i)[1] for i in range(4 * EXAMPLES)]
     ids = [STAND_IN.get(i, i) for i in wanted]
     assert found == [(i, i % 30, i) for i in ids] and set(BROKEN) <= set(wanted)
@@ -107,7 +109,7 @@ def test_they_are_counted_and_named_once_and_a_resumed_run_goes_on_counting(run,
         [json.loads(line).get("broken_records") for line in (d / "metrics.jsonl").open()]
         for d in (whole, parts)
     ]
-    order = sequence.TrainingOrder(EXAMPLES, run.seed)
+    order = sampler.TrainingOrder(EXAMPLES, run.seed)
     expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
     assert counts[0][:10] == expected[1::2].tolist() and expected[-1] == 16
     last = [[n for n in count if n is not None][-1] for count in counts]
@@ -118,9 +120,9 @@ def test_over_a_restart_they_are_counted_when_they_are_taken(run, one_device, sa
     """Of batches that were made ahead and dropped none counts, and none is named again."""
     data = dataclasses.replace(run.data, crop="contrastive", max_broken=1.0)
     run = dataclasses.replace(run, data=data, objective=CMAEConfig())
-    order = sequence.TrainingOrder(EXAMPLES, run.seed)
+    order = sampler.TrainingOrder(EXAMPLES, run.seed)
     expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
-    batches, counts = pipeline.train_dataset(run, one_device, broken=100), []
+    batches, counts = loader.train_dataset(run, one_device, broken=100), []
     for step in range(1, run.total_steps + 1):
         batch = next(batches)
         ids = [STAND_IN.get(i, i) for i in (order(8 * step - 8 + row)[1] for row in range(8))]
@@ -146,21 +148,21 @@ def test_a_run_stops_above_the_rate_and_keeps_its_checkpoint(run, tmp_path):
 
 
 def test_an_evaluation_counts_a_broken_image_as_an_unknown_one(run, one_device, said):
-    batch = next(pipeline.eval_dataset(run, "validation", one_device))
+    batch = next(loader.eval_dataset(run, "validation", one_device))
     pixels, ids = np.asarray(batch.views[0]), np.asarray(batch.id)
     assert ids[:EXAMPLES].tolist() == list(range(EXAMPLES)) and batch.weight.sum() == EXAMPLES
     for i in range(EXAMPLES):
         assert (pixels[i] == (128 if i in BROKEN else i)).all()
     assert len(said) == len(BROKEN) and all("it counts as a grey image" in x for x in said)
-    runner = inference.build_inference(run, 64, one_device)
+    runner = encoder.build_inference(run, 64, one_device)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), runner.params)
     found = evals.run_all(runner.bind(params), run, "validation", one_device).metrics
     assert found["top1"] == pytest.approx(100 * 2 / EXAMPLES)  # class 0: ids 0 and 30
     masks = dataclasses.replace(run.data.masks, field="segmentation", num_classes=4)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, masks=masks))
-    whole = next(pipeline.whole_dataset(run, "train", one_device))
+    whole = next(loader.whole_dataset(run, "train", one_device))
     assert (np.asarray(whole.views[0]) == pixels).all() and whole.weight.sum() == EXAMPLES
-    masked = np.asarray(next(pipeline.masked_dataset(run, "validation", one_device)).masks)
+    masked = np.asarray(next(loader.masked_dataset(run, "validation", one_device)).masks)
     for i in range(EXAMPLES):
         assert (masked[i] == (-1 if i in BROKEN else i % 4)).all()
 
@@ -189,18 +191,18 @@ def test_a_flipped_bit_in_a_file_is_a_broken_record(run, one_device, tmp_path):
     content[content.index(contents[10]) + 20] ^= 16
     file.write_bytes(bytes(content))
     damaged = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=str(tmp_path)))
-    source = records.open_training_source(damaged.data)
-    with pytest.raises(records.BrokenRecord, match=r"Record 10 cannot be read: .* hash mismatch"):
+    source = source_module.open_training_source(damaged.data)
+    with pytest.raises(decode.BrokenRecord, match=r"Record 10 cannot be read: .* hash mismatch"):
         source[10]
     assert [source[i]["label"] for i in range(EXAMPLES) if i != 10][9:11] == [9, 11]
-    batch = next(pipeline.eval_dataset(damaged, "train", one_device))
+    batch = next(loader.eval_dataset(damaged, "train", one_device))
     weight = np.asarray(batch.weight)
     assert weight[10] == 0 and weight.sum() == EXAMPLES - 1 and batch.id[10] == 10
-    (last,) = (b for b in pipeline.eval_dataset(damaged, "train", one_device))
+    (last,) = (b for b in loader.eval_dataset(damaged, "train", one_device))
     assert (np.asarray(last.id)[EXAMPLES:] == -1).all()
-    kept = features.extract(AllOnes(), pipeline.eval_dataset(damaged, "train", one_device))
+    kept = features_module.extract(AllOnes(), loader.eval_dataset(damaged, "train", one_device))
     assert kept.id.tolist() == [i for i in range(EXAMPLES) if i != 10]
-    images = feed.first_images(damaged, 10)
+    images = loader.first_images(damaged, 10)
     whole = [i for i in range(EXAMPLES) if i not in (10, *BROKEN)][:10]
     assert images[:, 0, 0, 0].tolist() == whole
     found = drawn(damaged, one_device)
@@ -213,7 +215,7 @@ def test_no_end_of_broken_records_is_an_error(run):
             return 50
 
         def __getitem__(self, index):
-            raise records.BrokenRecord(f"record {index} is gone")
+            raise decode.BrokenRecord(f"record {index} is gone")
 
     with pytest.raises(SetupError, match=r"16 records in a row are broken, .* record 2 is gone"):
-        sequence.Intact(Nothing(), lambda given: {})((0, 2))
+        sampler.Intact(Nothing(), lambda given: {})((0, 2))

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
 
-from supmim_jax import checkpoint, inference, program, sharding
-from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
 
 
 @pytest.fixture
 def saved(cfg, one_device, tmp_path):
     """A program, a state of random numbers at step 1, and the checkpoints that hold it."""
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: random.normal(size=x.shape), built.state).replace(step=1)
     state = sharding.put(state, built.state)
@@ -35,7 +36,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, saved):
     restored, run = checkpoints.restore(1, built.state)
     assert same(restored, state) and run == checkpoint.BEGIN | {"position": 16, "seconds": 1.5}
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    other = program.build(cfg, mesh)
+    other = train_step.build(cfg, mesh)
     restored, _ = checkpoints.restore(1, other.state)
     assert same(restored, state)
     kernel = restored.params["encoder"]["transformer"]["blocks"]["qkv"]["kernel"]
@@ -45,7 +46,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, saved):
 
 def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_device, tmp_path):
     """The step reuses the state's buffers while the save still runs in the background."""
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     before = jax.tree.map(np.array, checkpoint.plain(state))
     checkpoints = checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
@@ -74,9 +75,9 @@ def test_another_architecture_is_refused(cfg, saved, one_device, changes, messag
     _, _, checkpoints = saved
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **changes))
     with pytest.raises(SetupError, match=message) as error:
-        checkpoints.restore(1, program.build(other, one_device).state)
+        checkpoints.restore(1, train_step.build(other, one_device).state)
     assert "Use the config that is saved beside it" in str(error.value)
-    runner = inference.build_inference(other, 16, one_device)
+    runner = encoder.build_inference(other, 16, one_device)
     with pytest.raises(SetupError, match=message.replace("params/", "")):
         checkpoint.restore_params(checkpoints.directory / "1", runner.params)
 
@@ -90,7 +91,7 @@ def test_a_misspelt_or_missing_subtree_is_refused(saved, one_device):
 
 def test_the_encoder_alone_is_restored_exactly(cfg, saved, one_device):
     _, state, checkpoints = saved
-    runner = inference.build_inference(cfg, 16, one_device)
+    runner = encoder.build_inference(cfg, 16, one_device)
     params = checkpoint.restore_params(checkpoints.directory / "1", runner.params)
     assert same(params, {name: state.params[name] for name in ("encoder", "head")})
 

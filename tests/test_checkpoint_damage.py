@@ -10,9 +10,9 @@ import jax
 import pytest
 from etils import epath
 
-from supmim_jax import checkpoint, distributed, program
-from supmim_jax.checkpoint import damage, restoring, sums
-from supmim_jax.config import SetupError
+from supmim_jax import checkpoint, multihost, train_step
+from supmim_jax.checkpoint import checksums, restore
+from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -37,7 +37,7 @@ def newest(saved) -> epath.Path:
 
 
 def largest(directory: epath.Path) -> epath.Path:
-    return max(sums.files(directory).values(), key=lambda path: path.stat().length)
+    return max(checksums.files(directory).values(), key=lambda path: path.stat().length)
 
 
 def change(path: epath.Path) -> None:
@@ -136,13 +136,13 @@ def test_a_whole_checkpoint_with_more_files_is_refused_and_never_set_aside(saved
 
 def test_a_save_that_cannot_be_restored_does_not_count(saved, newest, monkeypatch):
     """orbax says nothing where it finds no array to list, as with a [ in the path."""
-    checking = sums.check_arrays
+    checking = checksums.check_arrays
 
     def losing(directory):
         (directory / "state" / "manifest.ocdbt").unlink()
         checking(directory)
 
-    monkeypatch.setattr(sums, "check_arrays", losing)
+    monkeypatch.setattr(checksums, "check_arrays", losing)
     checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
     state, _ = checkpoints.restore(8, saved.built.state)
     with pytest.raises(SetupError, match=r"state .*60 arrays"):
@@ -174,31 +174,31 @@ def test_directories_that_were_swapped_are_refused(saved, newest):
 def test_a_state_of_another_step_is_refused_whatever_the_rest_says(saved, newest, monkeypatch):
     shutil.rmtree(newest / "state")
     shutil.copytree(newest.parent / "4" / "state", newest / "state")
-    monkeypatch.setattr(restoring, "verify", lambda directory: None)
+    monkeypatch.setattr(restore, "verify", lambda directory: None)
     with pytest.raises(SetupError, match=f"{newest} is damaged: it holds the state of step 4"):
         checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).restore(8, saved.built.state)
 
 
 def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
-    monkeypatch.setattr(restoring, "verify", lambda directory: None)
+    monkeypatch.setattr(restore, "verify", lambda directory: None)
     for name in ("state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
         path = newest / name
         path.rmtree() if path.is_dir() else path.unlink()
-        for read in (fuzz_checkpoint.by_params, lambda s, d: restoring.stored_tree(newest / "x")):
+        for read in (fuzz_checkpoint.by_params, lambda s, d: restore.stored_tree(newest / "x")):
             with pytest.raises(SetupError, match="is not a readable checkpoint: its `state`"):
                 read(saved, saved.workdir)
 
 
 def test_files_are_read_once_until_they_change(newest, monkeypatch):
     read = []
-    hashing = sums.digest
-    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
-    monkeypatch.setattr(damage, "SETTLED", -1.0)
+    hashing = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: read.append(path) or hashing(path))
+    monkeypatch.setattr(checksums, "SETTLED", -1.0)
     checkpoint.verify(newest)
     first = len(read)
     for again in (checkpoint.read_config, checkpoint.read_run, checkpoint.stored_tree):
         again(newest)
-    assert first == len(sums.read(newest)) == len(read)
+    assert first == len(checksums.read(newest)) == len(read)
     change(largest(newest))
     with pytest.raises(SetupError, match="is damaged"):
         checkpoint.verify(newest)
@@ -207,26 +207,26 @@ def test_files_are_read_once_until_they_change(newest, monkeypatch):
 def test_files_that_just_changed_are_not_taken_for_known(newest, monkeypatch):
     """Their times are too coarse to show that they change again."""
     read = []
-    hashing = sums.digest
-    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
+    hashing = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: read.append(path) or hashing(path))
     (newest / "run" / "metadata").touch()
     checkpoint.verify(newest)
     checkpoint.verify(newest)
-    assert len(read) == 2 * len(sums.read(newest))
+    assert len(read) == 2 * len(checksums.read(newest))
 
 
 def test_processes_share_the_files_and_all_hear_of_damage(newest, monkeypatch):
     read = []
-    hashing = sums.digest
-    monkeypatch.setattr(sums, "digest", lambda path: read.append(path) or hashing(path))
-    monkeypatch.setattr(distributed, "active", lambda: True)
+    hashing = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: read.append(path) or hashing(path))
+    monkeypatch.setattr(multihost, "active", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(distributed, "gather", lambda topic, here, patience: [here])
+    monkeypatch.setattr(multihost, "gather", lambda topic, here, patience: [here])
     for process in range(3):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         checkpoint.verify(newest)
-    assert len(read) == len(set(read)) == len(sums.read(newest))
-    monkeypatch.setattr(distributed, "gather", lambda *a: ["", "8 is damaged", ""])
+    assert len(read) == len(set(read)) == len(checksums.read(newest))
+    monkeypatch.setattr(multihost, "gather", lambda *a: ["", "8 is damaged", ""])
     with pytest.raises(SetupError, match=r"^8 is damaged$"):
         checkpoint.verify(newest)
 
@@ -260,7 +260,7 @@ def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
 def test_a_run_goes_on_from_an_older_checkpoint_as_if_nothing_was(supervised, tmp_path, one_device):
     results = train(supervised, tmp_path, devices=ONE)
     assert set(results) >= {"top1", "knn"} == set(supervised.metrics)
-    like = program.build(supervised, one_device).state
+    like = train_step.build(supervised, one_device).state
     whole, _ = checkpoint.Checkpoints(tmp_path, supervised.checkpoint).restore(12, like)
     change(largest(tmp_path / "checkpoints" / "12"))
     (tmp_path / "results.json").unlink()

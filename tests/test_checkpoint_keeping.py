@@ -12,19 +12,19 @@ import pytest
 from etils import epath
 
 from supmim_jax import checkpoint
-from supmim_jax.checkpoint import failures, room, sums
+from supmim_jax.batch import TrainState
+from supmim_jax.checkpoint import checksums
+from supmim_jax.checkpoint import save as save_module
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvalConfig,
     MAEConfig,
-    SetupError,
     SupervisedConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.types import TrainState
+from supmim_jax.errors import ConfigError, SetupError
 
 RULES = CheckpointConfig(every=1, keep=2, keep_every=4, keep_best="knn")
 CFG = Config(
@@ -106,9 +106,11 @@ def test_a_best_that_cannot_be_known_is_refused(tmp_path):
 
 
 def test_a_checkpoint_on_gs_is_committed_by_a_file_and_has_sums_too(tmp_path, monkeypatch):
-    assert sums.temporary_path_class(epath.Path(tmp_path)) is sums.SummedRename
-    assert sums.temporary_path_class(epath.Path("gs://bucket/run")) is sums.SummedCommitFile
-    monkeypatch.setattr(sums, "temporary_path_class", lambda root: sums.SummedCommitFile)
+    assert checksums.temporary_path_class(epath.Path(tmp_path)) is checksums.SummedRename
+    assert (
+        checksums.temporary_path_class(epath.Path("gs://bucket/run")) is checksums.SummedCommitFile
+    )
+    monkeypatch.setattr(checksums, "temporary_path_class", lambda root: checksums.SummedCommitFile)
     checkpoints = checkpoint.Checkpoints(tmp_path, RULES)
     save(checkpoints, 3)
     checkpoints.wait()
@@ -157,7 +159,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(small_disk):
     fill(disk, left=4 << 20)
     free, wanted = (
         shutil.disk_usage(disk).free,
-        room.needed([np.zeros(SIZE, np.float32), np.int32(0)]),
+        save_module.needed([np.zeros(SIZE, np.float32), np.int32(0)]),
     )
     for attempt in (lambda: checkpoints.check_room(like(SIZE)), lambda: save(checkpoints, 2, SIZE)):
         with pytest.raises(SetupError) as error:
@@ -189,14 +191,14 @@ NOTICING = {
 @pytest.mark.parametrize("noticed_by", NOTICING)
 def test_a_disk_that_fills_up_during_a_save_is_told_at_the_next_step(small_disk, noticed_by):
     disk, checkpoints = small_disk
-    asking = room.check
+    asking = save_module.check
 
     def asked_too_early(directory, arrays, intact):
         asking(directory, arrays, intact)
         fill(disk, left=1 << 20)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "check", asked_too_early)
+        patch.setattr(save_module, "check", asked_too_early)
         save(checkpoints, 2, SIZE)
         with pytest.raises(SetupError, match=r"checkpoints/2 could not be saved \(") as error:
             NOTICING[noticed_by](checkpoints)
@@ -250,5 +252,5 @@ def test_what_a_run_goes_back_to_stays_however_often_it_is_told_to_stop(tmp_path
     ],
 )
 def test_only_what_comes_again_is_for_the_user_to_mend(tmp_path, error, told):
-    with pytest.raises(told), failures.explained(tmp_path / "4", "saved", tmp_path):
+    with pytest.raises(told), save_module.explained(tmp_path / "4", "saved", tmp_path):
         raise error

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_batch
 from flax import nnx
 
-from supmim_jax import program, sharding
+from supmim_jax import sharding, train_step
 from supmim_jax.config import (
     CMAEConfig,
     ContrastiveConfig,
@@ -156,7 +156,7 @@ def test_what_enters_without_its_place_cannot_tell_it(cmae, leak_free, pooling):
 
 
 def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
-    built = program.build(cmae, one_device)
+    built = train_step.build(cmae, one_device)
     state = built.init(jax.random.key(0))
     slow = None
     for step in range(3):
@@ -181,7 +181,7 @@ def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
 
 def test_keys_are_constants_of_the_gradient(cmae, one_device, monkeypatch):
     """Although the branch is a copy of the encoder, made in the same step."""
-    built, batch, kept = program.build(cmae, one_device), make_batch(cmae), []
+    built, batch, kept = train_step.build(cmae, one_device), make_batch(cmae), []
     state = built.init(jax.random.key(0))
 
     def loss(params):
@@ -212,7 +212,7 @@ def test_eight_devices_give_what_one_gives(cmae, one_device):
     """InfoNCE's negatives are those of the global batch, wherever they are."""
     found = []
     for devices in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
-        built = program.build(cmae, devices)
+        built = train_step.build(cmae, devices)
         state, metrics = built.init(jax.random.key(0)), []
         for step in range(4):
             batch = sharding.put(make_batch(cmae, step), built.batch)
@@ -230,7 +230,7 @@ def test_every_term_falls_on_one_batch(cmae, one_device):
     cfg = dataclasses.replace(
         cfg, epochs=40, optim=OptimConfig(lr=3e-3, warmup_epochs=1, weight_decay=0.0)
     )
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state, batch, terms = built.init(jax.random.key(0)), make_batch(cfg), []
     batch = dataclasses.replace(batch, views=batch.views[:1] * 2)  # noise has nothing in common
     for _ in range(cfg.total_steps):

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from supmim_jax import program, sharding
+from supmim_jax import sharding, train_step
 from supmim_jax.config import MeshConfig, SupervisedConfig
-from supmim_jax.hlo import UnknownCost, collectives, traffic
-from supmim_jax.hlo.groups import groups
-from supmim_jax.hlo.text import Instruction, arrays, parse
+from supmim_jax.rehearse import hlo
+from supmim_jax.rehearse.hlo import Instruction, UnknownCost, arrays, groups, parse
 
 P = PartitionSpec
 
@@ -53,7 +52,7 @@ def test_unknown_groups_are_an_error():
             groups(instruction(text))
 
 
-def sharded(function, in_specs, out_spec, *shapes) -> list[collectives.Collective]:
+def sharded(function, in_specs, out_spec, *shapes) -> list[hlo.Collective]:
     """Collectives of a jax.shard_map over 2 x 4 devices, axes data and fsdp."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
@@ -61,7 +60,7 @@ def sharded(function, in_specs, out_spec, *shapes) -> list[collectives.Collectiv
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, in_specs, strict=True)
     ]
-    return collectives.find(parse(jax.jit(run).lower(*values).compile().as_text()))
+    return hlo.find(parse(jax.jit(run).lower(*values).compile().as_text()))
 
 
 WHOLE = 64 * 32 * 4  # bytes of a float32 64x32
@@ -158,7 +157,7 @@ source_target_pairs={{0,2},{2,0}}
 
 def test_as_tpu_writes_them():
     """A gather spread over fusions counts once, scatters and permutations of one channel each."""
-    found = collectives.find(parse(ASYNC))
+    found = hlo.find(parse(ASYNC))
     sizes = sorted((c.kind, c.bytes) for c in found)
     shard, whole = 16 * 32 * 2, 64 * 32 * 2
     assert sizes == [
@@ -169,7 +168,7 @@ def test_as_tpu_writes_them():
         ("reduce-scatter", whole),
     ]
     with pytest.raises(UnknownCost, match="ragged"):
-        collectives.find(parse(ASYNC.replace("collective-permute-start", "ragged-all-to-all")))
+        hlo.find(parse(ASYNC.replace("collective-permute-start", "ragged-all-to-all")))
 
 
 def test_groups_of_one_device_send_nothing():
@@ -204,7 +203,7 @@ ENTRY %main (p: f32[10,64], q: f32[10,64], i: s32[]) -> f32[64] {
 
 
 def test_traffic_by_hand():
-    moved = {t.run.instruction.name: (t.bytes, t.overlaps) for t in traffic.traffic(parse(FUSED))}
+    moved = {t.run.instruction.name: (t.bytes, t.overlaps) for t in hlo.traffic(parse(FUSED))}
     row, index = 64 * 4, 4
     assert moved["f"] == (row + index + row + row, False)  # slice, index; update, second result
     assert moved["s"] == (row, True)  # read, and written into VMEM
@@ -219,7 +218,7 @@ def test_traffic_of_a_loop_is_that_of_its_layers():
         shapes = ((128, 128), (layers, 128, 128))
         values = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
         module = parse(jax.jit(run).lower(*values).compile().as_text())
-        return sum(t.bytes * (t.run.times or 1) for t in traffic.traffic(module))
+        return sum(t.bytes * (t.run.times or 1) for t in hlo.traffic(module))
 
     once = np.diff([total(8), total(16), total(24)])
     assert once[0] == once[1] and 8 * 3 * 128**2 * 4 <= once[0] <= 8 * 12 * 128**2 * 4
@@ -233,10 +232,10 @@ def test_a_step_sends_parameters_and_gradients_and_no_activations(cfg, branch, f
     objective = cfg.objective if branch == "supmim" else SupervisedConfig()
     model = dataclasses.replace(cfg.model, width=128, mlp_dim=512, remat="names")
     cfg = dataclasses.replace(cfg, objective=objective, model=model)
-    prog = program.build(cfg, sharding.make_mesh(MeshConfig(fsdp=fsdp)))
+    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(fsdp=fsdp)))
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).compile().as_text()
     found = Counter()
-    for one in collectives.find(parse(text)):
+    for one in hlo.find(parse(text)):
         found[one.kind] += one.bytes * one.times
     parameters = 4 * sum(x.size for x in jax.tree.leaves(prog.state.params))
     reduced = (found.pop("all-reduce") + found.pop("reduce-scatter", 0)) / parameters

@@ -9,8 +9,9 @@ import jax
 import pytest
 from conftest import REPOSITORY, make_batch, make_frozen
 
-from supmim_jax import config, configdict, program
-from supmim_jax.config import Config, ConfigError, SupervisedConfig, SupMIMConfig
+from supmim_jax import config, train_step
+from supmim_jax.config import Config, SupervisedConfig, SupMIMConfig, configdict
+from supmim_jax.errors import ConfigError
 
 NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs").glob("*.py"))
 
@@ -147,14 +148,14 @@ def test_every_field_is_read_somewhere():
 def test_every_config_file_loads_builds_and_lowers(name, one_device):
     source = Path(REPOSITORY, "configs", f"{name}.py").read_text()
     assert name == "base" or all(x in source for x in (f"configs/{name}.py", "Hardware:"))
-    built = program.build(load(name), one_device)
+    built = train_step.build(load(name), one_device)
     assert "stablehlo" in built.step.lower(built.state, built.batch, built.frozen).as_text()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "base"])
 def test_debug_shrinks_an_experiment_to_a_step_that_runs_here(name, one_device):
     cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
     assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from supmim_jax import config_file
-from supmim_jax.config import SetupError
+from supmim_jax import cli
+from supmim_jax.errors import SetupError
 
 ROOT = Path(REPOSITORY)
 MISTAKES = {  # what a file holds, and the line that its error is in
@@ -26,7 +26,8 @@ MISTAKES = {  # what a file holds, and the line that its error is in
     "interrupt": ("raise KeyboardInterrupt", 1),
     "endless": ("def get_config():\n    return get_config()", 2),
     "range": (
-        "from supmim_jax.config import Config\nfrom supmim_jax.configdict import to_configdict\n"
+        "from supmim_jax.config import Config\n"
+        "from supmim_jax.config.configdict import to_configdict\n"
         "def get_config():\n    return to_configdict(Config(batch_size=-1))",
         4,
     ),
@@ -38,7 +39,7 @@ def test_a_mistake_is_told_by_file_and_line(text, line, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(SetupError) as caught:
-        config_file.load(str(file))
+        cli.load(str(file))
     assert str(caught.value).startswith(f"{file}, line {line}: ")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
@@ -55,7 +56,7 @@ def test_a_file_that_gives_no_config_is_told(text, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(SetupError, match=r"get_config|callable") as caught:
-        config_file.load(str(file))
+        cli.load(str(file))
     assert str(file) in str(caught.value)
 
 
@@ -63,10 +64,10 @@ def test_an_argument_that_it_does_not_take_and_bytes_that_are_no_text(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def get_config():\n    return 1")
     with pytest.raises(SetupError, match=str(file)):
-        config_file.load(f"{file}:debug")
+        cli.load(f"{file}:debug")
     file.write_bytes(b"x = '\xff'")
     with pytest.raises(SetupError, match=str(file)):
-        config_file.load(str(file))
+        cli.load(str(file))
 
 
 def test_a_mistake_in_a_file_that_it_imports_is_told_there(tmp_path):
@@ -75,14 +76,14 @@ def test_a_mistake_in_a_file_that_it_imports_is_told_there(tmp_path):
     (folder / "mine.py").write_text("from configs import helper")
     (folder / "helper.py").write_text("\nhelp_me()")
     with pytest.raises(SetupError, match=f"{folder / 'helper.py'}, line 2: NameError"):
-        config_file.load(str(folder / "mine.py"))
+        cli.load(str(folder / "mine.py"))
 
 
 @pytest.mark.parametrize("path", ["nothing.py", ".", "", "a\0b"])
 def test_a_file_that_cannot_be_read_is_told(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SetupError, match="--config names no readable file"):
-        config_file.load(path)
+        cli.load(path)
 
 
 def test_from_elsewhere_and_beside_other_configs(tmp_path, monkeypatch):
@@ -92,7 +93,7 @@ def test_from_elsewhere_and_beside_other_configs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("debug.py:debug", "finetune_segmentation_debug.py", "probes/fractals.py"):
-        assert config_file.load(f"{ROOT}/configs/{name}").is_locked
+        assert cli.load(f"{ROOT}/configs/{name}").is_locked
 
 
 def test_copied_configs_are_whole_by_themselves(tmp_path, monkeypatch):
@@ -102,8 +103,8 @@ def test_copied_configs_are_whole_by_themselves(tmp_path, monkeypatch):
     with (copy / "base.py").open("a") as file:
         file.write("FRACTALS = dataclasses.replace(FRACTALS, eval_split='mine')\n")
     monkeypatch.chdir(ROOT)
-    assert config_file.load(f"{copy}/debug.py").data.eval_split == "mine"
-    assert config_file.load("configs/debug.py").data.eval_split != "mine"
+    assert cli.load(f"{copy}/debug.py").data.eval_split == "mine"
+    assert cli.load("configs/debug.py").data.eval_split != "mine"
 
 
 @pytest.mark.parametrize("own", ["configs/mine.py", "mine.py"])
@@ -118,7 +119,7 @@ def test_ones_own_file_may_build_on_the_checkouts(own, tmp_path, monkeypatch):
         f"    return base.finish(dataclasses.replace(config, seed={seed}), '')"
     )
     monkeypatch.chdir(tmp_path)
-    assert config_file.load(own).seed == 9
+    assert cli.load(own).seed == 9
 
 
 COMMANDS = [

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from supmim_jax.config import ContrastiveCropConfig, DataConfig
-from supmim_jax.data import contrastive_crop, crops, transforms
+from supmim_jax.data import crops, transforms
 
 SAMPLES = 8000
 WHOLE = (0, 0, 255, 255)
-BOXES = {"whole": WHOLE, "centre": contrastive_crop.CENTRE, "corner": (20, 120, 140, 255)}
+BOXES = {"whole": WHOLE, "centre": crops.CENTRE, "corner": (20, 120, 140, 255)}
 SIZES = [(375, 500), (500, 333), (64, 64)]
 
 
@@ -154,12 +154,12 @@ def test_a_box_without_extent_is_the_middle_of_crops_that_have_room():
 
 def test_fixed_boxes_need_no_table_and_plain_crops_come_before_the_first():
     fixed = drawn(config(boxes="centre"), (60, 80), None, 100)
-    assert (fixed == drawn(config(), (60, 80), contrastive_crop.CENTRE, 100)).all()
+    assert (fixed == drawn(config(), (60, 80), crops.CENTRE, 100)).all()
     assert (fixed == drawn(config(boxes="centre"), (60, 80), (0, 0, 9, 9), 100)).all()
     plain = drawn(config(), (60, 80), None, 100)
     assert (plain == drawn(config(crop="inception"), (60, 80), None, 100)).all()
     assert (plain != fixed).any()
-    quarter = np.array(contrastive_crop.CENTRE) / 255
+    quarter = np.array(crops.CENTRE) / 255
     assert np.allclose(quarter, (0.25, 0.25, 0.75, 0.75), atol=1 / 255)
 
 

@@ -12,10 +12,10 @@ import jax
 import pytest
 
 from configs import debug, debug_supervised
-from supmim_jax import hlo, program, sharding
-from supmim_jax.bench import analytic, flops
+from supmim_jax import sharding, train_step
 from supmim_jax.config import MeshConfig
 from supmim_jax.models.masking import num_masked
+from supmim_jax.rehearse import flops, hlo
 
 MIB = 2**20
 # MiB of temporaries, and instructions in all computations, of this code with jax 0.10.2.
@@ -43,7 +43,7 @@ def steps():
     def step(name: str):
         if name not in known:
             cfg = config(name)
-            prog = program.build(cfg, mesh)
+            prog = train_step.build(cfg, mesh)
             compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
             known[name] = cfg, prog, compiled, flops.counted(cfg, mesh, compiled, 0.0)
         return known[name]
@@ -69,7 +69,7 @@ def test_the_masked_branch_costs_its_share_by_arithmetic(steps, name):
     """More than the supervised twin by what the second pass and the decoder need, no more."""
     (twin, *_, alone), (cfg, *_, both) = steps("supervised"), steps(name)
     extra = both["hlo_gf_per_image"] - alone["hlo_gf_per_image"]
-    model = {x: sum(w.model for w in analytic.train(c).values()) / 1e9 for x, c in
+    model = {x: sum(w.model for w in flops.train(c).values()) / 1e9 for x, c in
              (("both", cfg), ("alone", twin))}  # fmt: skip
     assert extra == pytest.approx(model["both"] - model["alone"], rel=3e-3)
 
@@ -120,7 +120,7 @@ def test_logits_are_of_masked_patches_alone_and_stay_in_bfloat16(one_device, nam
         objective=dataclasses.replace(cfg.objective, target=target),
         tokens=dataclasses.replace(cfg.tokens, cache="any"),
     )
-    prog = program.build(cfg, one_device)
+    prog = train_step.build(cfg, one_device)
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()
     types = {
         found
@@ -138,7 +138,7 @@ def test_matmuls_are_in_bfloat16_but_for_the_head_and_parameters_are_not(one_dev
         model=dataclasses.replace(cfg.model, dtype="bfloat16"),
         tokens=dataclasses.replace(cfg.tokens, cache="any"),
     )
-    prog = program.build(cfg, one_device)
+    prog = train_step.build(cfg, one_device)
     assert {str(x.dtype) for x in jax.tree.leaves(prog.state.params)} == {"float32"}
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()
     operands = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", text)

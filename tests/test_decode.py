@@ -13,9 +13,10 @@ from etils import epath
 from pictures import put
 from PIL import Image, ImageOps
 
-from supmim_jax.config import ConfigError, DataConfig, MasksConfig, ProbeDataConfig, SetupError
-from supmim_jax.data import decode, feed, records, transforms
+from supmim_jax.config import DataConfig, MasksConfig, ProbeDataConfig
+from supmim_jax.data import decode, loader, source, transforms
 from supmim_jax.data.prepare import folder
+from supmim_jax.errors import ConfigError, SetupError
 
 SIZE = 16
 YY, XX = np.mgrid[:SIZE, :SIZE]
@@ -249,9 +250,9 @@ def test_features_of_tfds_that_are_no_bytes(tmp_path, kind, white, half):
     builder.download_and_prepare()
     cfg = DataConfig(name=f"deep/{kind}", data_dir=str(tmp_path))
     with pytest.raises(SetupError, match=rf"deep/{kind}.*'image'.*{kind}.*config\.data\.max_value"):
-        records.open_source(cfg, "train")
+        source.open_source(cfg, "train")
     cfg = dataclasses.replace(cfg, max_value=white)
-    image = decode.decode_image(records.open_source(cfg, "train")[0], cfg, 0)
+    image = decode.decode_image(source.open_source(cfg, "train")[0], cfg, 0)
     assert image.ravel().tolist() == [0, 64, half, 191, 255]
 
 
@@ -345,5 +346,5 @@ def test_a_prepared_folder_shows_what_a_person_sees(tmp_path, cfg):
     data = dataclasses.replace(
         CFG, name="apples", data_dir=str(tmp_path / "data"), train_examples=4, num_classes=2
     )
-    images = feed.first_images(dataclasses.replace(cfg, data=data, objective=cfg.objective), 4)
+    images = loader.first_images(dataclasses.replace(cfg, data=data, objective=cfg.objective), 4)
     assert (np.abs(images - seen(transparent()["png"])) <= 1).all() and len(images) == 4

@@ -82,6 +82,6 @@ def test_a_run_that_nobody_sees_ends_and_has_its_results(fault, data_dir, tmp_pa
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_a_picture_is_drawn_whatever_backend_a_notebook_left(backend, initial, tmp_path):
     picture = tmp_path / "picture.png"
-    command = ["-m", "supmim_jax.picture", f"--checkpoint={initial}", f"--out={picture}"]
+    command = ["-m", "supmim_jax.visualize", f"--checkpoint={initial}", f"--out={picture}"]
     assert shell("", *command, MPLBACKEND=backend) == 0
     assert picture.stat().st_size > 5000

@@ -16,12 +16,13 @@ import pytest
 from conftest import REPOSITORY
 from etils import epath
 
-from supmim_jax import checkpoint, evals, picture, probe, program, sharding, start
-from supmim_jax.config import CheckpointConfig, InitConfig, SetupError, SupervisedConfig
-from supmim_jax.configdict import from_configdict
-from supmim_jax.data import pipeline
-from supmim_jax.finite import Diverged
+from supmim_jax import checkpoint, evals, init_from, probe, sharding, train_step, visualize
+from supmim_jax.config import CheckpointConfig, InitConfig, SupervisedConfig
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.data import loader
+from supmim_jax.errors import SetupError
 from supmim_jax.metrics import MetricsWriter
+from supmim_jax.nan_guard import Diverged
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -29,7 +30,7 @@ ONE = jax.devices()[:1]
 
 def final_state(cfg, workdir, one_device):
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, run = checkpoints.restore(checkpoints.latest(), program.build(cfg, one_device).state)
+    state, run = checkpoints.restore(checkpoints.latest(), train_step.build(cfg, one_device).state)
     return jax.tree.map(np.asarray, checkpoint.plain(state)), run
 
 
@@ -58,7 +59,7 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, one_
 
 def test_no_batch_is_kept_while_the_next_is_waited_for(cfg, tmp_path, monkeypatch):
     images, kept = [], []
-    following = pipeline.Training.__next__
+    following = loader.Training.__next__
 
     def taken(batches):
         kept.append([image() for image in images if image() is not None])
@@ -66,15 +67,15 @@ def test_no_batch_is_kept_while_the_next_is_waited_for(cfg, tmp_path, monkeypatc
         images.append(weakref.ref(batch.views[0]))
         return batch
 
-    monkeypatch.setattr(pipeline.Training, "__next__", taken)
+    monkeypatch.setattr(loader.Training, "__next__", taken)
     train(cfg, tmp_path, stop_at=4, devices=ONE)
     assert kept == [[]] * 4
 
 
 def test_a_run_that_fails_ends_what_decodes(cfg, tmp_path, monkeypatch):
     ended = []
-    closing = pipeline.Training.close
-    monkeypatch.setattr(pipeline.Training, "close", lambda b: (closing(b), ended.append(1)))
+    closing = loader.Training.close
+    monkeypatch.setattr(loader.Training, "close", lambda b: (closing(b), ended.append(1)))
     monkeypatch.setattr(MetricsWriter, "after_step", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(cfg, tmp_path, devices=ONE)
@@ -140,10 +141,10 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     assert row["encoder"] == "supmim" and row["epochs"] == "3"
     assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
     assert probe.probe(f"{tmp_path}@8").row()["epochs"] == "2"
-    restored = picture.restore(str(tmp_path))
+    restored = visualize.restore(str(tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
-    rows = picture.panels(restored, images, jax.random.key(0))
-    assert restored.cfg == cfg and len(picture.draw(rows)) > 5000
+    rows = visualize.panels(restored, images, jax.random.key(0))
+    assert restored.cfg == cfg and len(visualize.draw(rows)) > 5000
     image, tokens, masked, predicted = rows.values()
     hidden = (masked == 0).all(-1)
     assert 0.4 < hidden.mean() < 0.6 and (masked[~hidden] == image[~hidden]).all()
@@ -245,7 +246,9 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     steps = dataclasses.replace(plain, checkpoint=CheckpointConfig(every=1, keep=99))
     train(steps, tmp_path / "steps", devices=ONE)
     ways["steps"] = tmp_path / "steps"
-    first = program.build(plain, sharding.make_mesh(plain.mesh, ONE)).init(jax.random.key(0)).params
+    first = (
+        train_step.build(plain, sharding.make_mesh(plain.mesh, ONE)).init(jax.random.key(0)).params
+    )
     average = jax.tree.map(lambda x: np.asarray(x, np.float64), first)
     for step in range(1, 13):
         params = state("steps", step)["params"]
@@ -257,6 +260,6 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     with pytest.raises(SetupError, match="plain@ema"):
         checkpoint.locate(f"{ways['plain']}@ema")
     tuned = dataclasses.replace(plain, init=InitConfig(checkpoint=str(ways["whole"])))
-    built = program.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
-    begun = start.state(tuned, built).params["encoder"]
+    built = train_step.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
+    begun = init_from.state(tuned, built).params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, begun, found["ema"]["encoder"])

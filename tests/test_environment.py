@@ -13,19 +13,21 @@ import pytest
 from conftest import REPOSITORY
 from etils import epath
 
-from supmim_jax import environment, program, run_directory, sharding, train
+from supmim_jax import environment as environment_module
+from supmim_jax import sharding, train, train_step
+from supmim_jax import workdir as workdir_module
 from supmim_jax.config import (
     CMAEConfig,
     PixelsConfig,
-    SetupError,
     SupMIMConfig,
     VQGANConfig,
     VQGANObjectiveConfig,
 )
+from supmim_jax.errors import SetupError
 
 
 def test_it_names_versions_devices_and_processes():
-    found = environment.collect(jax.devices())
+    found = environment_module.collect(jax.devices())
     assert found["devices"] == "8 x cpu" and found["hosts"] == 1 and found["CPUs per host"] > 0
     assert found["jax"] == jax.__version__ and found["python"].startswith("3.")
     assert json.loads(json.dumps(found)) == found
@@ -35,7 +37,7 @@ def test_the_commit_is_that_of_a_tracked_file_and_tells_of_changes(tmp_path, mon
     file, stranger = tmp_path / "package" / "module.py", tmp_path / "package" / "other.py"
     file.parent.mkdir()
     file.write_text("1")
-    assert environment.commit(file) == ""
+    assert environment_module.commit(file) == ""
 
     def git(*arguments: str) -> str:
         identity = ("-c", "user.name=n", "-c", "user.email=e")
@@ -46,35 +48,35 @@ def test_the_commit_is_that_of_a_tracked_file_and_tells_of_changes(tmp_path, mon
     git("add", ".")
     git("commit", "-m", "first")
     head = git("rev-parse", "HEAD")
-    assert environment.commit(file) == head
+    assert environment_module.commit(file) == head
     file.write_text("2")
-    assert environment.commit(file) == f"{head} with changes"
-    assert environment.commit(stranger) == ""
+    assert environment_module.commit(file) == f"{head} with changes"
+    assert environment_module.commit(stranger) == ""
     monkeypatch.setenv("PATH", "")
-    assert environment.commit(file) == ""
+    assert environment_module.commit(file) == ""
 
 
 def test_parts_are_noted_where_the_environment_changes_and_no_later():
     a, b = {"jax": "1", "date": "monday"}, {"jax": "2", "date": "tuesday"}
-    first = environment.continued([], 0, a)
+    first = environment_module.continued([], 0, a)
     assert first == [{"from_step": 0, **a}]
-    assert environment.continued(first, 5, a | {"date": "friday"}) == first
-    second = environment.continued(first, 5, b)
+    assert environment_module.continued(first, 5, a | {"date": "friday"}) == first
+    second = environment_module.continued(first, 5, b)
     assert second == [*first, {"from_step": 5, **b}]
-    assert environment.continued(second, 3, a) == first  # the steps from 3 on are done again
-    assert environment.continued(second, 0, b) == [{"from_step": 0, **b}]
+    assert environment_module.continued(second, 3, a) == first  # the steps from 3 on are done again
+    assert environment_module.continued(second, 0, b) == [{"from_step": 0, **b}]
 
 
 def test_training_notes_what_it_runs_on(cfg, tmp_path):
     train.train(cfg, tmp_path, stop_at=1, devices=jax.devices()[:1])
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:2])
-    run_directory.record_environment(epath.Path(tmp_path), 1, mesh)
+    workdir_module.record_environment(epath.Path(tmp_path), 1, mesh)
     parts = json.loads((tmp_path / "environment.json").read_text())
     found = [(part["from_step"], part["devices"]) for part in parts]
     assert found == [(0, "1 x cpu"), (1, "2 x cpu")]
     (tmp_path / "environment.json").write_text("[")
     with pytest.raises(SetupError, match=r"environment\.json cannot be read.*Remove it"):
-        run_directory.record_environment(epath.Path(tmp_path), 1, mesh)
+        workdir_module.record_environment(epath.Path(tmp_path), 1, mesh)
 
 
 @pytest.fixture
@@ -103,20 +105,20 @@ CHANGED = [
 def test_a_run_does_not_go_on_with_other_settings_of_jax(name, value, cfg, tmp_path, jax_setting):
     workdir, mesh = epath.Path(tmp_path), sharding.make_mesh(cfg.mesh)
     before = getattr(jax.config, name)
-    run_directory.record_environment(workdir, 0, mesh)
+    workdir_module.record_environment(workdir, 0, mesh)
     noted = (tmp_path / "environment.json").read_text()
     jax_setting(name, value)
     with pytest.raises(SetupError, match=f"{name.upper()}: {before}; {value}"):
-        run_directory.record_environment(workdir, 3, mesh)
+        workdir_module.record_environment(workdir, 3, mesh)
     assert (tmp_path / "environment.json").read_text() == noted
-    run_directory.record_environment(workdir, 0, mesh)  # nothing was done before
-    run_directory.record_environment(workdir, 5, mesh)
+    workdir_module.record_environment(workdir, 0, mesh)  # nothing was done before
+    workdir_module.record_environment(workdir, 5, mesh)
     assert json.loads((tmp_path / "environment.json").read_text())[0][name] == str(value)
 
 
 def test_a_run_that_noted_no_settings_goes_on(cfg, tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps([{"from_step": 0, "jax": "0.1"}]))
-    run_directory.record_environment(epath.Path(tmp_path), 3, sharding.make_mesh(cfg.mesh))
+    workdir_module.record_environment(epath.Path(tmp_path), 3, sharding.make_mesh(cfg.mesh))
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
 
 
@@ -136,7 +138,7 @@ def test_types_do_not_depend_on_jax_enable_x64(objective, cfg, one_device, jax_s
     data = dataclasses.replace(cfg.data, crop=crop)
     cfg = dataclasses.replace(cfg, model=model, data=data, objective=objective)
     jax_setting("jax_enable_x64", True)
-    prog = program.build(cfg, one_device)
+    prog = train_step.build(cfg, one_device)
     found = {str(x.dtype) for x in jax.tree.leaves((prog.state, prog.frozen))}
     assert found == {"float32", "int32"}
 

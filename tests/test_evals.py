@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
-from supmim_jax import evals, inference, program, sharding
+from supmim_jax import encoder as encoder_module
+from supmim_jax import evals, sharding, train_step
 from supmim_jax.config import EvalConfig, MeshConfig
 from supmim_jax.evals import knn
 
@@ -50,10 +51,10 @@ def test_evaluation_does_not_depend_on_mesh_or_batch(cfg, one_device):
     for mesh, batch in ((one_device, 64), (one_device, 48), (MeshConfig(data=4, fsdp=2), 72)):
         mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
         run = dataclasses.replace(cfg, eval=EvalConfig(batch_size=batch))
-        params = program.build(run, mesh).init(jax.random.key(0)).params
+        params = train_step.build(run, mesh).init(jax.random.key(0)).params
         kernel = params["head"]["kernel"]  # zero to begin with: every image of class 0
         params["head"]["kernel"] = kernel + jax.random.normal(jax.random.key(1), kernel.shape)
-        encoder = inference.build_inference(run, batch, mesh).bind(params)
+        encoder = encoder_module.build_inference(run, batch, mesh).bind(params)
         results.append(evals.run_all(encoder, run, "validation[:200]", mesh).metrics)
     assert results[0] == results[1] == results[2]
     assert 0 < results[0]["knn"] < 100 and 0 <= results[0]["top1"] < 30

@@ -8,7 +8,8 @@ from scipy import special
 from sklearn.linear_model import LogisticRegression
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
 from supmim_jax.evals import few_shot, linear_probe
 
 

@@ -7,7 +7,8 @@ from conftest import make_clusters
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
 from supmim_jax.evals import knn, retrieval
 
 KS = (1, 5, 10, 20, 50)

@@ -10,8 +10,10 @@ import pytest
 from conftest import REPOSITORY
 
 from supmim_jax import evals
-from supmim_jax.config import FewShotConfig, MasksConfig, SetupError
-from supmim_jax.data import records
+from supmim_jax.config import FewShotConfig, MasksConfig
+from supmim_jax.data import source
+from supmim_jax.errors import SetupError
+from supmim_jax.evals import evaluate
 
 
 def judged(cfg, *which: str, shots: int = 2, **data):
@@ -40,11 +42,11 @@ def test_too_few_images_of_a_class(cfg):
 
 
 def test_a_large_split_is_not_counted_but_must_have_enough_in_all(cfg, monkeypatch):
-    monkeypatch.setattr(evals.needs, "COUNTED", 10)
-    monkeypatch.setattr(evals.needs, "GLANCE", 5)
+    monkeypatch.setattr(evaluate, "COUNTED", 10)
+    monkeypatch.setattr(evaluate, "GLANCE", 5)
     read = []
-    record = records.Records.__getitem__
-    monkeypatch.setattr(records.Records, "__getitem__", lambda *a: (read.append(1), record(*a))[1])
+    record = source.Records.__getitem__
+    monkeypatch.setattr(source.Records, "__getitem__", lambda *a: (read.append(1), record(*a))[1])
     evals.check(judged(cfg, "few_shot", "linear", "retrieval"), cfg.data.eval_split)
     assert len(read) == 10
     refused(judged(cfg, "few_shot", shots=3), "few_shot.shots is 3", "64 examples of 30")
@@ -53,7 +55,7 @@ def test_a_large_split_is_not_counted_but_must_have_enough_in_all(cfg, monkeypat
 def test_no_masks_no_labels_and_no_examples(cfg, monkeypatch):
     refused(judged(cfg, "segmentation", masks=MasksConfig(field="label")), "masks.field", "label")
     refused(judged(cfg, "knn", eval_split="validation[:0]"), "validation[:0]")
-    monkeypatch.setattr(records.Records, "__getitem__", lambda *_: {"label": -1})
+    monkeypatch.setattr(source.Records, "__getitem__", lambda *_: {"label": -1})
     for name in ("knn", "few_shot", "retrieval"):
         refused(judged(cfg, name), "-1", cfg.data.eval_split)
 

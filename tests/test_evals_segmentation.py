@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from supmim_jax import sharding
-from supmim_jax.config import HeadTrainingConfig, MeshConfig, SetupError
-from supmim_jax.evals import confusion, segmentation
+from supmim_jax.config import HeadTrainingConfig, MeshConfig
+from supmim_jax.errors import SetupError
+from supmim_jax.evals import segmentation
 from supmim_jax.models.segmentation import pixel_cross_entropy
 
 CLASSES, GRID, PATCH = 4, 4, 5
@@ -29,7 +30,7 @@ def training(**changed) -> HeadTrainingConfig:
 
 def scored(segmenter: segmentation.Segmenter, tokens, masks, batch_size: int = 32):
     matrix = segmentation.confusions(segmenter, tokens, masks, batch_size=batch_size)
-    return confusion.score(matrix)
+    return segmentation.score(matrix)
 
 
 def test_scores_are_those_of_counting_sets_of_pixels():
@@ -38,8 +39,8 @@ def test_scores_are_those_of_counting_sets_of_pixels():
     truth[truth == 3], predicted[predicted == 3] = 2, 2  # class 3 is nowhere
     truth[truth == 4] = 1  # class 4 is only predicted: its IoU is 0, and counts
     truth[random.random(truth.shape) < 0.2] = -1
-    matrix = sum(confusion.count(t, p, 5) for t, p in zip(truth, predicted))
-    scores = confusion.score(matrix)
+    matrix = sum(segmentation.count(t, p, 5) for t, p in zip(truth, predicted))
+    scores = segmentation.score(matrix)
 
     labelled = {i for i, t in enumerate(truth.ravel()) if t != -1}
     overlaps = []

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from feed_host import BATCH, config
 
-from supmim_jax.data import feed, fractals
+from supmim_jax.data import fractals, loader
 
 SAVED_EVERY = 10  # steps, as a run saves its position; what comes after is read again
 
@@ -108,7 +108,7 @@ def test_killed_runs_of_changing_hosts_read_what_an_uninterrupted_one_reads(
     fractals.prepare("tiny", data_dir)
     found = storm(data_dir, tmp_path, kills, epochs, seed=kills)
     cfg = config(data_dir, 0, epochs)
-    whole = [arrays["id"].tolist() for arrays in feed.training(cfg, range(BATCH))]
+    whole = [arrays["id"].tolist() for arrays in loader.training(cfg, range(BATCH))]
     assert found == whole
     ids = np.array(found).reshape(epochs, cfg.data.train_examples)
     assert (np.sort(ids, axis=1) == np.arange(cfg.data.train_examples)).all()
@@ -118,10 +118,10 @@ def test_killed_runs_of_changing_hosts_read_what_an_uninterrupted_one_reads(
 def test_every_split_into_hosts_reads_the_same_images(data_dir):
     """Pixels too: what one host reads, two and four read in their rows."""
     cfg = config(data_dir, 0, 1)
-    whole = list(feed.training(cfg, range(BATCH)))
+    whole = list(loader.training(cfg, range(BATCH)))
     for hosts in (2, 4):
         share = BATCH // hosts
-        parts = [feed.training(cfg, range(h * share, (h + 1) * share), 3) for h in range(hosts)]
+        parts = [loader.training(cfg, range(h * share, (h + 1) * share), 3) for h in range(hosts)]
         for step, arrays in enumerate(zip(*parts, strict=True), 3):
             for name, expected in whole[step].items():
                 joined = np.concatenate([part[name] for part in arrays])

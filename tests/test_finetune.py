@@ -10,17 +10,11 @@ from conftest import make_batch, make_frozen
 from flax import nnx
 from PIL import Image
 
-from supmim_jax import checkpoint, inference, program, sharding, start
-from supmim_jax.config import (
-    Config,
-    ConfigError,
-    InitConfig,
-    MeshConfig,
-    SetupError,
-    VQGANConfig,
-    VQGANObjectiveConfig,
-)
-from supmim_jax.formats import equivalents
+from supmim_jax import checkpoint, init_from, sharding, train_step
+from supmim_jax import encoder as encoder_module
+from supmim_jax.config import Config, InitConfig, MeshConfig, VQGANConfig, VQGANObjectiveConfig
+from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.formats import layout
 from supmim_jax.models.transformer import sincos2d
 from supmim_jax.models.vit import ViT
 from supmim_jax.train import train
@@ -36,7 +30,7 @@ def changed(cfg: Config, **sections) -> Config:
 
 def written(cfg: Config, workdir) -> dict:
     """A checkpoint of random numbers; its parameters."""
-    prog = program.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
+    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
     random = np.random.default_rng(0)
     state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), prog.state).replace(step=7)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
@@ -66,8 +60,8 @@ def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
     workdir, theirs = source
     base = {"supervised": supervised, "supmim": cfg}[objective]
     cfg = changed(base, init={"checkpoint": workdir, "head": head})
-    prog = program.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    state, fresh = start.state(cfg, prog), prog.init(jax.random.key(cfg.seed))
+    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    state, fresh = init_from.state(cfg, prog), prog.init(jax.random.key(cfg.seed))
     kept = {"encoder", "head"} if head == "keep" else {"encoder"}
     assert set(state.params) == set(fresh.params) == set(prog.state.params)
     for name in state.params:
@@ -82,8 +76,8 @@ def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source
     workdir, theirs = source
     images = make_batch(cfg).views[0]
     cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
-    runner = inference.build_inference(cfg, 16, one_device)
-    state = start.state(cfg, program.build(cfg, one_device))
+    runner = encoder_module.build_inference(cfg, 16, one_device)
+    state = init_from.state(cfg, train_step.build(cfg, one_device))
     ours = runner.bind(state.params).features(images)
     before = runner.features({name: theirs[name] for name in runner.params}, images)
     assert same(ours, before) and np.ptp(ours.logits) > 0
@@ -92,14 +86,14 @@ def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source
 @pytest.mark.parametrize("side", [3, 7, 10])
 def test_learned_positions_are_resized_as_pillow_resizes_images(side):
     positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
-    ours = np.asarray(start.resized(positions, side)).reshape(side, side, 6)
+    ours = np.asarray(init_from.resized(positions, side)).reshape(side, side, 6)
     for channel in range(6):
         image = Image.fromarray(positions[:, channel].reshape(5, 5))
         theirs = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
         np.testing.assert_allclose(ours[..., channel], theirs, atol=2e-6)
-    constant = start.resized(np.full((25, 2), [3.0, -1.5], np.float32), side)
+    constant = init_from.resized(np.full((25, 2), [3.0, -1.5], np.float32), side)
     np.testing.assert_allclose(constant, np.full((side**2, 2), [3.0, -1.5]), rtol=1e-6)
-    assert np.array_equal(start.resized(positions, 5), positions)
+    assert np.array_equal(init_from.resized(positions, 5), positions)
 
 
 @pytest.mark.parametrize("size", [12, 32])
@@ -109,8 +103,8 @@ def test_another_image_size_changes_the_positions_only(supervised, source, one_d
     cfg = changed(supervised, init={"checkpoint": workdir}, data=data)
     encoders = []
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        encoders.append(start.state(cfg, program.build(cfg, mesh)).params["encoder"])
-    expected = start.resized(theirs["encoder"]["positions"], size // 4)
+        encoders.append(init_from.state(cfg, train_step.build(cfg, mesh)).params["encoder"])
+    expected = init_from.resized(theirs["encoder"]["positions"], size // 4)
     assert expected.shape == ((size // 4) ** 2, 32)
     for encoder in encoders:
         np.testing.assert_allclose(encoder["positions"], expected, atol=1e-6)
@@ -130,7 +124,7 @@ def test_fixed_positions_keep_their_relative_places(cfg):
         vit = ViT(c.model, c.data, rngs=nnx.Rngs(0))
         size = c.data.image_size
         tables.append(vit.embed(np.zeros((1, size, size, 1), np.float32))[0])
-        assert np.array_equal(tables[-1], equivalents.fixed(c.model, c.data))  # as exported
+        assert np.array_equal(tables[-1], layout.fixed(c.model, c.data))  # as exported
     middle = tables[1].reshape(15, 15, 32)[1::3, 1::3].reshape(25, 32)
     np.testing.assert_allclose(middle, tables[0], atol=1e-5)
 
@@ -161,7 +155,7 @@ REFUSED = [  # of a run whose checkpoint has the defaults of `cfg`
 def test_what_is_not_the_same_encoder_is_refused_first(
     supervised, source, tmp_path, monkeypatch, changes, message
 ):
-    monkeypatch.setattr("supmim_jax.data.feed.check", lambda cfg: None)  # not its turn
+    monkeypatch.setattr("supmim_jax.data.loader.check", lambda cfg: None)  # not its turn
     cfg = changed(changed(supervised, init={"checkpoint": source[0]}), **changes)
     with pytest.raises(SetupError, match=message):
         train(cfg, tmp_path / "run", devices=ONE)
@@ -178,7 +172,7 @@ def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, 
     ):
         cfg = changed(base, init={"checkpoint": workdir})
         with pytest.raises(SetupError, match=message):
-            start.check(cfg, program.build(cfg, one_device).state.params)
+            init_from.check(cfg, train_step.build(cfg, one_device).state.params)
     with pytest.raises(ConfigError, match="names no run"):
         InitConfig(head="keep")
     with pytest.raises(ConfigError, match="layer_decay must be 1 with objective 'vqgan'"):
@@ -189,10 +183,10 @@ def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_
     cfg = changed(cfg, model={"positions": "sincos2d"})
     written(cfg, tmp_path)
     cfg = changed(cfg, init={"checkpoint": str(tmp_path)}, data={"image_size": 24})
-    params = program.build(cfg, one_device).state.params
+    params = train_step.build(cfg, one_device).state.params
     with pytest.raises(SetupError, match=r"config\.model\.position_grid: 5; 6"):
-        start.check(cfg, params)
-    start.check(changed(cfg, model={"position_grid": 5}), params)
+        init_from.check(cfg, params)
+    init_from.check(changed(cfg, model={"position_grid": 5}), params)
     with pytest.raises(ConfigError, match="must be 0 with learned positions"):
         changed(cfg, model={"positions": "learned", "position_grid": 5})
 
@@ -200,7 +194,7 @@ def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_
 def test_how_the_encoder_is_trained_may_differ(supervised, source, one_device):
     model = {"drop_path": 0.3, "dtype": "bfloat16", "remat": "full"}
     cfg = changed(supervised, init={"checkpoint": source[0]}, model=model)
-    start.check(cfg, program.build(cfg, one_device).state.params)
+    init_from.check(cfg, train_step.build(cfg, one_device).state.params)
 
 
 def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
@@ -214,7 +208,7 @@ def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
     train(cfg, parts, stop_at=2, devices=ONE)
     shutil.rmtree(workdir)
     train(cfg, parts, stop_at=4, devices=ONE)
-    prog = program.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
+    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
     ends = [
         checkpoint.Checkpoints(d, cfg.checkpoint).restore(4, prog.state)[0] for d in (whole, parts)
     ]
@@ -233,8 +227,8 @@ def test_eight_devices_start_and_step_as_one(supervised, source, one_device):
     cfg = changed(supervised, init=init, data={"image_size": 24}, optim={"layer_decay": 0.5})
     losses = []
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        prog = program.build(cfg, mesh)
-        state, batch = start.state(cfg, prog), sharding.put(make_batch(cfg), prog.batch)
+        prog = train_step.build(cfg, mesh)
+        state, batch = init_from.state(cfg, prog), sharding.put(make_batch(cfg), prog.batch)
         for _ in range(2):
             state, metrics = prog.step(state, batch, make_frozen(cfg))
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])

@@ -11,9 +11,9 @@ from conftest import REPOSITORY, make_features, make_params
 from etils import epath
 from flax import traverse_util
 
-from supmim_jax import checkpoint, export, import_weights, probe, program, sharding
+from supmim_jax import checkpoint, export, import_weights, probe, sharding, train_step
 from supmim_jax.config import Config, MAEConfig
-from supmim_jax.formats import files, timm_vit
+from supmim_jax.formats import layout, timm
 
 # What timm 1.0.31 has for vit_base_patch16_224 with these arguments and one block.
 TIMM = {
@@ -54,7 +54,7 @@ def with_model(cfg, **fields):
 
 
 def write(cfg, params, to, out):
-    files.write(out, *export.WRITERS[to](params, cfg))
+    layout.write(out, *export.WRITERS[to](params, cfg))
     return out
 
 
@@ -67,13 +67,13 @@ def assert_same(a, b):
 
 def test_timm_names_and_shapes(supervised):
     cfg = with_model(supervised, depth=1, pooling="cls", layer_scale=0.1)
-    tensors, _ = timm_vit.write(make_params(cfg), cfg)
+    tensors, _ = timm.write(make_params(cfg), cfg)
     assert {name: x.shape for name, x in tensors.items()} == TIMM
 
 
 def test_timm_has_no_head_where_ours_has_none(mae):
     cfg = with_model(mae, depth=1, pooling="cls", layer_scale=0.1)
-    tensors, documents = timm_vit.write(make_params(cfg), cfg)
+    tensors, documents = timm.write(make_params(cfg), cfg)
     shapes = {name: x.shape for name, x in tensors.items()}
     assert shapes == {name: x for name, x in TIMM.items() if not name.startswith("head.")}
     config = documents["config.json"]
@@ -132,14 +132,14 @@ def test_every_parameter_needs_a_row(supervised):
 
 @pytest.mark.parametrize(("mlp_dim", "width"), [(6144, 1408), (4304, 1152), (5, 3), (257, 100)])
 def test_timm_gets_our_mlp_dim_and_eval_resize_back(mlp_dim, width):
-    assert int(width * timm_vit.ratio(mlp_dim, width)) == mlp_dim
+    assert int(width * timm.ratio(mlp_dim, width)) == mlp_dim
     for resize in (width, mlp_dim):
-        assert int(width / timm_vit.crop(width, resize)) == resize
+        assert int(width / timm.crop(width, resize)) == resize
 
 
 def test_the_command_exports_an_encoder_and_probe_measures_it_imported(mae, one_device, tmp_path):
     cfg = with_model(mae)
-    state = program.build(cfg, one_device).init(jax.random.key(0))
+    state = train_step.build(cfg, one_device).init(jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
     checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
@@ -154,7 +154,7 @@ def test_the_command_exports_an_encoder_and_probe_measures_it_imported(mae, one_
 
 def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_path):
     """A whole SupMIM run's checkpoint: its decoder stays behind."""
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     params = make_params(cfg)
     state = built.init(jax.random.key(0))
     placed = sharding.put(params, {name: built.state.params[name] for name in params})
@@ -182,7 +182,7 @@ def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_pat
     found = checkpoint.read_config(imported)
     assert found.model == with_model(cfg).model and found.objective.name == "supervised"
     assert checkpoint.read_run(imported) == checkpoint.BEGIN
-    like = program.build(found, one_device).state
+    like = train_step.build(found, one_device).state
     state, _ = checkpoint.Checkpoints(workdir, found.checkpoint).restore(0, like)
     assert_same(state.params, params)
     found, original = (probe.probe(str(d)).results for d in (workdir, run))

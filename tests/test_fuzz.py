@@ -4,7 +4,7 @@ import fuzz_config
 import fuzz_data
 import pytest
 
-from supmim_jax.data import seals
+from supmim_jax.data import source
 
 CASES = [("arrayrecord", True), ("arrayrecord", False), ("cache", True)]
 
@@ -18,7 +18,7 @@ def test_random_configs_are_refused_by_name_or_can_be_traced():
 @pytest.mark.parametrize(("what", "sealed"), CASES)
 def test_damaged_data_are_read_right_or_refused_by_name(what, sealed, monkeypatch):
     monkeypatch.setattr(fuzz_data.shards, "RECORDS_PER_SHARD", 12)
-    monkeypatch.setattr(seals, "SHARD_END", fuzz_data.SHARD_END)
+    monkeypatch.setattr(source, "SHARD_END", fuzz_data.SHARD_END)
     found, violations = fuzz_data.fuzz(what, mutations=30, number=7, sealed=sealed)
     assert not violations, violations
     outcomes = {outcome for _, outcome in found}

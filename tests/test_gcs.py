@@ -16,9 +16,10 @@ from conftest import REPOSITORY
 from etils import epath
 from test_processes import ended, places, started
 
-from supmim_jax import checkpoint, export, import_weights, probe, storage, tokenize
-from supmim_jax.config import Config, InitConfig, SetupError, TokensConfig
+from supmim_jax import cache_tokens, checkpoint, export, import_weights, probe, storage
+from supmim_jax.config import Config, InitConfig, TokensConfig
 from supmim_jax.data.prepare import folder
+from supmim_jax.errors import SetupError
 from supmim_jax.report import __main__ as report
 from supmim_jax.train import train
 
@@ -49,7 +50,7 @@ def beasts(cfg, photos, here) -> Config:
     rules = dataclasses.replace(cfg.checkpoint, every=2, keep=2)
     cfg = dataclasses.replace(cfg, batch_size=12, data=data, checkpoint=rules)
     for _ in range(2):  # the second finds all shards there
-        tokenize.tokenize(cfg, here / "tokens", views=3, records_per_shard=40)
+        cache_tokens.tokenize(cfg, here / "tokens", views=3, records_per_shard=40)
     return dataclasses.replace(cfg, tokens=TokensConfig(cache=str(here / "tokens")))
 
 
@@ -118,7 +119,7 @@ def test_a_bucket_that_is_not_there_is_named_before_anything_is_made(cfg, bucket
     absent = "gs://no_such_bucket/run"
     for begin in (
         lambda: train(cfg, absent, devices=ONE),
-        lambda: tokenize.tokenize(cfg, epath.Path(absent), views=1),
+        lambda: cache_tokens.tokenize(cfg, epath.Path(absent), views=1),
         lambda: checkpoint.locate(absent),
     ):
         with pytest.raises(SetupError, match=r"gs://no_such_bucket"):

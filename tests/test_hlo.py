@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from supmim_jax import hlo, sharding
-from supmim_jax.bench import flops
+from supmim_jax import sharding
 from supmim_jax.config import CMAEConfig, DecoderConfig, MAEConfig, MeshConfig
-from supmim_jax.hlo.trips import steps
+from supmim_jax.rehearse import flops as flops_module
+from supmim_jax.rehearse import hlo
+from supmim_jax.rehearse.hlo import steps
 
 N = 32
 SQUARE = 2 * N**3  # a matmul of two NxN matrices
@@ -247,14 +248,14 @@ def exact(result: dict) -> None:
 
 
 def test_supervised_step(supervised, one_device):
-    result = flops.measure(small(supervised), one_device)
+    result = flops_module.measure(small(supervised), one_device)
     exact(result)
     assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
 
 
 def test_supmim_step_on_two_devices(cfg):
     mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
-    result = flops.measure(small(cfg), mesh)
+    result = flops_module.measure(small(cfg), mesh)
     assert result["ratio"] == pytest.approx(1.0, abs=5e-3)
     # Unmixed, both branches embed the same patches, and XLA does so once.
     found, expected = result["parts"]["patch embedding"].pop("forward")
@@ -267,7 +268,7 @@ def test_supmim_step_on_two_devices(cfg):
 def test_steps_without_labels(cfg, one_device, objective, pooling):
     cfg = small(dataclasses.replace(cfg, objective=objective))
     model = dataclasses.replace(cfg.model, pooling=pooling)
-    result = flops.measure(dataclasses.replace(cfg, model=model), one_device)
+    result = flops_module.measure(dataclasses.replace(cfg, model=model), one_device)
     exact(result)
     assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
 
@@ -276,7 +277,7 @@ def test_steps_without_labels(cfg, one_device, objective, pooling):
 def test_fsdp_repeats_no_work(supervised, mesh):
     """Without models/placement.py the devices of fsdp all compute each other's attention."""
     cfg = dataclasses.replace(small(supervised), batch_size=64)
-    exact(flops.measure(cfg, sharding.make_mesh(mesh)))
+    exact(flops_module.measure(cfg, sharding.make_mesh(mesh)))
 
 
 def test_supmim_step_with_everything_on(cfg, one_device):
@@ -285,8 +286,8 @@ def test_supmim_step_with_everything_on(cfg, one_device):
     model = dataclasses.replace(cfg.model, pooling="cls", layer_scale=1e-4, remat="names")
     objective = dataclasses.replace(cfg.objective, encoder_input="visible", mask_ratio=0.75)
     cfg = dataclasses.replace(cfg, model=model, objective=objective)
-    result = flops.measure(cfg, one_device)
+    result = flops_module.measure(cfg, one_device)
     exact(result)
     assert 1.0 < result["ratio"] < 1.02  # attention's logits only, LayerScale or not
     assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=1e-3)
-    assert "encoder, recomputed" in flops.report(result)
+    assert "encoder, recomputed" in flops_module.report(result)

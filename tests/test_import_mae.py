@@ -9,7 +9,8 @@ from conftest import make_features
 from test_export import EXTRA, assert_close
 
 from supmim_jax import import_weights
-from supmim_jax.config import MAEConfig, SetupError
+from supmim_jax.config import MAEConfig
+from supmim_jax.errors import SetupError
 
 torch = pytest.importorskip("torch", reason=EXTRA)
 hf = pytest.importorskip("transformers", minversion="5.9", reason=EXTRA)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supmim_jax.config import DataConfig, SetupError
+from supmim_jax.config import DataConfig
 from supmim_jax.data import crops, decode, jpeg, transforms
+from supmim_jax.errors import SetupError
 
 needs_library = pytest.mark.skipif(jpeg.library() is None, reason="needs libjpeg-turbo 3: [fast]")
 CFG = DataConfig(channels=3, image_size=32, eval_resize=32, crop="inception", resize="linear")

@@ -10,7 +10,7 @@ import pytest
 
 from supmim_jax import probe
 from supmim_jax.config import InitConfig, TokensConfig
-from supmim_jax.configdict import from_configdict
+from supmim_jax.config.configdict import from_configdict
 from supmim_jax.train import train
 
 KEPT = Path(__file__).parent / "kept"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from supmim_jax import distributed
+from supmim_jax import multihost
 
 
 @pytest.fixture
@@ -391,8 +391,8 @@ def test_a_jobset_has_what_jax_and_gke_need(kind):
     else:
         where = {"JAX_COORDINATOR_ADDRESS": "b14-slice-job-0-0.b14:1234", "JAX_NUM_PROCESSES": "2"}
         assert env == where
-        found = distributed.place("", 0, -1, env | {"JOB_COMPLETION_INDEX": "1"})
-        assert found == distributed.Place("b14-slice-job-0-0.b14:1234", 2, 1)
+        found = multihost.place("", 0, -1, env | {"JOB_COMPLETION_INDEX": "1"})
+        assert found == multihost.Place("b14-slice-job-0-0.b14:1234", 2, 1)
 
 
 def test_a_jobset_keeps_compiled_programs_where_it_is_told():

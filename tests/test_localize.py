@@ -10,27 +10,27 @@ import numpy as np
 import pytest
 from conftest import make_params
 
-from supmim_jax import checkpoint, inference, localize, sharding
+from supmim_jax import checkpoint, contrastive_boxes, sharding
+from supmim_jax import encoder as encoder_module
+from supmim_jax.batch import Features
 from supmim_jax.bench import boxes as bench
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,
-    ConfigError,
     ContrastiveCropConfig,
     DecoderConfig,
     EvalConfig,
     MasksConfig,
     MeshConfig,
     SegmentationObjectiveConfig,
-    SetupError,
     TokensConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import pipeline, records, sequence
-from supmim_jax.data.contrastive_crop import WHOLE
-from supmim_jax.models import heat_map
+from supmim_jax.data import loader, sampler
+from supmim_jax.data import source as source_module
+from supmim_jax.data.crops import WHOLE
+from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
-from supmim_jax.types import Features
 
 ONE = jax.devices()[:1]
 
@@ -50,7 +50,7 @@ def cropping(cfg):
 
 def test_an_empty_image_has_the_median_colour():
     images = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), np.uint8)
-    found = np.asarray(heat_map.emptied(jnp.asarray(images)))
+    found = np.asarray(contrastive_boxes.emptied(jnp.asarray(images)))
     assert found.dtype == np.uint8 and found.shape == images.shape
     for image, empty in zip(images, found):
         colour = np.median(image.reshape(-1, 3), axis=0)
@@ -64,7 +64,9 @@ def test_what_differs_from_an_empty_image_is_warm_wherever_it_is():
     shown[0:3, 3:8] = True  # at the border, too
     tokens = places + np.where(shown[..., None], random.normal(size=32), 0.0)
     tokens += 0.01 * random.normal(size=tokens.shape)
-    heat = np.asarray(heat_map.heat_map(jnp.asarray(tokens[None]), jnp.asarray(places[None])))[0]
+    heat = np.asarray(
+        contrastive_boxes.heat_map(jnp.asarray(tokens[None]), jnp.asarray(places[None]))
+    )[0]
     assert heat.shape == (8, 8) and heat[shown].min() > 10 * heat[~shown].max()
     by_hand = np.sqrt(((tokens - places) ** 2).sum(-1))
     np.testing.assert_allclose(heat, by_hand, rtol=1e-4)
@@ -73,15 +75,15 @@ def test_what_differs_from_an_empty_image_is_warm_wherever_it_is():
 def test_boxes_by_hand():
     heat = np.full((1, 8, 8), -3.0, np.float32)
     heat[0, 2:5, 3:7] = 1.0
-    (found,) = np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.5))
+    (found,) = np.asarray(contrastive_boxes.bounds(jnp.asarray(heat), 8, 0.5))
     np.testing.assert_array_equal(found, [2 * 255 // 8, 3 * 255 // 8, 160, 224])  # ceil(5/8, 7/8)
     heat[0, 7, 0] = -1.1  # 0.475 of the way up
-    assert (np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.5))[0] == found).all()
-    (wider,) = np.asarray(heat_map.bounds(jnp.asarray(heat), 8, 0.45))
+    assert (np.asarray(contrastive_boxes.bounds(jnp.asarray(heat), 8, 0.5))[0] == found).all()
+    (wider,) = np.asarray(contrastive_boxes.bounds(jnp.asarray(heat), 8, 0.45))
     np.testing.assert_array_equal(wider, [63, 0, 255, 224])
     flat = jnp.full((1, 8, 8), 2.0)
-    np.testing.assert_array_equal(heat_map.bounds(flat, 8, 0.5)[0], WHOLE)
-    larger = np.asarray(heat_map.bounds(jnp.asarray(heat[:, :7]), 70, 0.8))[0]
+    np.testing.assert_array_equal(contrastive_boxes.bounds(flat, 8, 0.5)[0], WHOLE)
+    larger = np.asarray(contrastive_boxes.bounds(jnp.asarray(heat[:, :7]), 70, 0.8))[0]
     assert larger[1] > found[1] and larger[3] < found[3]  # it is enlarged, then cut
 
 
@@ -89,30 +91,30 @@ def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
     found = []
     params = make_params(cropping)
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
-        subject = inference.build_inference(cropping, 48, mesh)  # 64 images: a batch is padded
-        found.append(localize.boxes(subject.bind(params), cropping, mesh))
+        subject = encoder_module.build_inference(cropping, 48, mesh)  # 64 images: a batch is padded
+        found.append(contrastive_boxes.boxes(subject.bind(params), cropping, mesh))
     table, other = found
     assert table.dtype == np.uint8 and table.shape == (64, 4)
     assert (np.abs(table.astype(int) - other) > 0).mean() < 0.05  # rounding moves few edges
     assert len(np.unique(table, axis=0)) > 16
     assert (table[:, 0] < table[:, 2]).all() and (table[:, 1] < table[:, 3]).all()
 
-    encoder = inference.build_inference(cropping, 48, one_device).bind(params)
-    images = next(pipeline.whole_dataset(cropping, "train[:64]", one_device)).views[0]
-    empty = encoder.features(heat_map.emptied(images)).tokens
-    heat = heat_map.heat_map(encoder.features(images).tokens, empty)
-    np.testing.assert_array_equal(heat_map.bounds(heat, 20, 0.4), table[:48])
+    encoder = encoder_module.build_inference(cropping, 48, one_device).bind(params)
+    images = next(loader.whole_dataset(cropping, "train[:64]", one_device)).views[0]
+    empty = encoder.features(contrastive_boxes.emptied(images)).tokens
+    heat = contrastive_boxes.heat_map(encoder.features(images).tokens, empty)
+    np.testing.assert_array_equal(contrastive_boxes.bounds(heat, 20, 0.4), table[:48])
 
 
 def test_a_record_that_cannot_be_read_has_the_whole_image(cropping, one_device, monkeypatch):
-    reading = sequence.EvaluationRecord.__call__
+    reading = sampler.EvaluationRecord.__call__
     monkeypatch.setattr(
-        sequence.EvaluationRecord,
+        sampler.EvaluationRecord,
         "__call__",
         lambda self, i: (i, None) if i == 5 else reading(self, i),
     )
-    encoder = inference.build_inference(cropping, 48, one_device).bind(make_params(cropping))
-    table = localize.boxes(encoder, cropping, one_device)
+    encoder = encoder_module.build_inference(cropping, 48, one_device).bind(make_params(cropping))
+    table = contrastive_boxes.boxes(encoder, cropping, one_device)
     np.testing.assert_array_equal(table[5], WHOLE)
     assert (table != np.array(WHOLE)).any(1).sum() > 32
 
@@ -125,8 +127,8 @@ def test_what_takes_long_comes_after_a_checkpoint(cropping):
 
 def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monkeypatch):
     passes = []
-    finding = localize.boxes
-    monkeypatch.setattr(localize, "boxes", lambda *a: passes.append(1) or finding(*a))
+    finding = contrastive_boxes.boxes
+    monkeypatch.setattr(contrastive_boxes, "boxes", lambda *a: passes.append(1) or finding(*a))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(cropping, whole, devices=ONE)
     assert len(passes) == 3  # not after the last step
@@ -194,7 +196,7 @@ def test_boxes_find_the_figures_of_fractals(cropping):
     found = bench.measure(Patches(), cfg, "train[:120]", 120)
     assert found["heat map > 0.4"][0] > found["whole image"][0] + 0.02
     assert found["whole image"][1] == 1.0 and found["heat map > 0.4"][1] < 0.9
-    source = records.open_masks(cfg.data, "train[:120]")
+    source = source_module.open_masks(cfg.data, "train[:120]")
     assert len(source) == 120
     assert "| whole image |" in bench.report(found)
     with pytest.raises(SetupError, match=r"masks\.field of the checkpoint is empty"):

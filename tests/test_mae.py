@@ -9,7 +9,7 @@ import pytest
 from conftest import make_batch
 from flax import nnx
 
-from supmim_jax import checkpoint, picture, program
+from supmim_jax import checkpoint, train_step, visualize
 from supmim_jax.config import (
     CMAEConfig,
     Config,
@@ -18,9 +18,9 @@ from supmim_jax.config import (
     MAEConfig,
     OptimConfig,
     PixelsConfig,
-    SetupError,
     ViTConfig,
 )
+from supmim_jax.errors import SetupError
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
 from supmim_jax.models.vit import patchify, pixels, unpatchify
@@ -98,7 +98,7 @@ def test_the_loss_falls_far_on_one_batch(mae, one_device):
         objective=dataclasses.replace(mae.objective, mask_ratio=0.5),
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98),
     )
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state, batch, found = built.init(jax.random.key(0)), make_batch(cfg), []
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, {})
@@ -114,7 +114,7 @@ def test_masked_pixels_reach_no_prediction_and_kept_patches_no_loss(mae, monkeyp
     mask = model.mask(key, batch.id)
     assert mask.masked.sum(1).tolist() == [19] * len(images)  # of 25
     noise = jax.random.normal(key, images.shape)
-    hidden = picture.twin(model, images, mask, patchify(noise, mae.model.patch))
+    hidden = visualize.twin(model, images, mask, patchify(noise, mae.model.patch))
     assert float(jnp.abs(hidden - images).max()) > 1
     predicted = model.predict(images, mask)
     assert (predicted == model.predict(hidden, mask)).all()
@@ -137,7 +137,7 @@ def test_masked_pixels_reach_no_prediction_and_kept_patches_no_loss(mae, monkeyp
 
 def saved(cfg: Config, mesh, workdir) -> str:
     """The --workdir of a run of `cfg` that has not begun to learn."""
-    state = program.build(cfg, mesh).init(jax.random.key(0))
+    state = train_step.build(cfg, mesh).init(jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
@@ -156,11 +156,11 @@ def test_the_picture_has_the_predictions_in_the_masked_places(mae, one_device, t
         ),
     }[which]
     cfg = dataclasses.replace(mae, objective=objective)
-    restored = picture.restore(saved(cfg, one_device, tmp_path))
+    restored = visualize.restore(saved(cfg, one_device, tmp_path))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
-    rows = picture.panels(restored, images, jax.random.key(1))
+    rows = visualize.panels(restored, images, jax.random.key(1))
     assert list(rows) == ["image", "masked", "reconstruction"]
-    assert len(picture.draw(rows)) > 3000
+    assert len(visualize.draw(rows)) > 3000
 
     mask = restored.objective.mask(jax.random.key(1), jnp.arange(3))
     image, twin, shown = (np.asarray(patchify(row, 4), np.float64) for row in rows.values())
@@ -177,11 +177,11 @@ def test_the_picture_has_the_predictions_in_the_masked_places(mae, one_device, t
 def test_the_picture_of_cmae_is_that_of_its_own_network(mae, one_device, tmp_path):
     """Though only encoder and decoder are restored, and not its moving variables."""
     cfg = dataclasses.replace(mae, objective=CMAEConfig(decoder=DECODER))
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     assert state.moving
     whole = nnx.merge(built.graph, state.params, state.moving, {})
-    found = picture.restore(saved(cfg, one_device, tmp_path)).objective
+    found = visualize.restore(saved(cfg, one_device, tmp_path)).objective
     assert isinstance(whole, CMAE) and not isinstance(found, CMAE)
     images = pixels(make_batch(cfg).views[0])
     mask = masking.sample("random", 0.75, 5, jax.random.key(0), jnp.arange(len(images)))
@@ -191,4 +191,4 @@ def test_the_picture_of_cmae_is_that_of_its_own_network(mae, one_device, tmp_pat
 def test_a_run_that_masks_nothing_has_no_picture(supervised, one_device, tmp_path):
     location = saved(supervised, one_device, tmp_path)
     with pytest.raises(SetupError, match="is of objective 'supervised', which hides no patches"):
-        picture.restore(location)
+        visualize.restore(location)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from supmim_jax import probe, program
+from supmim_jax import probe, sharding
 from supmim_jax.config import (
     DataConfig,
     EvalConfig,
@@ -18,9 +18,9 @@ from supmim_jax.config import (
     ProbeDataConfig,
     RetrievalConfig,
     SegmentationConfig,
-    SetupError,
 )
-from supmim_jax.data import crops, decode, fractals, pipeline, records
+from supmim_jax.data import crops, decode, fractals, loader, source
+from supmim_jax.errors import SetupError
 
 ONE = jax.devices()[:1]
 
@@ -69,15 +69,15 @@ def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
     data = dataclasses.replace(cfg.data, masks=masks, image_size=40, eval_resize=48)
     cfg = dataclasses.replace(cfg, data=data)
     (first, *_), (other, *_) = (
-        list(pipeline.masked_dataset(cfg, "train[:70]", mesh))
-        for mesh in (one_device, program.sharding.make_mesh(cfg.mesh))
+        list(loader.masked_dataset(cfg, "train[:70]", mesh))
+        for mesh in (one_device, sharding.make_mesh(cfg.mesh))
     )
     assert first.masks.shape == (64, 40, 40) and first.masks.dtype == np.int32
     assert (np.asarray(first.masks) == np.asarray(other.masks)).all()
     expected = fractals.render(fractals.SPECS["tiny"], "train", range(64))["segmentation"]
     doubled = expected.repeat(2, axis=1).repeat(2, axis=2)[:, 4:-4, 4:-4]
     assert (np.asarray(first.masks) == doubled).all()
-    plain = next(pipeline.eval_dataset(cfg, "train[:70]", one_device))
+    plain = next(loader.eval_dataset(cfg, "train[:70]", one_device))
     assert (np.asarray(first.views[0]) == np.asarray(plain.views[0])).all()
     assert plain.masks is None
 
@@ -128,7 +128,7 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
     )
     asked = ProbeConfig(data=data, eval=evaluations)
     report = probe.probe(initial, asked, devices=ONE)
-    labels = [records.open_source(report.data, "test")[i]["label"] for i in range(30)]
+    labels = [source.open_source(report.data, "test")[i]["label"] for i in range(30)]
     assert labels == [i % 6 for i in range(30)]
     found = report.results.metrics
     # The encoder's 30 classes are not these, so there is no top1.

@@ -9,8 +9,9 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError, ViTConfig
-from supmim_jax.models import masking, patch_codes, vit
+from supmim_jax.config import DataConfig, PatchCodesConfig, ViTConfig
+from supmim_jax.errors import SetupError
+from supmim_jax.models import kmeans, masking, vit
 from supmim_jax.models.transformer import _keep, dropout, sincos2d
 
 DATA = DataConfig(image_size=16, eval_resize=16, channels=3)
@@ -121,11 +122,11 @@ def test_sincos_positions_are_distinct_and_unit_scaled():
 def test_patch_codes_are_the_nearest_centres(normalize):
     cfg = PatchCodesConfig(codes=12, normalize=normalize)
     uint8 = np.random.default_rng(1).integers(0, 256, (20, 16, 16, 3), np.uint8)
-    fitted = patch_codes.fit(cfg, 4, uint8, seed=0)
-    tokenizer = patch_codes.PatchCodes(cfg, 4, DATA)
+    fitted = kmeans.fit(cfg, 4, uint8, seed=0)
+    tokenizer = kmeans.PatchCodes(cfg, 4, DATA)
     tokenizer.codes[...] = fitted["codes"]
     images = vit.pixels(jnp.asarray(uint8))
-    patches = patch_codes.described(images, 4, normalize)
+    patches = kmeans.described(images, 4, normalize)
     distance = ((np.asarray(patches)[:, :, None] - fitted["codes"]) ** 2).sum(-1)
     ids = tokenizer.encode(images)
     assert (np.asarray(ids) == distance.argmin(-1)).all() and len(np.unique(ids)) == 12
@@ -140,12 +141,12 @@ def test_luminance_tokens_see_neither_colour_nor_brightness():
     grey = np.random.default_rng(1).uniform(-0.2, 0.2, (20, 16, 16, 1)).astype(np.float32)
     tint = np.array([0.3, -0.5, 0.4], np.float32)
     tint -= tint @ [0.299, 0.587, 0.114]  # a hue without luma
-    tokenizer = patch_codes.PatchCodes(cfg, 4, DATA)
+    tokenizer = kmeans.PatchCodes(cfg, 4, DATA)
     tokenizer.codes[...] = np.random.default_rng(2).standard_normal((12, 16)).astype(np.float32)
     ids = tokenizer.encode(grey.repeat(3, -1))
     assert (tokenizer.encode(grey + tint) == ids).mean() > 0.99
     assert (tokenizer.encode(2.0 * grey.repeat(3, -1) + 0.3) == ids).mean() > 0.9
-    raw = patch_codes.PatchCodes(PatchCodesConfig(codes=12), 4, DATA)
+    raw = kmeans.PatchCodes(PatchCodesConfig(codes=12), 4, DATA)
     raw.codes[...] = np.random.default_rng(2).uniform(-1, 1, (12, 48)).astype(np.float32)
     assert (raw.encode(grey + tint) == raw.encode(grey.repeat(3, -1))).mean() < 0.9
 
@@ -154,14 +155,14 @@ def test_a_bad_codebook_is_refused(tmp_path):
     tmp_path = epath.Path(tmp_path)
     cfg = PatchCodesConfig(codes=4)
     good = {"codes": np.zeros((4, 16), np.float32)}
-    patch_codes.save(tmp_path / "codes.npz", good)
-    assert (patch_codes.load(tmp_path / "codes.npz", cfg, 4, 1)["codes"] == 0).all()
+    kmeans.save(tmp_path / "codes.npz", good)
+    assert (kmeans.load(tmp_path / "codes.npz", cfg, 4, 1)["codes"] == 0).all()
     with pytest.raises(SetupError, match=r"shape \(4, 16\); the config needs .*\(4, 48\)"):
-        patch_codes.load(tmp_path / "codes.npz", cfg, 4, 3)
+        kmeans.load(tmp_path / "codes.npz", cfg, 4, 3)
     with pytest.raises(SetupError, match="cannot be read"):
-        patch_codes.load(tmp_path / "missing.npz", cfg, 4, 1)
+        kmeans.load(tmp_path / "missing.npz", cfg, 4, 1)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "codes.npz").read_bytes()[:100])
     with pytest.raises(SetupError, match=r"cut\.npz cannot be read"):
-        patch_codes.load(tmp_path / "cut.npz", cfg, 4, 1)
+        kmeans.load(tmp_path / "cut.npz", cfg, 4, 1)
     with pytest.raises(SetupError, match=r"1 distinct patches, and .* is 4"):
-        patch_codes.fit(cfg, 4, np.zeros((2, 16, 16, 1), np.uint8), seed=0)
+        kmeans.fit(cfg, 4, np.zeros((2, 16, 16, 1), np.uint8), seed=0)

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
 
-from supmim_jax import program
+from supmim_jax import train_step
 from supmim_jax.config import (
     ClassificationConfig,
     Config,
@@ -22,7 +22,8 @@ from supmim_jax.config import (
     ViTConfig,
 )
 from supmim_jax.models.vit import pixels
-from supmim_jax.objectives import classification, losses
+from supmim_jax.objectives import losses
+from supmim_jax.objectives import supervised as supervised_module
 from supmim_jax.objectives.supmim import SupMIM
 
 
@@ -179,7 +180,7 @@ def test_every_term_falls_to_near_zero_on_one_batch(cfg, supervised, one_device,
         model=dataclasses.replace(cfg.model, drop_path=0.0),
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98),
     )
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, codes)
@@ -193,7 +194,7 @@ def test_mixing_keeps_the_share_of_pixels_and_labels(cfg):
     images = jnp.asarray(batch.views[0], jnp.float32)
     for which in ({"mixup": 0.8}, {"cutmix": 1.0}):
         mix = ClassificationConfig(**which)
-        mixed, targets = classification.mix(mix, images, batch, 30, jax.random.key(1))
+        mixed, targets = supervised_module.mix(mix, images, batch, 30, jax.random.key(1))
         share = targets[0, batch.label[0]]
         assert 0.0 < share < 1.0 and jnp.allclose(targets.sum(1), 1.0)
         assert jnp.allclose(targets[0, batch.label[-1]], 1.0 - share, atol=1e-6)
@@ -203,7 +204,7 @@ def test_mixing_keeps_the_share_of_pixels_and_labels(cfg):
         else:
             own, other = mixed[0] == images[0], mixed[0] == images[-1]
             assert (own | other).all() and abs(float((mixed[0] == images[0]).mean() - share)) < 0.02
-    same, _ = classification.mix(ClassificationConfig(), images, batch, 30, jax.random.key(1))
+    same, _ = supervised_module.mix(ClassificationConfig(), images, batch, 30, jax.random.key(1))
     assert (same == images).all()
 
 
@@ -214,7 +215,7 @@ def test_mixup_can_leave_each_image_its_larger_share(cfg):
 
     def shares(**mixing) -> np.ndarray:
         mixing = ClassificationConfig(mixup=0.5, **mixing)
-        mix = jax.jit(lambda key: classification.mix(mixing, images, batch, 30, key))
+        mix = jax.jit(lambda key: supervised_module.mix(mixing, images, batch, 30, key))
         found = []
         for step in range(60):
             mixed, targets = mix(jax.random.key(step))
@@ -237,14 +238,16 @@ def test_bce_counts_every_mixed_in_label_whole_and_starts_at_the_prior():
     both = losses.sigmoid_cross_entropy(logits, jnp.array([[1.0, 1.0, 0.0]]))[0]
     soft = losses.sigmoid_cross_entropy(logits, mixed)[0]
     bce, sigmoid = (ClassificationConfig(loss=name) for name in ("bce", "sigmoid"))
-    assert classification.loss(bce, logits, mixed, weight) == both
-    assert classification.loss(sigmoid, logits, mixed, weight) == soft != both
-    mean = classification.loss(ClassificationConfig(loss="bce_mean"), logits, mixed, weight)
+    assert supervised_module.classification_loss(bce, logits, mixed, weight) == both
+    assert supervised_module.classification_loss(sigmoid, logits, mixed, weight) == soft != both
+    mean = supervised_module.classification_loss(
+        ClassificationConfig(loss="bce_mean"), logits, mixed, weight
+    )
     np.testing.assert_allclose(mean, both / 3, rtol=1e-6)
     head = nnx.Linear(4, 1000, rngs=nnx.Rngs(0))
-    classification.start_head(ClassificationConfig(), head)
+    supervised_module.start_head(ClassificationConfig(), head)
     assert (head.bias[...] == 0).all()
-    classification.start_head(bce, head)
+    supervised_module.start_head(bce, head)
     np.testing.assert_allclose(head.bias[...], -6.9078, rtol=1e-4)
 
 
@@ -274,7 +277,7 @@ INTENDED = (
 def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
     mae = dataclasses.replace(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
     cfg = {"supervised": supervised, "supmim": cfg, "mae": mae}[name]
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(3):
         state, metrics = built.step(state, batch, codes)

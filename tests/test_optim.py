@@ -9,14 +9,15 @@ import optax
 import pytest
 from conftest import make_batch, make_frozen
 
-from supmim_jax import optim, program
+from supmim_jax import optim, train_step
 from supmim_jax.config import OptimConfig
+from supmim_jax.sharding import path_name
 
 
 def test_weight_decay_is_on_matrices_only(cfg, one_device):
-    params = program.build(cfg, one_device).state.params
+    params = train_step.build(cfg, one_device).state.params
     flat = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
-    decayed = {optim.path_name(path) for path, on in flat if on}
+    decayed = {path_name(path) for path, on in flat if on}
     assert "encoder/transformer/blocks/qkv/kernel" in decayed and "head/kernel" in decayed
     assert all(path.endswith("/kernel") for path in decayed)
     assert len(decayed) == 2 * 4 + 1 + 1 + 2
@@ -29,7 +30,7 @@ def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
     rate = optim.schedule(cfg)
     np.testing.assert_allclose([rate(s) for s in (0, 2, 4, 40)], [0, 0.05, 0.1, 0.01], rtol=1e-5)
     np.testing.assert_allclose(rate(22), (0.1 + 0.01) / 2, rtol=1e-5)
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     for step in range(2):
         state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
@@ -60,10 +61,10 @@ def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
 
 def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
-    params = program.build(cfg, one_device).state.params
+    params = train_step.build(cfg, one_device).state.params
     masks = (optim.decay_mask(params, on) for on in ("matrices", "matrices_and_tokens", "all"))
     matrices, tokens, everything = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
-    added = {optim.path_name(path) for (path, a), (_, b) in zip(matrices, tokens) if a != b}
+    added = {path_name(path) for (path, a), (_, b) in zip(matrices, tokens) if a != b}
     assert added == {"encoder/cls", "mask_embedding"}
     assert all(on for _, on in everything)
 
@@ -119,7 +120,7 @@ def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
     """Adam's first step is lr * sign(g); with it, and with weight decay, each layer's share."""
     fixed = OptimConfig(name=name, warmup_epochs=0.0, clip=0.0)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
-    like = program.build(cfg, one_device).state.params
+    like = train_step.build(cfg, one_device).state.params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.normal(size=(2,) * x.ndim).astype(np.float32), like)
     grads = jax.tree.map(lambda x: 1e-3 * random.choice([-1.0, 1.0], x.shape), params)
@@ -128,7 +129,7 @@ def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
         made = optim.make(dataclasses.replace(cfg, optim=dataclasses.replace(fixed, **fields)))
         found, _ = made.update(grads, made.init(params), params)
         flat = jax.tree_util.tree_leaves_with_path(found)
-        return {optim.path_name(path): np.asarray(x) for path, x in flat}
+        return {path_name(path): np.asarray(x) for path, x in flat}
 
     decayed, head_only, even = updates(layer_decay=0.5), updates(layer_decay=0.0), updates()
     assert set(SCALES) <= set(even)

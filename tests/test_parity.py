@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from supmim_jax import start
+from supmim_jax import init_from
 from supmim_jax.config import DataConfig, DecoderConfig, ViTConfig
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
@@ -259,5 +259,5 @@ def test_positions_are_resized_as_timm_does(side):
     theirs = torch.nn.functional.interpolate(
         grid, size=(side, side), mode="bicubic", antialias=True
     )
-    ours = start.resized(jnp.asarray(grid[0].permute(1, 2, 0).reshape(196, 8).numpy()), side)
+    ours = init_from.resized(jnp.asarray(grid[0].permute(1, 2, 0).reshape(196, 8).numpy()), side)
     np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).reshape(-1, 8), atol=3e-6)

@@ -30,11 +30,11 @@ from test_parity import (
     randomize,
 )
 
+from supmim_jax.batch import Batch
 from supmim_jax.config import Config, MAEConfig, ViTConfig
 from supmim_jax.models import masking
 from supmim_jax.models.transformer import sincos2d
 from supmim_jax.objectives.mae import MAE
-from supmim_jax.types import Batch
 
 torch = pytest.importorskip("torch", reason=EXTRA)
 hf = pytest.importorskip("transformers", minversion="5.9", reason=EXTRA)

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supmim_jax import sharding
-from supmim_jax.config import ConfigError, DataConfig, MeshConfig, SetupError
-from supmim_jax.data import crops, decode, feed, pipeline, records, sequence, transforms
+from supmim_jax.config import DataConfig, MeshConfig
+from supmim_jax.data import crops, decode, loader, sampler, transforms
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import ConfigError, SetupError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 PHOTO = cv2.resize(NOISE, (80, 60), interpolation=cv2.INTER_CUBIC) // 2 + 40  # low contrast
@@ -26,13 +28,13 @@ PHOTO = cv2.resize(NOISE, (80, 60), interpolation=cv2.INTER_CUBIC) // 2 + 40  # 
 @given(st.integers(1, 3000), st.integers(0, 2**31 - 1), st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_an_epoch_is_a_permutation(examples, seed, epoch):
-    ids = [sequence.shuffled(place, examples, seed, epoch) for place in range(examples)]
+    ids = [sampler.shuffled(place, examples, seed, epoch) for place in range(examples)]
     assert sorted(ids) == list(range(examples))
 
 
 def test_epochs_and_seeds_are_shuffled_differently():
     orders = {
-        tuple(sequence.shuffled(place, 50, seed, epoch) for place in range(50))
+        tuple(sampler.shuffled(place, 50, seed, epoch) for place in range(50))
         for seed in range(3)
         for epoch in range(3)
     }
@@ -44,7 +46,7 @@ def test_processes_together_read_each_position_once(processes):
     """Rows per process as a mesh over hosts gives them; positions of three steps."""
     share = 8 // processes
     positions = [
-        sequence.LocalPosition(tuple(range(p * share, (p + 1) * share)), 8, 5)(i)
+        sampler.LocalPosition(tuple(range(p * share, (p + 1) * share)), 8, 5)(i)
         for p in range(processes)
         for i in range(3 * share)
     ]
@@ -52,7 +54,7 @@ def test_processes_together_read_each_position_once(processes):
 
 
 def stream(cfg, mesh, first=0) -> list:
-    return [jax.tree.map(np.asarray, b) for b in pipeline.train_dataset(cfg, mesh, first)]
+    return [jax.tree.map(np.asarray, b) for b in loader.train_dataset(cfg, mesh, first)]
 
 
 def test_batches_are_the_same_on_any_mesh_and_after_a_restart(cfg, one_device):
@@ -72,10 +74,10 @@ def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device,
     decoding = transforms.decode_image
     monkeypatch.setattr(transforms, "decode_image", lambda *a: (decoded.append(1), decoding(*a))[1])
     cfg = dataclasses.replace(cfg, epochs=20)
-    next(pipeline.train_dataset(cfg, one_device))
+    next(loader.train_dataset(cfg, one_device))
     time.sleep(1.0)
     threads = cfg.data.threads
-    most = 2 + pipeline.AHEAD + cfg.data.prefetch + threads  # one taken, one being placed
+    most = 2 + loader.AHEAD + cfg.data.prefetch + threads  # one taken, one being placed
     assert cfg.batch_size <= len(decoded) <= most * cfg.batch_size
 
 
@@ -90,7 +92,7 @@ def test_workers_give_the_batches_that_threads_give(cfg, one_device):
 
 def test_worker_code_imports_neither_tensorflow_nor_clu():
     code = (
-        "import sys, supmim_jax.data.records, supmim_jax.data.transforms\n"
+        "import sys, supmim_jax.data.source, supmim_jax.data.transforms\n"
         "print([m for m in ('tensorflow', 'clu') if m in sys.modules])"
     )
     out = subprocess.run(
@@ -101,7 +103,7 @@ def test_worker_code_imports_neither_tensorflow_nor_clu():
 
 def test_evaluation_counts_every_example_once(cfg, one_device):
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=48))
-    batches = list(pipeline.eval_dataset(cfg, "validation[:100]", one_device))
+    batches = list(loader.eval_dataset(cfg, "validation[:100]", one_device))
     ids = np.concatenate([b.id for b in batches])
     weight = np.concatenate([b.weight for b in batches])
     assert len(ids) == 144 and (ids[:100] == range(100)).all() and (ids[100:] == -1).all()
@@ -276,7 +278,7 @@ def test_undecodable_bytes_are_named():
 def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
     def opened(**changes):
         data = dataclasses.replace(cfg.data, **changes)
-        return feed.check(dataclasses.replace(cfg, data=data))
+        return loader.check(dataclasses.replace(cfg, data=data))
 
     opened()
     with pytest.raises(ConfigError, match=r"train_examples is 60, but .* has 64 examples"):
@@ -294,14 +296,14 @@ def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
 
 
 def test_sources_travel_to_worker_processes(cfg):
-    source = records.open_source(cfg.data, "train[:8]")
+    source = source_module.open_source(cfg.data, "train[:8]")
     again = pickle.loads(pickle.dumps(source))
     assert len(again) == 8 and again[3]["image"] == source[3]["image"]
 
 
 def test_repeats_are_other_crops_of_an_image_in_a_row(cfg, one_device):
     data = dataclasses.replace(cfg.data, crop="inception", repeats=3)
-    batches = list(pipeline.train_dataset(dataclasses.replace(cfg, data=data), one_device))
+    batches = list(loader.train_dataset(dataclasses.replace(cfg, data=data), one_device))
     assert len(batches) == cfg.total_steps  # an epoch is as long as ever
     ids = np.concatenate([np.asarray(batch.id) for batch in batches])
     images = np.concatenate([np.asarray(batch.views[0]) for batch in batches])

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from etils import epath
 from test_processes import command, ended, places, started
 
-from supmim_jax import checkpoint, preemption
+from supmim_jax import checkpoint, multihost
 from supmim_jax.data import fractals
 
 
@@ -91,7 +91,7 @@ def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path)
         run, env = faulty(workdir, fault, "--config.epochs=9", *evaluates, *flags)
         processes += started([run], env=env)
     for process in ended(processes, within=90):
-        assert process.code == 143 and preemption.stopped()[0] in process.err
+        assert process.code == 143 and multihost.stopped()[0] in process.err
     assert checkpoint.steps(workdir) == [3]
 
 
@@ -117,20 +117,20 @@ def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=40
     )
-    assert out.returncode == 143 and preemption.stopped()[0] in out.stderr
+    assert out.returncode == 143 and multihost.stopped()[0] in out.stderr
 
 
 def test_who_is_behind_is_named(monkeypatch):
-    from supmim_jax.distributed import store, watch
+    from supmim_jax import multihost
 
     class Store:
         def key_value_dir_get(self, key):
             return [(f"{key}/0", "9 41"), (f"{key}/1", "8 40"), (f"{key}/2", "9 41")]
 
-    monkeypatch.setattr(store, "active", lambda: True)
-    monkeypatch.setattr(store, "client", Store)
-    monkeypatch.setitem(store.hosts, 1, socket.gethostname())
-    assert watch.behind() == f"process 1 on {socket.gethostname()} at step 40"
+    monkeypatch.setattr(multihost, "active", lambda: True)
+    monkeypatch.setattr(multihost, "client", Store)
+    monkeypatch.setitem(multihost.store_hosts, 1, socket.gethostname())
+    assert multihost.behind() == f"process 1 on {socket.gethostname()} at step 40"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -184,7 +184,7 @@ def test_signals_that_nohup_or_a_shell_has_it_ignore_stay_ignored():
 def test_a_process_that_stood_still_goes_on_and_a_stall_after_it_is_found():
     code = (
         "from supmim_jax.config import WatchConfig\n"
-        "from supmim_jax.stall import StallWatch\n"
+        "from supmim_jax.watchdog import StallWatch\n"
         "with StallWatch(WatchConfig(stall_seconds=1.5, stall_factor=2.0)) as watch:\n"
         "    for step in range(30):\n"
         "        watch.beat(step)\n"

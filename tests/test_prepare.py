@@ -14,18 +14,9 @@ from etils import epath
 from pictures import contents, encoded, put, source
 
 from supmim_jax import storage
-from supmim_jax.config import SetupError
-from supmim_jax.data.prepare import (
-    __main__ as command,
-)
-from supmim_jax.data.prepare import (
-    files,
-    folder,
-    progress,
-    shards,
-    target,
-    tfrecords,
-)
+from supmim_jax.data.prepare import __main__ as command
+from supmim_jax.data.prepare import folder, shards, tfrecords
+from supmim_jax.errors import SetupError
 
 
 def test_shards_are_cut_by_bytes_and_by_records(monkeypatch):
@@ -39,8 +30,8 @@ def test_shards_are_cut_by_bytes_and_by_records(monkeypatch):
 def test_the_estimate_of_bytes_holds(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "RECORDS_PER_SHARD", 5)
     sizes = []
-    check = target.check_space
-    monkeypatch.setattr(target, "check_space", lambda p, n: (sizes.append(n), check(p, n)))
+    check = shards.check_space
+    monkeypatch.setattr(shards, "check_space", lambda p, n: (sizes.append(n), check(p, n)))
     folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
     written = sum(p.stat().st_size for p in (tmp_path / "data").rglob("*array_record-*"))
     assert written <= sizes[0] <= written + 10 * (5 * 250 + 2**17)
@@ -110,7 +101,7 @@ def test_killed_in_a_shard_and_started_again_the_data_are_the_same(
     else:
         origin, rest, version, name = toy, [], "toy_pictures/2.3.4", "toy_pictures"
         prepare = lambda where: tfrecords.prepare(toy, str(where))  # noqa
-    part = tmp_path / "killed" / f"{version}{target.UNFINISHED}"
+    part = tmp_path / "killed" / f"{version}{shards.UNFINISHED}"
     process = subprocess.Popen(
         [sys.executable, "-c", SLOWLY, kind, str(origin), *rest, str(tmp_path / "killed")],
         cwd=REPOSITORY,
@@ -138,7 +129,7 @@ def test_killed_in_a_shard_and_started_again_the_data_are_the_same(
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / version).iterdir()}
     assert written.items() <= kept.items()
     listed = {p.name for p in (tmp_path / "whole" / version).iterdir()}
-    assert not any(n.endswith(".part") or n == target.LOCK for n in listed)
+    assert not any(n.endswith(".part") or n == shards.LOCK for n in listed)
 
 
 def test_an_unfinished_directory_of_a_changed_folder_is_begun_anew(photos, tmp_path, monkeypatch):
@@ -167,15 +158,15 @@ def test_a_restart_does_not_check_again(photos, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         folder.prepare(root, "beasts", data)
     monkeypatch.undo()
-    monkeypatch.setattr(files, "faults", lambda *_: 1 / 0)
+    monkeypatch.setattr(folder, "faults", lambda *_: 1 / 0)
     folder.prepare(root, "beasts", data)
     assert len(source(data)) == 36
 
 
 def test_two_commands_do_not_write_to_one_place(tmp_path):
     final, made_of = epath.Path(tmp_path) / "x" / "1.0.0", {"source": "s", "fingerprint": "f"}
-    with target.writing(final, made_of):
-        second = target.writing(final, made_of)
+    with shards.writing(final, made_of):
+        second = shards.writing(final, made_of)
         with pytest.raises(SetupError, match="Another process is writing to"):
             second.__enter__()
         assert not final.exists()
@@ -242,8 +233,8 @@ def test_what_is_not_writable_is_named(photos, tmp_path):
 
 
 def test_a_bar_in_a_log_is_lines(capsys):
-    with progress.bar("counting", 3, "sheep") as bar:
-        assert list(progress.counted("abc", bar)) == ["a", "b", "c"]
+    with shards.progress_bar("counting", 3, "sheep") as bar:
+        assert list(shards.counted("abc", bar)) == ["a", "b", "c"]
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("counting: 100%") and "3/3" in last and "sheep" in last
 

@@ -18,9 +18,10 @@ from conftest import REPOSITORY
 from etils import epath
 from pictures import CLASSES, WNIDS, contents, encoded, put, raw, source
 
-from supmim_jax.config import DataConfig, SetupError, SupervisedConfig
-from supmim_jax.data import decode, pipeline
-from supmim_jax.data.prepare import files, folder, layout, target
+from supmim_jax.config import DataConfig, SupervisedConfig
+from supmim_jax.data import decode, loader
+from supmim_jax.data.prepare import folder, shards
+from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
 
@@ -89,7 +90,7 @@ def test_a_run_trains_on_a_folder(photos, tmp_path, cfg, one_device):
     )
     run = dataclasses.replace(cfg, data=data, objective=SupervisedConfig(), epochs=1, batch_size=16)
     opened = source(tmp_path / "data")
-    for batch in pipeline.train_dataset(run, one_device):
+    for batch in loader.train_dataset(run, one_device):
         labels = [opened[int(i)]["label"] for i in np.asarray(batch.id)]
         assert np.asarray(batch.label).tolist() == labels
     assert run.total_steps == 2
@@ -112,7 +113,7 @@ def test_tiny_imagenet_is_recognised(tiny, tmp_path):
 
 def test_a_fraction_for_validation_is_of_each_class_and_stable(photos, tmp_path):
     shutil.rmtree(photos / "val")
-    before = layout.read(epath.Path(photos), 0.25).splits
+    before = folder.read(epath.Path(photos), 0.25).splits
     for split, count in (("train", 9), ("validation", 3)):
         assert [file.label for file in before[split]] == [0] * count + [1] * count + [2] * count
     assert {f.name for f in before["train"]}.isdisjoint(f.name for f in before["validation"])
@@ -122,7 +123,7 @@ def test_a_fraction_for_validation_is_of_each_class_and_stable(photos, tmp_path)
     for i in range(5):
         put(photos / "train" / "dog" / f"{i}.png", encoded(i))
     put(photos / "train" / "eel" / "0.png", encoded(0))
-    after = layout.read(epath.Path(photos), 0.25).splits
+    after = folder.read(epath.Path(photos), 0.25).splits
     for split, new in (("train", 5), ("validation", 1)):
         old = [f.name for f in after[split] if f.label < 3]
         assert old == [f.name for f in before[split]]
@@ -217,7 +218,7 @@ def test_a_wrong_tiny_imagenet_is_answered_by_the_line(tiny, tmp_path, change, m
 
 def test_links_within_the_folder_are_followed(photos):
     link(photos / "train/ape/again.png", photos / "train/bee/03.png")
-    assert len(layout.read(epath.Path(photos)).splits["train"]) == 37
+    assert len(folder.read(epath.Path(photos)).splits["train"]) == 37
 
 
 @pytest.mark.parametrize("name", ["", "Beasts", "a b", "../x", "a/b", "a.b", "_x", "1a", "a__b"])
@@ -280,14 +281,14 @@ def test_what_is_prepared_is_not_replaced_by_another_folder(photos, tmp_path):
 
 
 def test_a_file_that_changes_meanwhile_is_an_error(photos, tmp_path, monkeypatch):
-    check = files.faults
+    check = folder.faults
 
     def then_change(*arguments):
         found = check(*arguments)
         put(photos / "train/bee/01.JPG", encoded(3, ".jpg", 30))
         return found
 
-    monkeypatch.setattr(files, "faults", then_change)
+    monkeypatch.setattr(folder, "faults", then_change)
     with pytest.raises(SetupError, match=r"01\.JPG has \d+ bytes now and had \d+"):
         folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
     assert not (tmp_path / "data/beasts/1.0.0").exists()
@@ -443,9 +444,9 @@ def test_an_error_of_the_system_is_no_broken_file(photos, tmp_path, monkeypatch,
 
 
 def test_a_file_that_vanishes_meanwhile_is_an_error(photos, tmp_path, monkeypatch):
-    check = files.faults
+    check = folder.faults
     gone = photos / "train/bee/01.JPG"
-    monkeypatch.setattr(files, "faults", lambda *given: (check(*given), gone.unlink())[0])
+    monkeypatch.setattr(folder, "faults", lambda *given: (check(*given), gone.unlink())[0])
     with pytest.raises(SetupError, match=r"bee/01\.JPG"):
         prepared(photos, tmp_path / "data")
 
@@ -525,5 +526,5 @@ def test_what_was_prepared_before_is_still_known(tmp_path):
             put(path, b"\xff\xd8\xff and so on")
             os.utime(path, (1_700_000_000, 1_700_000_000))
     prepared(tmp_path / "photos", tmp_path / "data", decode=False)
-    found = target.manifest(epath.Path(tmp_path / "data/beasts/1.0.0"))["fingerprint"]
+    found = shards.manifest(epath.Path(tmp_path / "data/beasts/1.0.0"))["fingerprint"]
     assert found == "568e7b99ba164600ca04b9662b7401ff9f0bbef5f4014c970594bb72ef6a1298"

@@ -10,14 +10,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 from pictures import CLASSES, WNIDS, contents, encoded, flip, put, raw, source
 
-from supmim_jax.config import DataConfig, SetupError
-from supmim_jax.data import records
-from supmim_jax.data.prepare import (
-    catalogue,
-    imagenet,
-    shards,
-    tfrecords,
-)
+from supmim_jax.config import DataConfig
+from supmim_jax.data import source as source_module
+from supmim_jax.data.prepare import catalogue, shards, tfrecords
+from supmim_jax.errors import SetupError
 
 
 @pytest.mark.parametrize("per_shard", [2**14, 4])
@@ -157,12 +153,12 @@ def archives(tmp_path, monkeypatch):
     }
     images = {f"ILSVRC2012_val_{i:08d}.JPEG": encoded(70 + i, ".jpg") for i in range(1, 6)}
     table = []
-    for archive, held in ((imagenet.TRAIN, classes), (imagenet.VALIDATION, images)):
+    for archive, held in ((catalogue.TRAIN, classes), (catalogue.VALIDATION, images)):
         content = tar(held)
         put(directory / archive.file, content)
         changes = {"size": len(content), "md5": hashlib.md5(content).hexdigest()}
         table.append(dataclasses.replace(archive, members=len(held), **changes))
-    monkeypatch.setattr(imagenet, "ARCHIVES", tuple(table))
+    monkeypatch.setattr(catalogue, "ARCHIVES", tuple(table))
     return directory
 
 
@@ -177,7 +173,7 @@ def test_imagenet_is_made_of_its_archives(archives, tmp_path):
     }
     assert builder.info.splits["validation"].num_examples == 5
     cfg = DataConfig(name="imagenet2012", data_dir=str(tmp_path / "data"), num_classes=1000)
-    assert records.open_source(cfg, "train")[0]["image"][:3] == imagenet.JPEG
+    assert source_module.open_source(cfg, "train")[0]["image"][:3] == catalogue.JPEG
 
 
 def same_size(content: bytes, size: int) -> bytes:
@@ -234,7 +230,7 @@ def test_both_archives_are_named_at_once_and_right_sizes_are_not_enough(tmp_path
     assert "train.tar: missing, expected 147,897,477,120" in str(caught.value)
     assert "val.tar: missing, expected 6,744,924,160" in str(caught.value)
     assert f"{tmp_path}/downloads/manual" in str(caught.value)
-    for archive in imagenet.ARCHIVES:
+    for archive in catalogue.ARCHIVES:
         with open(tmp_path / archive.file, "wb") as sparse:
             sparse.truncate(archive.size)
     with pytest.raises(SetupError) as caught:
@@ -245,9 +241,9 @@ def test_both_archives_are_named_at_once_and_right_sizes_are_not_enough(tmp_path
 def test_verify_reads_every_byte(archives, tmp_path):
     path = archives / "ILSVRC2012_img_val.tar"
     flip(path, path.stat().st_size // 2)
-    imagenet.check(epath.Path(archives), verify=False)
+    catalogue.check(epath.Path(archives), verify=False)
     with pytest.raises(SetupError, match=r"val\.tar: has the MD5 \w{32}, expected \w{32}"):
-        imagenet.check(epath.Path(archives), verify=True)
+        catalogue.check(epath.Path(archives), verify=True)
 
 
 def test_a_dry_run_of_the_catalogue_writes_nothing(archives, tmp_path):

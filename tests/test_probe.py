@@ -15,7 +15,6 @@ from conftest import REPOSITORY
 
 from supmim_jax import probe
 from supmim_jax.config import (
-    ConfigError,
     EvalConfig,
     FewShotConfig,
     HeadTrainingConfig,
@@ -25,9 +24,9 @@ from supmim_jax.config import (
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
-    SetupError,
 )
-from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax.config.configdict import from_configdict, to_configdict
+from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]

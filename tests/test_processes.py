@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from supmim_jax import checkpoint, distributed, program
-from supmim_jax.config import SetupError
-from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax import checkpoint, multihost, train_step
+from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.data import fractals
+from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
 ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "1"}
@@ -115,7 +115,7 @@ def assert_same_run(workdir, other) -> None:
 
 def final_params(cfg, workdir, mesh) -> np.ndarray:
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, _ = checkpoints.restore(checkpoints.latest(), program.build(cfg, mesh).state)
+    state, _ = checkpoints.restore(checkpoints.latest(), train_step.build(cfg, mesh).state)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
 
 
@@ -211,7 +211,7 @@ def test_a_missing_process_is_told_within_the_time_to_join(data_dir, tmp_path):
     _, alone, _ = places(3)
     a, c, b = ended(started([[*run, *first], [*run, *third], [*run, *alone]]), within=60)
     for process in (a, b, c):
-        assert process.code == distributed.EXIT_TRY_AGAIN and process.err.count("error: ") == 1
+        assert process.code == multihost.EXIT_TRY_AGAIN and process.err.count("error: ") == 1
         assert "Traceback" not in process.err and "Start the same command" in process.err
     assert "Process 0 on" in a.err and "connected are 127.0.0.1" in a.err
     assert "Process 2 on" in c.err and "answered" in c.err and "others did not come" in c.err
@@ -277,9 +277,9 @@ def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "env", "expected"),
     [
-        (("", 0, -1), {}, distributed.Place()),
-        (("a:1", 4, 0), {}, distributed.Place("a:1", 4, 0)),
-        (("", 0, -1), {"JOB_COMPLETION_INDEX": "3"}, distributed.Place()),  # a TPU pod on GKE
+        (("", 0, -1), {}, multihost.Place()),
+        (("a:1", 4, 0), {}, multihost.Place("a:1", 4, 0)),
+        (("", 0, -1), {"JOB_COMPLETION_INDEX": "3"}, multihost.Place()),  # a TPU pod on GKE
         (
             ("", 0, -1),
             {
@@ -287,16 +287,16 @@ def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
                 "JAX_NUM_PROCESSES": "4",
                 "JOB_COMPLETION_INDEX": "3",
             },
-            distributed.Place("a:1", 4, 3),
+            multihost.Place("a:1", 4, 3),
         ),
-        (("b:2", 2, 1), {"JAX_PROCESS_ID": "0"}, distributed.Place("b:2", 2, 1)),
+        (("b:2", 2, 1), {"JAX_PROCESS_ID": "0"}, multihost.Place("b:2", 2, 1)),
     ],
 )
 def test_flags_come_before_the_environment(flags, env, expected):
-    assert distributed.place(*flags, env) == expected
+    assert multihost.place(*flags, env) == expected
 
 
 @pytest.mark.parametrize("flags", [("a:1", 4, -1), ("a:1", 4, 4), ("a", 4, 0), ("", 4, 0)])
 def test_half_a_place_is_refused(flags):
     with pytest.raises(SetupError, match="Give each process --coordinator"):
-        distributed.place(*flags, {})
+        multihost.place(*flags, {})

@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 from conftest import make_frozen
 
-from supmim_jax import checkpoint, inference, program, sharding
-from supmim_jax.config import ConfigError, MeshConfig, OptimConfig
-from supmim_jax.data import pipeline
-from supmim_jax.types import Batch
+from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.batch import Batch
+from supmim_jax.config import MeshConfig, OptimConfig
+from supmim_jax.data import loader
+from supmim_jax.errors import ConfigError
 
 MESHES = [MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
 def run(cfg, mesh, steps: int):
     """Losses, ids of every step, and the first step's masks on this mesh."""
-    built = program.build(cfg, mesh)
+    built = train_step.build(cfg, mesh)
     state = built.init(jax.random.key(cfg.seed))
     frozen = sharding.put(make_frozen(cfg), built.frozen)
     losses, ids = [], []
-    for batch, _ in zip(pipeline.train_dataset(cfg, mesh), range(steps)):
+    for batch, _ in zip(loader.train_dataset(cfg, mesh), range(steps)):
         state, metrics = built.step(state, batch, frozen)
         losses.append([float(metrics[k]) for k in ("loss", "ce", "mim", "grad_norm")])
         ids.append(np.asarray(batch.id))
@@ -108,7 +109,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
     mesh = sharding.make_mesh(MESHES[2])
     for changes in ({}, {"pooling": "cls"}, {"layer_scale": 0.1}, {"positions": "sincos2d"}):
         model = dataclasses.replace(cfg.model, **changes)
-        state = program.build(dataclasses.replace(cfg, model=model), mesh).state
+        state = train_step.build(dataclasses.replace(cfg, model=model), mesh).state
         for path, x in jax.tree_util.tree_leaves_with_path(state):
             spec = x.sharding.spec
             assert len(spec) in (0, x.ndim) or not any(spec[x.ndim :]), (path, spec)
@@ -120,7 +121,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
 
 def test_what_does_not_fit_the_mesh_is_named(cfg):
     with pytest.raises(ConfigError, match=r"config\.batch_size is 12, which the 8 batch shards"):
-        program.build(dataclasses.replace(cfg, batch_size=12), sharding.make_mesh(MESHES[0]))
+        train_step.build(dataclasses.replace(cfg, batch_size=12), sharding.make_mesh(MESHES[0]))
     with pytest.raises(ConfigError, match=r"data=3, fsdp=1, tensor=1, but there are 8 devices"):
         sharding.make_mesh(MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"config\.mesh\.fsdp is 8.*does not divide the 30 of"):
@@ -142,13 +143,13 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
     """From two checkpoints, one of each objective: the same parameters' shapes, the same HLO."""
     programs = []
     for run_cfg in (cfg, supervised):
-        state = program.build(run_cfg, one_device).init(jax.random.key(0))
+        state = train_step.build(run_cfg, one_device).init(jax.random.key(0))
         directory = tmp_path / run_cfg.objective.name
         checkpoints = checkpoint.Checkpoints(directory, run_cfg.checkpoint)
         checkpoints.save(state, run_cfg, checkpoint.BEGIN)
         checkpoints.close()
         found = checkpoint.locate(str(directory))
-        runner = inference.build_inference(checkpoint.read_config(found), 16, one_device)
+        runner = encoder.build_inference(checkpoint.read_config(found), 16, one_device)
         params = checkpoint.restore_params(found, runner.params)
         assert set(params) == {"encoder", "head"}
         lowered = runner.features.lower(params, runner.images)
@@ -156,14 +157,14 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
     assert "fusion" in programs[0] and "metadata" not in programs[0]
     assert programs[0] == programs[1]
     wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mlp_dim=96))
-    other = inference.build_inference(wider, 16, one_device)
+    other = encoder.build_inference(wider, 16, one_device)
     text = other.features.lower(other.params, other.images).compile().as_text()
     assert canonical(text) != programs[0]
 
 
 def test_building_touches_no_device(cfg, one_device):
     live = {id(x) for x in jax.live_arrays()}
-    program.build(cfg, one_device)
-    inference.build_inference(cfg, 16, one_device)
+    train_step.build(cfg, one_device)
+    encoder.build_inference(cfg, 16, one_device)
     assert not [x for x in jax.live_arrays() if id(x) not in live and x.size > 1]
-    assert isinstance(program.build(cfg, one_device).batch, Batch)
+    assert isinstance(train_step.build(cfg, one_device).batch, Batch)

@@ -9,10 +9,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from supmim_jax.config import ConfigError, DataConfig
-from supmim_jax.configdict import from_configdict
-from supmim_jax.data import augment, rand_augment, transforms
-from supmim_jax.data.rand_augment import AUGREG, TIMM
+from supmim_jax.config import DataConfig
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.data import augment, transforms
+from supmim_jax.data.augment import AUGREG, TIMM
+from supmim_jax.errors import ConfigError
 
 SIZE = 224
 RANDOM = np.random.default_rng(0)
@@ -276,7 +277,7 @@ def drawn(name: str, magnitude: float, image: np.ndarray, count: int) -> list[np
     return [make((0, i, {"image": encoded, "label": 0}))["image"] for i in range(count)]
 
 
-def marked(family: rand_augment.Family) -> rand_augment.Family:
+def marked(family: augment.Family) -> augment.Family:
     """The family with operations that add 1 at a place of their own, and note the magnitude."""
     names = [*family.moving, *family.colours]
 
@@ -301,8 +302,8 @@ def marked(family: rand_augment.Family) -> rand_augment.Family:
 )
 def test_each_operation_is_done_as_often_as_the_original_does_it(name, magnitude, monkeypatch):
     """4000 images of two operations each: counts within 4 standard deviations."""
-    family = rand_augment.FAMILIES[name]
-    monkeypatch.setitem(rand_augment.FAMILIES, name, marked(family))
+    family = augment.FAMILIES[name]
+    monkeypatch.setitem(augment.FAMILIES, name, marked(family))
     images = np.array(drawn(name, magnitude, np.zeros((32, 32, 3), np.uint8), 4000))
     kinds = {"rand_augment": 16, "timm_rand_augment": 15}[name]
     done = 1.0 if name == "rand_augment" else 0.5

@@ -15,9 +15,11 @@ from conftest import REPOSITORY
 from etils import epath
 from pictures import CLASSES, encoded, put, source
 
-from supmim_jax.config import OF_THE_USER, DataConfig, MasksConfig, SetupError
-from supmim_jax.data import readers, records, seals, sequence
+from supmim_jax.config import DataConfig, MasksConfig
+from supmim_jax.data import sampler
+from supmim_jax.data import source as source_module
 from supmim_jax.data.prepare import catalogue, folder, shards
+from supmim_jax.errors import OF_THE_USER, SetupError
 
 F = tfds.features
 PICTURE = F.Image(shape=(4, 4, 3), encoding_format="png")
@@ -79,14 +81,14 @@ def odd(tmp_path_factory):
 def test_what_is_no_single_class_is_refused_by_name(odd, field):
     cfg = DataConfig(name="odd/labels", data_dir=odd, label_field=field)
     with pytest.raises(SetupError, match=rf"'odd/labels'.*'{field}'.*label_field.*kind"):
-        records.open_source(cfg, "train")
+        source_module.open_source(cfg, "train")
 
 
 @pytest.mark.parametrize("name", ["tensor", "several", "nested", "none"])
 def test_what_is_no_single_image_is_refused_by_name_also_before_it_is_prepared(odd, name, tmp_path):
     cfg = DataConfig(name=f"odd/{name}", data_dir=odd)
     with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
-        records.open_source(cfg, "train")
+        source_module.open_source(cfg, "train")
     with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
         catalogue.prepare(f"odd/{name}", str(tmp_path), "", dry_run=True)
     assert not any(tmp_path.iterdir())
@@ -96,7 +98,7 @@ def test_what_is_no_single_image_is_refused_by_name_also_before_it_is_prepared(o
 def test_what_is_no_mask_is_refused_by_name(odd, field):
     cfg = DataConfig(name="odd/labels", data_dir=odd, masks=MasksConfig(field=field))
     with pytest.raises(SetupError, match=rf"masks\.field is '{field}'.*'odd/labels'"):
-        records.open_masks(cfg, "train")
+        source_module.open_masks(cfg, "train")
 
 
 COUNT = 90
@@ -156,7 +158,7 @@ def opened() -> int:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts files by /proc")
 def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, monkeypatch):
-    monkeypatch.setattr(readers, "most_open", lambda: 5)
+    monkeypatch.setattr(source_module, "most_open", lambda: 5)
     data = source(many, "many")
     before = opened()
     read = [data[i]["image"] for i in range(COUNT)]
@@ -191,7 +193,7 @@ def limit(soft: int):
 
 def test_the_limit_is_raised_to_what_the_system_allows():
     with limit(256) as hard:
-        readers.allow_many_files()
+        source_module.allow_many_files()
         most = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == max(most, 256)
 
@@ -206,8 +208,8 @@ def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
         with pytest.raises(SetupError, match=r"many-train.*ulimit -n"):
             data[3]
         with pytest.raises(SetupError, match=r"ulimit -n"):
-            sequence.Intact(data, lambda drawn: {})((0, 3))
-        seals.check_shards.cache_clear()
+            sampler.Intact(data, lambda drawn: {})((0, 3))
+        source_module.check_shards.cache_clear()
         with pytest.raises((SetupError, OSError)) as caught:  # nor a damaged data set
             source(many, "many")
         assert "damaged" not in str(caught.value)
@@ -234,12 +236,12 @@ def test_a_read_that_the_system_refuses_ends_the_run(many, monkeypatch, number):
     said = os.strerror(number)
     with monkeypatch.context() as patch:
         patch.setattr(
-            readers.array_record_module, "ArrayRecordReader", lambda *a, **k: Failing(said)
+            source_module.array_record_module, "ArrayRecordReader", lambda *a, **k: Failing(said)
         )
         for read in (
             lambda: data[3],
-            lambda: sequence.Intact(data, lambda drawn: {})((0, 3)),
-            lambda: sequence.EvaluationRecord(data)(3),
+            lambda: sampler.Intact(data, lambda drawn: {})((0, 3)),
+            lambda: sampler.EvaluationRecord(data)(3),
         ):
             with pytest.raises(OSError, match="many-train") as caught:
                 read()

@@ -14,10 +14,11 @@ import pytest
 from conftest import REPOSITORY
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig, SetupError
-from supmim_jax.hlo.collectives import Collective
-from supmim_jax.rehearse import advice, chips, compiled, estimate, network, report, sweep
-from supmim_jax.rehearse.advice import Need
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
+from supmim_jax.rehearse import aot, estimate
+from supmim_jax.rehearse.estimate import Need
+from supmim_jax.rehearse.hlo import Collective
 
 GIB = 2**30
 
@@ -38,29 +39,29 @@ GIB = 2**30
 )
 def test_a_slice_that_does_not_exist_is_named_with_those_that_do(name, message):
     with pytest.raises(SetupError, match=message):
-        chips.parse(name)
+        aot.parse(name)
 
 
 def test_slices():
-    part = chips.parse("v5p:4x8x8")
+    part = aot.parse("v5p:4x8x8")
     assert (part.chips, part.chip.name, part.wraps, part.name) == (
         256,
         "v5p",
         (True,) * 3,
         "v5p:4x8x8",
     )
-    assert chips.parse("v4:2x2x4").wraps == (False,) * 3
-    assert chips.parse("v5e:8x16").wraps == (False, True)
+    assert aot.parse("v4:2x2x4").wraps == (False,) * 3
+    assert aot.parse("v5e:8x16").wraps == (False, True)
     # One link, one way: 400 GB/s both ways over 4; 6 links of 50 GB/s of a v4.
-    assert chips.CHIPS["v5e"].link == 50e9 == chips.CHIPS["v4"].link
-    for chip in chips.CHIPS.values():
+    assert aot.CHIPS["v5e"].link == 50e9 == aot.CHIPS["v4"].link
+    for chip in aot.CHIPS.values():
         assert 100e12 < chip.flops < 1e15 and 16 <= chip.hbm_gib <= 95 and "google" in chip.source
 
 
 def test_missing_libtpu_names_the_extra(monkeypatch):
-    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot, "find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"pip install -e '\.\[tpu\]'"):
-        compiled.devices(chips.parse("v5e:2x2"))
+        aot.devices(aot.parse("v5e:2x2"))
 
 
 def collective(kind: str, groups) -> Collective:
@@ -69,7 +70,7 @@ def collective(kind: str, groups) -> Collective:
 
 def test_links():
     """1.6 MB over links of 50 GB/s: 32 us on one; devices counted along rows of 16x16."""
-    part = chips.parse("v5e:16x16")
+    part = aot.parse("v5e:16x16")
     at = np.array([(x, y, 0) for x in range(16) for y in range(16)])
     row, half, square = np.arange(16)[None], np.arange(8)[None], np.arange(256)[None]
     cases = {
@@ -82,7 +83,7 @@ def test_links():
         "exchange": (collective("all-to-all", row), 4 * 32e-6 / 4),
     }
     for name, (what, expected) in cases.items():
-        assert network.seconds(what, at, part) == pytest.approx(expected), name
+        assert estimate.seconds(what, at, part) == pytest.approx(expected), name
 
 
 def mesh_of(data: int, fsdp: int):
@@ -97,14 +98,14 @@ def large(cfg, batch_size: int = 4096, remat: str = "names"):
 
 
 def test_advice_names_the_first_change_that_suffices(cfg, monkeypatch):
-    monkeypatch.setattr(advice, "state_gib", lambda cfg, mesh: 2.0)
-    part, mesh = chips.parse("v5e:16x16"), mesh_of(16, 16)
+    monkeypatch.setattr(estimate, "state_gib", lambda cfg, mesh: 2.0)
+    part, mesh = aot.parse("v5e:16x16"), mesh_of(16, 16)
     cfg = large(cfg)
 
     def smaller(cfg, total: float, temporaries: float) -> str:
-        return advice.advise(cfg, mesh, part, Need(total, temporaries, 16.0))[0]
+        return estimate.advise(cfg, mesh, part, Need(total, temporaries, 16.0))[0]
 
-    assert advice.advise(cfg, mesh, part, Need(15.9, 10.0, 16.0)) == []
+    assert estimate.advise(cfg, mesh, part, Need(15.9, 10.0, 16.0)) == []
     plain = dataclasses.replace(cfg.model, remat="none")
     first = smaller(dataclasses.replace(cfg, model=plain), 40.0, 39.0)
     assert "needs 40.00 GiB of 16.00. First set model.remat='names'" in first
@@ -115,10 +116,10 @@ def test_advice_names_the_first_change_that_suffices(cfg, monkeypatch):
 
 
 def test_advice_on_rows_and_permutations(cfg):
-    part = chips.parse("v5e:16x16")
-    (rows,) = advice.advise(large(cfg, 768), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0))
+    part = aot.parse("v5e:16x16")
+    (rows,) = estimate.advise(large(cfg, 768), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0))
     assert "3 rows at once, not a multiple of 8" in rows and "multiple of 2048" in rows
-    (permutations,) = advice.advise(large(cfg), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0, 96))
+    (permutations,) = estimate.advise(large(cfg), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0, 96))
     assert "96 permutations: mesh.fsdp=16 leaves 48 of a width of 768" in permutations
 
 
@@ -126,18 +127,18 @@ def test_what_remat_stores_by_hand(supervised):
     cfg = large(supervised, 256)
     patches, rows = 25, 16
     names = rows * patches * 12 * (3 * 768 + 768 + 768 + 3072 + 768) * 2 / GIB
-    assert advice.saved_gib(cfg, mesh_of(4, 4), "names") == pytest.approx(names)
-    assert advice.saved_gib(cfg, mesh_of(4, 4), "full") == pytest.approx(names * 768 / 7680)
+    assert estimate.saved_gib(cfg, mesh_of(4, 4), "names") == pytest.approx(names)
+    assert estimate.saved_gib(cfg, mesh_of(4, 4), "full") == pytest.approx(names * 768 / 7680)
 
 
 def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest(cfg):
-    found = sweep.candidates(large(cfg), chips.parse("v5e:16x16"))
+    found = estimate.candidates(large(cfg), aot.parse("v5e:16x16"))
     shapes = {(c.mesh.data, c.mesh.fsdp, c.mesh.tensor) for c in found}
     assert (16, 16, 1) in shapes and (64, 1, 4) in shapes
     assert all(d * f * t == 256 and 768 % f == 0 and 12 % t == 0 for d, f, t in shapes)
-    few = sweep.candidates(large(cfg, 256), chips.parse("v5e:8x8"))
+    few = estimate.candidates(large(cfg, 256), aot.parse("v5e:8x8"))
     assert few and all(256 / (c.mesh.data * c.mesh.fsdp) % 8 == 0 for c in few)
-    first = sweep.subset(found, 1)[0]
+    first = estimate.subset(found, 1)[0]
     assert (first.mesh, first.model.remat) == (MeshConfig(16, 16, 1), "names")
 
     def result(seconds: float, gib: float, fits: bool = True, data: int = 1) -> dict:
@@ -147,7 +148,7 @@ def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest
             "mesh": mesh, "hbm_gib": {"total": gib},
         }  # fmt: skip
 
-    told = sweep.recommend(
+    told = estimate.recommend(
         [
             result(1.0, 9, data=2),
             result(1.01, 3, data=4),
@@ -156,7 +157,7 @@ def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest
         ]
     )
     assert "mesh.data=4" in told and "least HBM (3.00 GiB)" in told
-    assert "take more chips" in sweep.recommend([result(1.0, 20, fits=False)])
+    assert "take more chips" in estimate.recommend([result(1.0, 20, fits=False)])
 
 
 def test_out_of_memory_is_read_from_the_compiler():
@@ -164,9 +165,9 @@ def test_out_of_memory_is_read_from_the_compiler():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
         "temporaries (22.93G) exceeds available HBM (15.75G)."
     )
-    assert compiled.EXHAUSTED.search(text).groups() == ("22.93", "15.75")
+    assert aot.EXHAUSTED.search(text).groups() == ("22.93", "15.75")
     older = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 31.5G of 15.75G hbm."
-    assert compiled.EXHAUSTED.search(older).groups() == ("31.5", "15.75")
+    assert aot.EXHAUSTED.search(older).groups() == ("31.5", "15.75")
 
 
 def test_what_does_not_fit_is_reported_with_the_advice():
@@ -176,10 +177,10 @@ def test_what_does_not_fit_is_reported_with_the_advice():
         "tokens": "cache", "fits": False, "needed_gib": 22.93, "available_gib": 15.75,
         "advice": ["First set model.remat='names'"],
     }  # fmt: skip
-    text = report.report(result)
+    text = estimate.report(result)
     assert "DOES NOT FIT: the compiler needs 22.93 GiB of 15.75 per chip" in text
     assert text.endswith("First set model.remat='names'")
-    assert "22.93" in report.table([result])
+    assert "22.93" in estimate.table([result])
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from supmim_jax import checkpoint, inference, program, sharding
-from supmim_jax.checkpoint import sums
+from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.checkpoint import checksums
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,
@@ -33,14 +33,14 @@ from supmim_jax.config import (
     PatchCodesConfig,
     SegmentationConfig,
     SegmentationObjectiveConfig,
-    SetupError,
     SupMIMConfig,
     ViTConfig,
     VQGANConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import pipeline
-from supmim_jax.report import files, pictures
+from supmim_jax.data import loader
+from supmim_jax.errors import SetupError
+from supmim_jax.report import files, images
 from supmim_jax.report.__main__ import gather, write
 from supmim_jax.report.page import render
 from supmim_jax.train import train
@@ -166,11 +166,9 @@ def test_the_numbers_are_those_of_the_files(run, page):
 
 def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = inference.build_inference(report.cfg, 64, mesh)
+    runner = encoder.build_inference(report.cfg, 64, mesh)
     params = checkpoint.restore_params(checkpoint.locate(str(run)), runner.params)
-    splits = [
-        next(pipeline.eval_dataset(report.cfg, s, mesh)) for s in ("validation", "train[:64]")
-    ]
+    splits = [next(loader.eval_dataset(report.cfg, s, mesh)) for s in ("validation", "train[:64]")]
     queries, bank = (
         np.asarray(runner.features(params, x.views[0]).pooled, np.float64) for x in splits
     )
@@ -185,7 +183,7 @@ def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
     assert f"{same.sum()} of 48 neighbours" in page.all("section")[2][1]
     source = np.asarray(splits[1].views[0])
     shown = [a["src"] for a, _ in page.all("img") if a["alt"].startswith("neighbour, ")]
-    assert shown == [pictures.data_uri(source[i]) for i in index.ravel()]
+    assert shown == [images.data_uri(source[i]) for i in index.ravel()]
 
 
 def test_whatever_comes_from_outside_is_text(report, html):
@@ -219,7 +217,7 @@ def test_files_that_are_hostile_are_text_or_refused(run, html, tmp_path):
     saved["objective"]["target"]["path"] = ""
     saved["init"]["checkpoint"] = HOSTILE
     (step / "config" / "metadata").write_text(json.dumps(saved))
-    sums.write(epath.Path(step))  # whoever writes the one can write the other
+    checksums.write(epath.Path(step))  # whoever writes the one can write the other
     (workdir / "config.json").write_text(json.dumps(saved))
     parts = json.loads((workdir / "environment.json").read_text())
     parts = [{**parts[0], hostile: hostile, **dict.fromkeys(list(parts[0])[:4], hostile)}, *parts]
@@ -288,7 +286,7 @@ def test_a_run_of_cmae_has_its_reconstructions_and_the_curves_of_its_terms(data_
     )
     workdir, mesh = tmp_path / "run", sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state = program.build(cfg, mesh).init(jax.random.key(0))
+    state = train_step.build(cfg, mesh).init(jax.random.key(0))
     checkpoints.save(state, cfg, checkpoint.BEGIN)
     checkpoints.close()
     terms = ("loss", "reconstruction", "position", "contrastive")
@@ -329,9 +327,9 @@ def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, 
     ]
     found = report.measured.segmented
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = inference.build_inference(cfg, 64, mesh)
+    runner = encoder.build_inference(cfg, 64, mesh)
     params = checkpoint.restore_params(checkpoint.locate(str(tmp_path)), runner.params)
-    batch = next(pipeline.masked_dataset(cfg, "validation", mesh))
+    batch = next(loader.masked_dataset(cfg, "validation", mesh))
     predicted = np.asarray(runner.bind(params).features(batch.views[0]).masks)[:8]
     assert (found.predictions == predicted).all() and len(found.masks) == 8
     assert (found.masks == np.asarray(batch.masks)[:8]).all()
@@ -339,8 +337,8 @@ def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, 
     assert "the head that was trained with the encoder" in text
     drawn = {a["src"] for a, _ in page.all("img")}
     for image, mask in zip(found.images, predicted, strict=True):
-        picture = pictures.overlaid(image[None], mask[None], 0)[0]
-        assert pictures.image(picture, "").split('src="')[1].split('"')[0] in drawn
+        picture = images.overlaid(image[None], mask[None], 0)[0]
+        assert images.pictures_image(picture, "").split('src="')[1].split('"')[0] in drawn
 
 
 def test_what_is_missing_or_broken_is_refused_and_the_page_left_as_it_was(run, html, tmp_path):

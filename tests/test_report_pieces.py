@@ -8,13 +8,14 @@ from supmim_jax.config import (
     Config,
     DataConfig,
     PatchCodesConfig,
-    SetupError,
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.report import charts, files, pictures, sections, views
+from supmim_jax.errors import SetupError
+from supmim_jax.report import files, markup, page
+from supmim_jax.report import images as images_module
+from supmim_jax.report.images import Segmented
 from supmim_jax.report.markup import Markup, element
-from supmim_jax.report.measured import Segmented
 
 
 def test_only_markup_is_not_escaped():
@@ -30,28 +31,28 @@ def test_components_are_those_of_the_covariance_with_fixed_signs():
     axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes.T])
     scores = rows @ axes
     scores = (scores - scores.min(0)) / (scores.max(0) - scores.min(0))
-    found = pictures.components(tokens)
+    found = images_module.components(tokens)
     np.testing.assert_allclose(found.reshape(-1, 3), 255 * scores, atol=0.51)
-    assert np.array_equal(found, pictures.components(tokens.copy()))
-    assert not pictures.components(np.ones((1, 2, 2, 8))).any()
+    assert np.array_equal(found, images_module.components(tokens.copy()))
+    assert not images_module.components(np.ones((1, 2, 2, 8))).any()
 
 
 def test_segmentation_is_drawn_from_arrays():
     masks = np.array([[[0, 1], [2, -1]]])
     images = np.full((1, 2, 2, 3), 100, np.uint8)
     found = Segmented(images, masks, np.array([[[0, 1], [1, 0]]]), ["ground", "<a>", "b"], "it")
-    text = views.segmentation(found).content
+    text = images_module.segmentation(found).content
     assert "67 % of pixels agree; &lt;a&gt;, b" in text and text.count("data:image/png") == 3
-    drawn = pictures.overlaid(images, masks, 0)[0]
+    drawn = images_module.overlaid(images, masks, 0)[0]
     assert (drawn[0, 0] == 100).all() and (drawn[1, 1] == 100).all()
     assert (drawn[0, 1] != drawn[1, 0]).any() and (drawn[0, 1] != 100).any()
 
 
 def test_ticks_are_round_and_span_the_values_and_curves_keep_their_end():
-    assert charts.ticks(0, 2400) == [0, 1000, 2000, 3000] and charts.ticks(5, 5) == [5]
-    assert charts.ticks(-0.04, 0.33) == [-0.1, 0, 0.1, 0.2, 0.3, 0.4]
+    assert markup.ticks(0, 2400) == [0, 1000, 2000, 3000] and markup.ticks(5, 5) == [5]
+    assert markup.ticks(-0.04, 0.33) == [-0.1, 0, 0.1, 0.2, 0.3, 0.4]
     points = [(i, float(i)) for i in range(1000)]
-    assert len(charts.thinned(points)) <= 300 and charts.thinned(points)[-1] == points[-1]
+    assert len(markup.thinned(points)) <= 300 and markup.thinned(points)[-1] == points[-1]
 
 
 def test_marked_values_are_those_that_differ_from_the_schema():
@@ -77,7 +78,7 @@ def test_marked_values_are_those_that_differ_from_the_schema():
 
 
 def marked(cfg: Config) -> list[tuple[str, str, str]]:
-    found = sections.grouped(cfg, Config(), "config")
+    found = page.grouped(cfg, Config(), "config")
     return [(path, name, usual) for path, rows in found for name, _, usual in rows if usual]
 
 

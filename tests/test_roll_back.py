@@ -9,8 +9,8 @@ import pytest
 from test_end_to_end import ONE, final_state
 
 from supmim_jax.config import WatchConfig
-from supmim_jax.data import pipeline
-from supmim_jax.finite import Diverged
+from supmim_jax.data import loader
+from supmim_jax.nan_guard import Diverged
 from supmim_jax.train import train
 
 
@@ -18,11 +18,11 @@ from supmim_jax.train import train
 def poison(cfg, one_device, monkeypatch):
     """Numbers of batches that give NaN whenever they come, and those that came."""
     longer = dataclasses.replace(cfg, epochs=6)
-    batches = pipeline.train_dataset(longer, one_device)
+    batches = loader.train_dataset(longer, one_device)
     order = {bytes(np.asarray(batch.id)): n for n, batch in enumerate(batches, 1)}
     batches.close()
     poisonous, came = set(), []
-    following = pipeline.Training.__next__
+    following = loader.Training.__next__
 
     def taken(batches):
         batch = following(batches)
@@ -31,7 +31,7 @@ def poison(cfg, one_device, monkeypatch):
             batch = dataclasses.replace(batch, weight=batch.weight * np.nan)
         return batch
 
-    monkeypatch.setattr(pipeline.Training, "__next__", taken)
+    monkeypatch.setattr(loader.Training, "__next__", taken)
     return poisonous, came
 
 

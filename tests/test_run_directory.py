@@ -14,18 +14,19 @@ from conftest import REPOSITORY
 from etils import epath
 from test_end_to_end import ONE, final_state
 
-from supmim_jax import checkpoint, distributed, run_directory
-from supmim_jax.config import SetupError, WatchConfig
+from supmim_jax import checkpoint, multihost, workdir
+from supmim_jax.config import WatchConfig
+from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
 
 def test_a_second_run_on_one_workdir_is_refused(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=2, devices=ONE)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with run_directory.taken(epath.Path(tmp_path), cfg):
+    with workdir.taken(epath.Path(tmp_path), cfg):
         with pytest.raises(SetupError, match=r"belongs to a run that goes on: process \d+ on "):
             train(cfg, tmp_path, devices=ONE)
-        again = run_directory.taken(epath.Path(tmp_path), cfg)
+        again = workdir.taken(epath.Path(tmp_path), cfg)
         with pytest.raises(SetupError, match="belongs to a run that goes on"), again:
             pass
     del before[tmp_path / "lock"]
@@ -36,7 +37,7 @@ def test_a_second_run_on_one_workdir_is_refused(cfg, tmp_path):
 def test_a_run_that_began_meanwhile_is_not_gone_on_with(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=2, devices=ONE)
     other = dataclasses.replace(cfg, seed=1)
-    taken = run_directory.taken(epath.Path(tmp_path), other)
+    taken = workdir.taken(epath.Path(tmp_path), other)
     with pytest.raises(SetupError, match=r"another config: config\.seed"), taken:
         pass
 
@@ -48,8 +49,8 @@ def test_a_file_system_without_locks_is_trained_on(cfg, tmp_path, monkeypatch, n
 
     monkeypatch.setattr(fcntl, "flock", without)
     for _ in range(2):
-        run_directory.check(epath.Path(tmp_path), cfg)
-        with run_directory.taken(epath.Path(tmp_path), cfg):
+        workdir.check(epath.Path(tmp_path), cfg)
+        with workdir.taken(epath.Path(tmp_path), cfg):
             pass
 
 
@@ -100,7 +101,7 @@ def test_a_clock_that_jumps_changes_nothing(cfg, one_device, tmp_path, monkeypat
 
 def test_a_save_that_takes_long_is_no_stall(cfg, tmp_path, monkeypatch):
     ended, waiting = [], checkpoint.Checkpoints.wait
-    monkeypatch.setattr(distributed, "leave", lambda *said: ended.append(said))
+    monkeypatch.setattr(multihost, "leave", lambda *said: ended.append(said))
     watch = WatchConfig(stall_seconds=0.3, stall_factor=1.0)
     monkeypatch.setattr(
         checkpoint.Checkpoints, "wait", lambda self: (time.sleep(0.9), waiting(self))

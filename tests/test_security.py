@@ -21,11 +21,12 @@ from conftest import REPOSITORY
 from etils import epath
 from pictures import contents
 
-from supmim_jax.config import DataConfig, PatchCodesConfig, SetupError, VQGANConfig
-from supmim_jax.data import jpeg, records, seals
-from supmim_jax.data.prepare import catalogue, files, folder, imagenet, tfrecords
-from supmim_jax.formats.files import read_json, read_npz, read_safetensors
-from supmim_jax.models import maskgit, patch_codes
+from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
+from supmim_jax.data import jpeg, source
+from supmim_jax.data.prepare import catalogue, folder, tfrecords
+from supmim_jax.errors import SetupError
+from supmim_jax.formats.layout import read_json, read_npz, read_safetensors
+from supmim_jax.models import kmeans, maskgit
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
 BARRED_MODULES = {
@@ -112,7 +113,7 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path):
     with pytest.raises(SetupError, match=r"weights\.npz cannot be read as \.npz: .*allow_pickle"):
         read_npz(path)
     with pytest.raises(SetupError, match=r"codebook .*weights\.npz cannot be read .*allow_pickle"):
-        patch_codes.load(epath.Path(path), PatchCodesConfig(), 4, 1)
+        kmeans.load(epath.Path(path), PatchCodesConfig(), 4, 1)
     assert not (tmp_path / "made").exists()
 
 
@@ -206,7 +207,7 @@ def test_an_image_of_a_huge_size_takes_no_memory_and_is_no_image(tmp_path):
 )
 def test_a_name_of_a_data_set_leads_nowhere_else(name, tmp_path):
     with pytest.raises(SetupError, match=r"config\.data\.name is .*no name of a data set"):
-        records.open_source(DataConfig(name=name, data_dir=str(tmp_path)), "train")
+        source.open_source(DataConfig(name=name, data_dir=str(tmp_path)), "train")
     with pytest.raises(SetupError, match=r"--name is .*no name of a data set"):
         catalogue.prepare(name, str(tmp_path / "x"), "")
     for as_ in (name, f"{name}\n", "\u202ea"):
@@ -218,7 +219,7 @@ def test_a_name_of_a_data_set_leads_nowhere_else(name, tmp_path):
 @pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "a\nb", "\x00", " a", "a..b", "\ud800", ""])
 def test_a_class_whose_name_could_be_a_path_or_a_line_is_refused(name):
     with pytest.raises(SetupError, match="is named"):
-        files.check_name(name, "A class")
+        folder.check_name(name, "A class")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "evil_feature.py").write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    (beasts / seals.FILE).unlink()
+    (beasts / source.FILE).unlink()
     path = beasts / "features.json"
     text = path.read_text()
     name = "tensorflow_datasets.core.features.text_feature.Text"
@@ -281,14 +282,14 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
             shutil.rmtree(removed)
         other = dataclasses.replace(cfg, name=name)
         with pytest.raises(SetupError, match=r"names the class 'evil_feature\.Text'.*run code"):
-            records.open_source(other, "train")
+            source.open_source(other, "train")
 
 
 def test_seals_name_files_of_the_directory_alone(beasts, tmp_path):
-    (beasts / seals.FILE).write_text('{"../../../etc/passwd": "1-2"}')
+    (beasts / source.FILE).write_text('{"../../../etc/passwd": "1-2"}')
     cfg = DataConfig(name="beasts", data_dir=str(tmp_path / "data"), num_classes=3)
     with pytest.raises(SetupError, match=r"seals\.json cannot be used: it names '\.\./"):
-        records.open_source(cfg, "train")
+        source.open_source(cfg, "train")
 
 
 def test_links_in_an_archive_are_not_followed(tmp_path):
@@ -297,6 +298,6 @@ def test_links_in_an_archive_are_not_followed(tmp_path):
         link = tarfile.TarInfo("n01440764.tar")
         link.type, link.linkname = tarfile.SYMTYPE, "../../etc/passwd"
         tar.addfile(link)
-    archive = imagenet.Archive("train", 1, "x.tar", 0, "", r"n\d{8}\.tar", 1, nested=True)
+    archive = catalogue.Archive("train", 1, "x.tar", 0, "", r"n\d{8}\.tar", 1, nested=True)
     with path.open("rb") as file:
-        assert "is no plain file" in imagenet._fault_inside(file, archive)
+        assert "is no plain file" in catalogue._fault_inside(file, archive)

@@ -11,11 +11,11 @@ from conftest import make_batch
 from flax import nnx
 from test_masks import shapes_dir  # noqa: F401
 
-from supmim_jax import checkpoint, inference, probe, program, sharding
+from supmim_jax import checkpoint, probe, sharding, train_step
+from supmim_jax import encoder as encoder_module
 from supmim_jax.config import (
     IGNORED,
     Config,
-    ConfigError,
     DataConfig,
     EvalConfig,
     InitConfig,
@@ -24,11 +24,11 @@ from supmim_jax.config import (
     OptimConfig,
     ProbeConfig,
     SegmentationObjectiveConfig,
-    SetupError,
     SupervisedConfig,
     ViTConfig,
 )
-from supmim_jax.data import pipeline, transforms
+from supmim_jax.data import loader, transforms
+from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.objectives.segmentation import Segmentation
 from supmim_jax.train import train
 
@@ -117,11 +117,11 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
         optim=OptimConfig(lr=3e-3, warmup_epochs=1, layer_decay=0.9),
         model=dataclasses.replace(masked.model, drop_path=0.0),
     )
-    batch = next(pipeline.train_dataset(cfg, sharding.make_mesh(MeshConfig(), ONE)))
+    batch = next(loader.train_dataset(cfg, sharding.make_mesh(MeshConfig(), ONE)))
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=4)):
         mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
-        built = program.build(cfg, mesh)
+        built = train_step.build(cfg, mesh)
         state = built.init(jax.random.key(0))
         placed = jax.tree.map(
             lambda x, like: jax.device_put(np.asarray(x), like.sharding), batch, built.batch
@@ -136,7 +136,7 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
 
 
 def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, initial, tmp_path):
-    built = program.build(masked, sharding.make_mesh(MeshConfig(), ONE))
+    built = train_step.build(masked, sharding.make_mesh(MeshConfig(), ONE))
     assert set(built.state.params) == {"encoder", "segmenter"}
     interrupted = tmp_path / "masks"
     train(masked, interrupted, stop_at=5, devices=ONE)
@@ -162,10 +162,10 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
 def by_hand(cfg: Config, workdir: str) -> float:
     """mIoU in per cent, from sets of pixels of the examples that are no padding."""
     mesh = sharding.make_mesh(MeshConfig(), ONE)
-    runner = inference.build_inference(cfg, 64, mesh)
+    runner = encoder_module.build_inference(cfg, 64, mesh)
     encoder = runner.bind(checkpoint.restore_params(checkpoint.locate(workdir), runner.params))
     truth, found = [], []
-    for batch in pipeline.masked_dataset(cfg, cfg.data.eval_split, mesh):
+    for batch in loader.masked_dataset(cfg, cfg.data.eval_split, mesh):
         real = np.asarray(batch.weight) > 0
         truth.append(np.asarray(batch.masks)[real])
         found.append(np.asarray(encoder.features(batch.views[0]).masks)[real])
@@ -181,7 +181,7 @@ def by_hand(cfg: Config, workdir: str) -> float:
 def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_path):
     still = dataclasses.replace(masked, optim=OptimConfig(lr=0.0))
     train(still, tmp_path / "still", stop_at=1, devices=ONE)
-    params = program.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
+    params = train_step.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
     like = {"encoder": params["encoder"]}
     there = checkpoint.restore_params(checkpoint.locate(initial), like)
     here = checkpoint.restore_params(checkpoint.locate(str(tmp_path / "still")), like)

@@ -11,8 +11,9 @@ from conftest import REPOSITORY
 from etils import epath
 
 from supmim_jax import checkpoint, storage
-from supmim_jax.config import CheckpointConfig, Config, DataConfig, SetupError
-from supmim_jax.configdict import from_configdict, to_configdict
+from supmim_jax.config import CheckpointConfig, Config, DataConfig
+from supmim_jax.config.configdict import from_configdict, to_configdict
+from supmim_jax.errors import SetupError
 
 REFUSED = [
     *("s3://bucket/run", "az://container/run", "hdfs://host/run", "abfss://c@a.x/run"),

@@ -11,15 +11,11 @@ import pytest
 from conftest import make_frozen
 from etils import epath
 
-from supmim_jax import frozen, inference, program, sharding, storage, tokenize
-from supmim_jax.config import (
-    ConfigError,
-    ContrastiveCropConfig,
-    SetupError,
-    TokensConfig,
-    VQGANConfig,
-)
-from supmim_jax.data import feed, pipeline, readers, records, token_cache, token_plan
+from supmim_jax import cache_tokens, encoder, sharding, storage, tokenizers, train_step
+from supmim_jax.config import ContrastiveCropConfig, TokensConfig, VQGANConfig
+from supmim_jax.data import loader, token_cache
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
 ONE = jax.devices()[:1]
@@ -30,7 +26,7 @@ def with_cache(cfg, directory, views=0):
 
 
 def encoded_images(cfg) -> list[bytes]:
-    source = records.open_training_source(cfg.data)
+    source = source_module.open_training_source(cfg.data)
     return [source[i]["image"] for i in range(len(source))]
 
 
@@ -49,16 +45,16 @@ def caches(tmp_path_factory):
 def cache(cfg, caches):
     """Three views of 64 images in shards of 50."""
     directory = caches / "three"
-    tokenize.tokenize(cfg, directory, views=3, records_per_shard=50)
+    cache_tokens.tokenize(cfg, directory, views=3, records_per_shard=50)
     return directory
 
 
 def steps(cfg, device, codes) -> tuple[list, list]:
     """Losses and tokens of every step of the run."""
-    built = program.build(cfg, device)
+    built = train_step.build(cfg, device)
     state, losses, tokens = built.init(jax.random.key(0)), [], []
-    tokenizer = inference.build_tokenizer(cfg, cfg.batch_size, device)
-    for batch in pipeline.train_dataset(cfg, device):
+    tokenizer = encoder.build_tokenizer(cfg, cfg.batch_size, device)
+    for batch in loader.train_dataset(cfg, device):
         if batch.tokens is None:
             image = batch.views[0] if batch.target is None else batch.target
             tokens.append(np.asarray(tokenizer.encode(codes["target"]["tokenizer"], image)))
@@ -100,9 +96,9 @@ def test_cached_tokens_and_losses_are_those_of_a_run_without(
     cfg = colourful(cfg) if kind == "vqgan" else dataclasses.replace(cfg, epochs=4)
     cfg = dataclasses.replace(cfg, tokens=TokensConfig(views=2))
     codes = make_frozen(cfg)
-    monkeypatch.setattr(frozen, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    monkeypatch.setattr(tokenizers, "tokenizer", lambda *_: codes["target"]["tokenizer"])
     directory = caches / kind
-    tokenize.tokenize(cfg, directory, views=2)
+    cache_tokens.tokenize(cfg, directory, views=2)
     online, tokens = steps(cfg, one_device, codes)
     cached, same_tokens = steps(with_cache(cfg, directory, 2), one_device, codes)
     assert len(tokens) == cfg.total_steps >= 12
@@ -113,10 +109,10 @@ def test_cached_tokens_and_losses_are_those_of_a_run_without(
 
 def test_a_cached_step_carries_no_tokenizer_and_views_cycle(cfg, cache, one_device):
     cached = with_cache(dataclasses.replace(cfg, epochs=5), cache, views=3)
-    built = program.build(cached, one_device)
+    built = train_step.build(cached, one_device)
     assert built.frozen == {} and built.batch.tokens.shape == (16, 25)
     rows = {}
-    for step, batch in enumerate(pipeline.train_dataset(cached, one_device)):
+    for step, batch in enumerate(loader.train_dataset(cached, one_device)):
         for example, ids in zip(np.asarray(batch.id), np.asarray(batch.tokens)):
             rows.setdefault((step // 4) % 3, {}).setdefault(int(example), set()).add(ids.tobytes())
     assert all(len(seen) == 1 for view in rows.values() for seen in view.values())
@@ -124,13 +120,13 @@ def test_a_cached_step_carries_no_tokenizer_and_views_cycle(cfg, cache, one_devi
 
 
 def test_a_run_from_a_cache_trains_and_its_picture_finds_the_codebook(cfg, cache, tmp_path):
-    from supmim_jax import picture
+    from supmim_jax import visualize
 
     results = train(with_cache(cfg, cache), tmp_path, devices=ONE)
     again = train(cfg, tmp_path / "online", devices=ONE)
     assert results["top1"] == again["top1"] and results["knn"] == again["knn"]
-    restored = picture.restore(str(tmp_path))
-    assert (restored.tokenizer.arrays["codes"] == np.load(cache / frozen.FILE)["codes"]).all()
+    restored = visualize.restore(str(tmp_path))
+    assert (restored.tokenizer.arrays["codes"] == np.load(cache / tokenizers.FILE)["codes"]).all()
 
 
 def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, monkeypatch):
@@ -146,14 +142,14 @@ def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, mo
 
     monkeypatch.setattr(token_cache, "write_shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        tokenize.tokenize(cfg, directory, views=2, records_per_shard=40)
+        cache_tokens.tokenize(cfg, directory, views=2, records_per_shard=40)
     before = {p.name: p.stat().mtime for p in directory.glob("tokens-*")}
     assert len(before) == 2
     monkeypatch.setattr(token_cache, "write_shard", write)
-    plan = tokenize.tokenize(cfg, directory, views=2, records_per_shard=40)
+    plan = cache_tokens.tokenize(cfg, directory, views=2, records_per_shard=40)
     after = {p.name: p.stat().mtime for p in directory.glob("tokens-*")}
     assert len(after) == plan.shards == 4 and before.items() <= after.items()
-    assert sum(p.stat().length for p in directory.glob("tokens-*")) <= tokenize.estimated_bytes(
+    assert sum(p.stat().length for p in directory.glob("tokens-*")) <= cache_tokens.estimated_bytes(
         plan
     )
     whole = token_cache.open_cache(with_cache(cfg, directory, 2))
@@ -172,8 +168,10 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
     for process in (1, 0):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(frozen, "tokenizer", lambda *_: dict(np.load(cache / frozen.FILE)))
-        tokenize.tokenize(cfg, directory, views=3, records_per_shard=50)
+        monkeypatch.setattr(
+            tokenizers, "tokenizer", lambda *_: dict(np.load(cache / tokenizers.FILE))
+        )
+        cache_tokens.tokenize(cfg, directory, views=3, records_per_shard=50)
         done = sorted(p.name[7:12] for p in directory.glob("tokens-*"))
         assert done == (["00001", "00003"] if process else ["00000", "00001", "00002", "00003"])
     monkeypatch.undo()
@@ -203,7 +201,7 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
 )
 def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, message):
     with pytest.raises(SetupError, match=message + ".*there; here"):
-        feed.check(change(with_cache(cfg, cache)))
+        loader.check(change(with_cache(cfg, cache)))
 
 
 def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, caches, monkeypatch):
@@ -212,22 +210,22 @@ def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, cac
         return replaced(cfg, "data", crop="contrastive", contrastive_crop=contrastive)
 
     codes = make_frozen(cfg)
-    monkeypatch.setattr(frozen, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    monkeypatch.setattr(tokenizers, "tokenizer", lambda *_: codes["target"]["tokenizer"])
     directory = caches / "centre"
-    tokenize.tokenize(around(), directory, views=3)
+    cache_tokens.tokenize(around(), directory, views=3)
     one = sharding.make_mesh(cfg.mesh, ONE)
     online, tokens = steps(around(), one, codes)
     cached, same_tokens = steps(with_cache(around(), directory), one, codes)
     assert all((a == b).all() for a, b in zip(tokens, same_tokens, strict=True))
     np.testing.assert_allclose(cached, online, rtol=1e-6)
     with pytest.raises(SetupError, match=r"contrastive_crop\.alpha: 0\.6; 0\.1 .*there; here"):
-        feed.check(with_cache(around(alpha=0.1), directory))
-    feed.check(with_cache(around(threshold=0.5), directory))  # of other boxes
+        loader.check(with_cache(around(alpha=0.1), directory))
+    loader.check(with_cache(around(threshold=0.5), directory))  # of other boxes
     for other in (replaced(cfg, "data", crop="inception"), cfg):
         with pytest.raises(SetupError, match=r"augmentation\.crop: 'contrastive'; '\w+'"):
-            feed.check(with_cache(other, directory))
+            loader.check(with_cache(other, directory))
     with pytest.raises(ConfigError, match="boxes is 'heat_map', which moves the crops"):
-        tokenize.tokenize(around("heat_map"), caches / "moving", views=3)
+        cache_tokens.tokenize(around("heat_map"), caches / "moving", views=3)
     assert not (caches / "moving").exists()
 
 
@@ -252,14 +250,14 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
-    monkeypatch.setattr(token_cache.records, "version", lambda _: "9.9.9")
+    monkeypatch.setattr(source_module, "version", lambda _: "9.9.9")
     with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
-        feed.check(with_cache(cfg, cache))
+        loader.check(with_cache(cfg, cache))
 
 
 def test_what_does_not_touch_the_tokens_may_differ(cfg, cache):
     other = replaced(with_cache(cfg, cache), "objective", mask_ratio=0.7)
-    feed.check(replaced(other, "optim", lr=0.5))
+    loader.check(replaced(other, "optim", lr=0.5))
 
 
 def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path):
@@ -270,8 +268,8 @@ def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path
     with pytest.raises(SetupError, match=r"tokens\.tokenizer_sha256"):
         train(other, tmp_path / "run", devices=ONE)
     assert not (tmp_path / "run").exists()
-    np.savez(path, codes=np.load(cache / frozen.FILE)["codes"])
-    frozen.check_cache(other, epath.Path(tmp_path), one_device)
+    np.savez(path, codes=np.load(cache / tokenizers.FILE)["codes"])
+    tokenizers.check_cache(other, epath.Path(tmp_path), one_device)
 
 
 def test_a_run_goes_on_without_its_cache_or_with_a_copy_but_not_with_other_tokens(
@@ -284,10 +282,10 @@ def test_a_run_goes_on_without_its_cache_or_with_a_copy_but_not_with_other_token
     for path in cache.iterdir():
         path.copy(copy / path.name)
     train(with_cache(cfg, copy), tmp_path / "run", stop_at=6, devices=ONE)
-    codes = dataclasses.replace(cfg.objective.target, path=str(cache / frozen.FILE))
+    codes = dataclasses.replace(cfg.objective.target, path=str(cache / tokenizers.FILE))
     train(replaced(cfg, "objective", target=codes), tmp_path / "run", stop_at=8, devices=ONE)
     other = tmp_path / "codes.npz"
-    np.savez(other, codes=np.load(cache / frozen.FILE)["codes"] + 0.01)
+    np.savez(other, codes=np.load(cache / tokenizers.FILE)["codes"] + 0.01)
     codes = dataclasses.replace(cfg.objective.target, path=str(other))
     with pytest.raises(SetupError, match=r"holds a run with the tokenizer of SHA-256 \w{12}\.\.\."):
         train(replaced(cfg, "objective", target=codes), tmp_path / "run", devices=ONE)
@@ -297,7 +295,7 @@ def test_too_few_views_are_refused(cfg, cache):
     with pytest.raises(
         SetupError, match=r"3 views .* wants 9\. Set config.tokens.views=3 to cycle"
     ):
-        feed.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
+        loader.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
 
 
 def test_damage_is_named(cfg, cache, tmp_path):
@@ -311,29 +309,29 @@ def test_damage_is_named(cfg, cache, tmp_path):
     directory, shard = copied("missing")
     shard.unlink()
     with pytest.raises(SetupError, match=r"lacks 1 of 4 shards: tokens-00002-of-00004"):
-        feed.check(with_cache(cfg, directory))
+        loader.check(with_cache(cfg, directory))
     for cut in (1000, 70_000):
         directory, shard = copied(f"cut{cut}")
         shard.write_bytes(shard.read_bytes()[:cut])
         with pytest.raises(
             SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord (is cut|has 0)"
         ):
-            feed.check(with_cache(cfg, directory))
+            loader.check(with_cache(cfg, directory))
     directory, shard = copied("fewer")
     token_cache.write_shard(shard, iter([bytes(54)] * 7))
     with pytest.raises(SetupError, match=r"tokens-00002.* has 7 records, expected 50"):
-        feed.check(with_cache(cfg, directory))
+        loader.check(with_cache(cfg, directory))
     directory, shard = copied("zeros")
     token_cache.write_shard(shard, iter([bytes(54)] * 50))
     opened, images = token_cache.open_cache(with_cache(cfg, directory)), encoded_images(cfg)
     with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has a wrong checksum"):
         opened.read(1, 40, images[40])
     directory, _ = copied("manifest")
-    (directory / token_plan.MANIFEST).write_text("{")
+    (directory / token_cache.MANIFEST).write_text("{")
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read"):
-        feed.check(with_cache(cfg, directory))
+        loader.check(with_cache(cfg, directory))
     with pytest.raises(SetupError, match=r"There is no token cache in .*nowhere"):
-        feed.check(with_cache(cfg, tmp_path / "nowhere"))
+        loader.check(with_cache(cfg, tmp_path / "nowhere"))
 
 
 def test_tokens_are_those_of_the_image_that_was_tokenised(cfg, cache):
@@ -351,14 +349,14 @@ def test_tokens_are_those_of_the_image_that_was_tokenised(cfg, cache):
     "change", [{"views": 2}, {"records_per_shard": 49}, {"codes": 15}, {"x": 1}]
 )
 def test_a_manifest_that_was_changed_is_refused(cfg, cache, tmp_path, change):
-    values = json.loads((cache / token_plan.MANIFEST).read_text())
-    (tmp_path / token_plan.MANIFEST).write_text(json.dumps(values | change))
+    values = json.loads((cache / token_cache.MANIFEST).read_text())
+    (tmp_path / token_cache.MANIFEST).write_text(json.dumps(values | change))
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read: its checksum is wrong"):
-        feed.check(with_cache(cfg, tmp_path))
+        loader.check(with_cache(cfg, tmp_path))
     del values["sha256"]
-    (tmp_path / token_plan.MANIFEST).write_text(json.dumps(values))
+    (tmp_path / token_cache.MANIFEST).write_text(json.dumps(values))
     with pytest.raises(SetupError, match=r"it has no checksum, as those of earlier versions"):
-        feed.check(with_cache(cfg, tmp_path))
+        loader.check(with_cache(cfg, tmp_path))
 
 
 def test_a_records_checksum_is_of_all_that_it_belongs_to():
@@ -372,25 +370,27 @@ def test_a_records_checksum_is_of_all_that_it_belongs_to():
 def test_a_codebook_that_took_the_place_of_the_caches_is_refused(cfg, cache, tmp_path):
     for path in cache.iterdir():
         path.copy(epath.Path(tmp_path) / path.name)
-    np.savez(tmp_path / frozen.FILE, codes=np.load(cache / frozen.FILE)["codes"] + 1)
+    np.savez(tmp_path / tokenizers.FILE, codes=np.load(cache / tokenizers.FILE)["codes"] + 1)
     with pytest.raises(
         SetupError, match=r"tokenizer\.npz is not the codebook that this token cache"
     ):
-        frozen.tokenizer(with_cache(cfg, tmp_path), epath.Path(tmp_path), {})
+        tokenizers.tokenizer(with_cache(cfg, tmp_path), epath.Path(tmp_path), {})
 
 
 def test_a_cache_in_use_is_not_written_over(cfg, cache):
-    before = json.loads((cache / token_plan.MANIFEST).read_text())
+    before = json.loads((cache / token_cache.MANIFEST).read_text())
     with pytest.raises(SetupError, match=r"has 3 views in shards of 50; asked for are 4"):
-        tokenize.tokenize(cfg, cache, views=4, records_per_shard=50)
+        cache_tokens.tokenize(cfg, cache, views=4, records_per_shard=50)
     with pytest.raises(SetupError, match=r"tokens\.seed: 0; 1"):
-        tokenize.tokenize(dataclasses.replace(cfg, seed=1), cache, views=3, records_per_shard=50)
-    assert json.loads((cache / token_plan.MANIFEST).read_text()) == before
+        cache_tokens.tokenize(
+            dataclasses.replace(cfg, seed=1), cache, views=3, records_per_shard=50
+        )
+    assert json.loads((cache / token_cache.MANIFEST).read_text()) == before
 
 
 def test_a_run_without_tokens_has_no_cache(supervised, tmp_path):
     with pytest.raises(ConfigError, match="no image tokens"):
-        tokenize.tokenize(supervised, epath.Path(tmp_path), views=1)
+        cache_tokens.tokenize(supervised, epath.Path(tmp_path), views=1)
     with pytest.raises(ConfigError, match="predicts no tokens"):
         with_cache(supervised, tmp_path)
 
@@ -400,14 +400,14 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
 ):
     monkeypatch.setattr(storage, "free_bytes", lambda _: 1000)
     with pytest.raises(SetupError, match=r"needs 0\.\d GB, and its disk has 0\.0 GB free"):
-        tokenize.tokenize(cfg, epath.Path(tmp_path) / "cache", views=3)
+        cache_tokens.tokenize(cfg, epath.Path(tmp_path) / "cache", views=3)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_mesh_reads_the_tokens_that_one_device_reads(cfg, cache, one_device):
     cached = with_cache(cfg, cache)
     mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, fsdp=2))
-    for a, b in zip(*(pipeline.train_dataset(cached, m) for m in (one_device, mesh)), strict=True):
+    for a, b in zip(*(loader.train_dataset(cached, m) for m in (one_device, mesh)), strict=True):
         assert (np.asarray(a.tokens) == np.asarray(b.tokens)).all()
 
 
@@ -423,7 +423,7 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "fingerprint", earlier)
-        tokenize.tokenize(cfg, old, views=3, records_per_shard=50)
+        cache_tokens.tokenize(cfg, old, views=3, records_per_shard=50)
     images = encoded_images(cfg)
     new, opened = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, old))
     for i in (0, 40, 63):
@@ -449,7 +449,7 @@ def test_a_cache_is_of_images_as_they_are_shown(cfg, cache, change, named):
 def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, cache, monkeypatch):
     images = encoded_images(cfg)
     opened = token_cache.open_cache(with_cache(cfg, cache))
-    monkeypatch.setattr(readers, "most_open", lambda: 1)
+    monkeypatch.setattr(source_module, "most_open", lambda: 1)
     wanted = [opened.read(view, 5, images[5]) for view in (0, 1, 2)]
     assert len(opened.readers.open) == 1
 
@@ -461,7 +461,7 @@ def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, ca
             raise RuntimeError("open() failed: Too many open files; opening x")
 
     with monkeypatch.context() as patch:
-        patch.setattr(readers.array_record_module, "ArrayRecordReader", Failing)
+        patch.setattr(source_module.array_record_module, "ArrayRecordReader", Failing)
         with pytest.raises(SetupError, match=r"tokens-00000-of-00004.*ulimit"):
             opened.read(0, 5, images[5])
     assert (opened.read(0, 5, images[5]) == wanted[0]).all()

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supmim_jax import program  # noqa: E402
+from supmim_jax import train_step  # noqa: E402
 from supmim_jax.bench import step, step_report, torch_reference, torch_rival  # noqa: E402
 from supmim_jax.config import ClassificationConfig  # noqa: E402
 
@@ -31,7 +31,7 @@ NAMES = ["masked", "visible, cls", "layer scale, mixup"]
 
 
 def ours(cfg, mesh) -> dict[str, int]:
-    params = program.build(cfg, mesh).state.params
+    params = train_step.build(cfg, mesh).state.params
     return {name: step.sizes_of(tree) for name, tree in params.items()}
 
 
@@ -73,7 +73,7 @@ def test_both_do_the_same_flops(cfg, one_device, name):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from supmim_jax.bench import flops
+    from supmim_jax.rehearse import flops
 
     cfg = variants(cfg, name)
     trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))

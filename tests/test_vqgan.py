@@ -10,8 +10,9 @@ import pytest
 from etils import epath
 from flax import linen, nnx, serialization
 
-from supmim_jax import program
-from supmim_jax.config import SetupError, VQGANConfig
+from supmim_jax import train_step
+from supmim_jax.config import VQGANConfig
+from supmim_jax.errors import SetupError
 from supmim_jax.models import maskgit
 from supmim_jax.models.variables import Frozen, freeze
 from supmim_jax.models.vqgan import VQGAN
@@ -234,7 +235,7 @@ def test_a_file_that_is_cut_or_no_msgpack_is_refused(published, tmp_path):
 def test_a_frozen_tokenizer_is_an_argument_of_the_step_and_not_in_its_state(cfg, one_device):
     target = dataclasses.replace(SMALL, multipliers=(1, 2, 2))
     objective = dataclasses.replace(cfg.objective, target=target)
-    built = program.build(dataclasses.replace(cfg, objective=objective), one_device)
+    built = train_step.build(dataclasses.replace(cfg, objective=objective), one_device)
     assert "codebook" in built.frozen["target"]["tokenizer"]
     assert not [
         p for p, _ in jax.tree_util.tree_leaves_with_path(built.state) if "codebook" in str(p)

@@ -9,19 +9,18 @@ import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
 
-from supmim_jax import checkpoint, frozen, inference, picture, probe, program, sharding
+from supmim_jax import checkpoint, encoder, probe, sharding, tokenizers, train_step, visualize
 from supmim_jax.config import (
     AdversarialConfig,
-    ConfigError,
     MeshConfig,
     OptimConfig,
     PerceptualConfig,
-    SetupError,
     VQGANConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import pipeline
-from supmim_jax.evals import reconstruction
+from supmim_jax.data import loader
+from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.evals import evaluate
 from supmim_jax.objectives import losses
 from supmim_jax.objectives.vqgan import VQGANTraining
 from supmim_jax.train import train
@@ -75,7 +74,7 @@ def test_the_terms_by_hand(vqgan):
 
 def gradient_of(name, model, cfg) -> dict:
     """The gradient of one metric of the loss."""
-    graph, params, moving, _ = program.parts(model)
+    graph, params, moving, _ = train_step.parts(model)
 
     def term(params):
         return nnx.merge(graph, params, moving, {}).loss(make_batch(cfg), jax.random.key(0))[1][
@@ -129,7 +128,7 @@ def test_dead_codes_are_moved_onto_latents_and_live_ones_stay(vqgan):
 
 def test_revived_codes_are_in_the_state_after_the_step(vqgan, one_device):
     cfg = with_terms(vqgan, usage_decay=0.0, revive_below=1.0)
-    built = program.build(cfg, one_device)
+    built = train_step.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     before = np.asarray(state.params["tokenizer"]["codebook"])
     after, _ = built.step(state, make_batch(cfg), {})
@@ -166,7 +165,7 @@ def test_the_game_has_two_sides_that_do_not_meet(vqgan):
 
 def test_the_discriminator_acts_from_its_start_on(vqgan, one_device):
     game = AdversarialConfig(weight=1.0, start=0.25, filters=4, layers=2)
-    built = program.build(with_terms(vqgan, adversarial=game), one_device)
+    built = train_step.build(with_terms(vqgan, adversarial=game), one_device)
     state, terms = built.init(jax.random.key(0)), []
     for _ in range(5):
         state, metrics = built.step(state, make_batch(vqgan), {})
@@ -180,11 +179,11 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     train(cfg, tmp_path / "encoder", stop_at=2, devices=ONE)
     perceptual = PerceptualConfig(weight=3.0, checkpoint=str(tmp_path / "encoder"))
     run = with_terms(vqgan, perceptual=perceptual)
-    built = program.build(run, one_device)
-    arrays = frozen.arrays(run, tmp_path, built.frozen)
+    built = train_step.build(run, one_device)
+    arrays = tokenizers.arrays(run, tmp_path, built.frozen)
     state = built.init(jax.random.key(0))
     model = nnx.merge(built.graph, state.params, state.moving, arrays)
-    runner = inference.build_inference(cfg, 16, one_device)
+    runner = encoder.build_inference(cfg, 16, one_device)
     directory = checkpoint.locate(str(tmp_path / "encoder"))
     params = checkpoint.restore_params(directory, runner.params)
     batch = make_batch(run)
@@ -200,7 +199,7 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     found = model.loss(batch, jax.random.key(0))[1]["perceptual"]
     np.testing.assert_allclose(found, expected, rtol=0.1)  # 8 bits, and values beyond white
     results = train(run, tmp_path / "tokenizer", devices=ONE)
-    assert results["psnr"] > 5 and not (tmp_path / "tokenizer" / frozen.FILE).exists()
+    assert results["psnr"] > 5 and not (tmp_path / "tokenizer" / tokenizers.FILE).exists()
     wider = dataclasses.replace(run, model=dataclasses.replace(run.model, mlp_dim=96))
     with pytest.raises(SetupError, match=r"fc1/kernel is float32\[2, 32, 64\] in the checkpoint"):
         train(wider, tmp_path / "other", devices=ONE)
@@ -216,9 +215,9 @@ def test_several_devices_give_the_losses_of_one(vqgan, one_device, mesh):
     cfg = with_terms(vqgan, adversarial=game, revive_below=0.5, usage_decay=0.5)
 
     def run(mesh):
-        built = program.build(cfg, mesh)
+        built = train_step.build(cfg, mesh)
         state, found = built.init(jax.random.key(0)), []
-        for batch, _ in zip(pipeline.train_dataset(cfg, mesh), range(3)):
+        for batch, _ in zip(loader.train_dataset(cfg, mesh), range(3)):
             state, metrics = built.step(state, batch, {})
             found.append([float(metrics[k]) for k in ("loss", "perplexity", "r1")])
         return found
@@ -229,8 +228,8 @@ def test_several_devices_give_the_losses_of_one(vqgan, one_device, mesh):
 
 def test_a_tokenizer_learns_one_batch(vqgan, one_device):
     cfg = dataclasses.replace(vqgan, batch_size=4, epochs=20)
-    built = program.build(cfg, one_device)
-    state, batch = built.init(jax.random.key(0)), next(pipeline.train_dataset(cfg, one_device))
+    built = train_step.build(cfg, one_device)
+    state, batch = built.init(jax.random.key(0)), next(loader.train_dataset(cfg, one_device))
     first = None
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, {})
@@ -250,16 +249,18 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
     run = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, target=target))
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
-    assert results == {} and not (tmp_path / "supmim" / frozen.FILE).exists()
-    like = program.build(run, one_device).frozen
+    assert results == {} and not (tmp_path / "supmim" / tokenizers.FILE).exists()
+    like = train_step.build(run, one_device).frozen
     stored = checkpoint.restore_params(
         checkpoint.locate(target.path), {"tokenizer": like["target"]["tokenizer"]}
     )
-    used = frozen.arrays(run, tmp_path, like)["target"]["tokenizer"]
-    assert frozen.digest(used) == frozen.digest(stored["tokenizer"])
+    used = tokenizers.arrays(run, tmp_path, like)["target"]["tokenizer"]
+    assert tokenizers.digest(used) == tokenizers.digest(stored["tokenizer"])
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), np.uint8)
     for workdir, rows in (("whole", 2), ("supmim", 4)):
-        panels = picture.panels(picture.restore(str(tmp_path / workdir)), images, jax.random.key(0))
+        panels = visualize.panels(
+            visualize.restore(str(tmp_path / workdir)), images, jax.random.key(0)
+        )
         assert len(panels) == rows and all(x.shape == (2, 20, 20, 1) for x in panels.values())
     for changes, message in (
         ({"codes": 17}, r"objective\.target\.codes: 16; 17"),
@@ -270,7 +271,7 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     ):
         other = dataclasses.replace(target, **changes)
         with pytest.raises(SetupError, match=message):
-            frozen.tokenizer(
+            tokenizers.tokenizer(
                 dataclasses.replace(
                     run, objective=dataclasses.replace(run.objective, target=other)
                 ),
@@ -292,8 +293,8 @@ def test_evaluation_counts_by_hand(vqgan, one_device):
             return jnp.broadcast_to((ids * 0.5 - 0.5)[:, :, None, None], (len(ids), 20, 20, 1))
 
     cfg = dataclasses.replace(vqgan, eval=dataclasses.replace(vqgan.eval, batch_size=48))
-    found = reconstruction.measure(Halves(), cfg, "validation[:70]", one_device)
-    images = [b.views[0] for b in pipeline.eval_dataset(cfg, "validation[:70]", one_device)]
+    found = evaluate.reconstruction_measure(Halves(), cfg, "validation[:70]", one_device)
+    images = [b.views[0] for b in loader.eval_dataset(cfg, "validation[:70]", one_device)]
     images = np.concatenate(images)[:70].astype(np.float64)
     bright = images.mean((1, 2, 3)) > 60
     error = (images - np.where(bright, 128, 64)[:, None, None, None]) ** 2

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from supmim_jax.config import SetupError
-from supmim_jax.data import feed
+from supmim_jax.data import loader, worker
+from supmim_jax.errors import SetupError
 
 
 def roomy(cfg, monkeypatch, free: float) -> None:
@@ -29,19 +29,19 @@ def busy(cfg, workers: int = 1, **evaluation):
 
 def test_shared_memory_that_is_too_small_is_told_before_a_worker_starts(cfg, monkeypatch):
     roomy(cfg, monkeypatch, 100_000)
-    monkeypatch.setattr(feed.worker, "keep_light", lambda: pytest.fail("it went on"))
+    monkeypatch.setattr(worker, "keep_light", lambda: pytest.fail("it went on"))
     for asked in (busy(cfg, 2), busy(cfg, 1, batch_size=2048)):
         with pytest.raises(SetupError, match=r"data\.workers is \d.*/dev/shm.*0\.1 MB.*shm-size"):
-            feed.training(asked, range(cfg.batch_size))
+            loader.training(asked, range(cfg.batch_size))
     with pytest.raises(SetupError, match=r"/dev/shm"):
-        feed.evaluation(busy(cfg, 1), cfg.data.eval_split, range(64))
+        loader.evaluation(busy(cfg, 1), cfg.data.eval_split, range(64))
 
 
 def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeypatch):
     roomy(cfg, monkeypatch, 300_000)
-    feed.training(busy(cfg), range(cfg.batch_size)).close()
+    loader.training(busy(cfg), range(cfg.batch_size)).close()
     with pytest.raises(SetupError, match="/dev/shm"):
-        feed.training(busy(cfg, every=4), range(cfg.batch_size))
+        loader.training(busy(cfg, every=4), range(cfg.batch_size))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeyp
     ],
 )
 def test_a_worker_that_dies_is_explained(number, error, said, cfg):
-    batches = feed.training(busy(cfg), range(cfg.batch_size))
+    batches = loader.training(busy(cfg), range(cfg.batch_size))
     next(batches)
     (child,) = multiprocessing.active_children()
     os.kill(child.pid, number)

@@ -7,8 +7,9 @@ are those of the checkpoint. Any value can be overridden: --config.eval.linear.h
 
 from ml_collections import ConfigDict
 
-from supmim_jax.config import ConfigError, KNNConfig, ProbeConfig
-from supmim_jax.configdict import to_configdict
+from supmim_jax.config import KNNConfig, ProbeConfig
+from supmim_jax.config.configdict import to_configdict
+from supmim_jax.errors import ConfigError
 
 KNN_SWEEP = KNNConfig(ks=(1, 5, 10, 20, 50, 100, 200))
 

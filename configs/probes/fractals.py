@@ -6,15 +6,9 @@ Hardware: 2 CPU cores. `fractals.py:small` takes another variant of the data tha
 """
 
 from configs.probes import base
-from supmim_jax.config import (
-    ConfigError,
-    EvalConfig,
-    FewShotConfig,
-    MasksConfig,
-    ProbeConfig,
-    ProbeDataConfig,
-)
+from supmim_jax.config import EvalConfig, FewShotConfig, MasksConfig, ProbeConfig, ProbeDataConfig
 from supmim_jax.data.fractals import SPECS
+from supmim_jax.errors import ConfigError
 
 
 def get_config(arg: str = ""):

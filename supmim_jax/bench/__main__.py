@@ -4,9 +4,9 @@ import sys
 
 from absl import flags
 
-from supmim_jax import commands
+from supmim_jax import cli, multihost
 from supmim_jax.bench import boxes, data, knn, step, tokens
-from supmim_jax.bench import flops as flops_
+from supmim_jax.rehearse import flops as flops_
 
 BENCHES = {
     "boxes": boxes,
@@ -25,10 +25,10 @@ def main() -> None:
         return
     if name not in BENCHES:
         known = ", ".join(BENCHES)
-        commands.fail(f"There is no bench {name!r}; known are {known}.", commands.EXIT_SETUP)
+        cli.fail(f"There is no bench {name!r}; known are {known}.", multihost.EXIT_SETUP)
     run = BENCHES[name].command()
     flags.adopt_module_key_flags(BENCHES[name])  # --help lists those of the main module
-    commands.start(run)
+    cli.start(run)
 
 
 if __name__ == "__main__":

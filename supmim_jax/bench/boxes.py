@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, inference, localize, sharding, storage
-from supmim_jax.config import IGNORED, Config, MeshConfig, SetupError
-from supmim_jax.data import records
-from supmim_jax.data.contrastive_crop import CENTRE, UNITS, WHOLE
-from supmim_jax.data.crops import whole_image
+from supmim_jax import checkpoint, contrastive_boxes, sharding, storage
+from supmim_jax import encoder as encoder_module
+from supmim_jax.batch import Encoder
+from supmim_jax.config import IGNORED, Config, MeshConfig
+from supmim_jax.data import source as source_module
+from supmim_jax.data.crops import CENTRE, UNITS, WHOLE, whole_image
 from supmim_jax.data.decode import decode_both
-from supmim_jax.models import heat_map
-from supmim_jax.types import Encoder
+from supmim_jax.errors import SetupError
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 GROUND = 0  # the class of a mask's pixels that show nothing
@@ -30,7 +30,7 @@ def command() -> Callable[[], None]:
         directory = checkpoint.locate(location.value)
         cfg = checkpoint.read_config(directory)
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        subject = inference.build_inference(cfg, cfg.eval.batch_size, mesh)
+        subject = encoder_module.build_inference(cfg, cfg.eval.batch_size, mesh)
         encoder = subject.bind(checkpoint.restore_params(directory, subject.params))
         print(report(measure(encoder, cfg, split.value, most.value)))
 
@@ -48,7 +48,7 @@ def measure(encoder: Encoder, cfg: Config, split: str, most: int) -> dict[str, t
             "config.data.masks.field of the checkpoint is empty: boxes are judged by masks. Train "
             "on data that have them."
         )
-    source = records.open_masks(cfg.data, split)
+    source = source_module.open_masks(cfg.data, split)
     images, truth = [], []
     for i in range(min(most, len(source))):
         image, mask = decode_both(source[i], cfg.data, i)
@@ -60,14 +60,14 @@ def measure(encoder: Encoder, cfg: Config, split: str, most: int) -> dict[str, t
     step = cfg.eval.batch_size
     heat = np.concatenate(
         [
-            localize.heat(encoder, jnp.asarray(images[i : i + step]))
+            contrastive_boxes.heat(encoder, jnp.asarray(images[i : i + step]))
             for i in range(0, len(images), step)
         ]
     )
     found = {"whole image": np.tile(WHOLE, (len(truth), 1)) / UNITS}
     found["centre"] = np.tile(CENTRE, (len(truth), 1)) / UNITS
     for threshold in THRESHOLDS:
-        boxes = heat_map.bounds(jnp.asarray(heat), cfg.data.image_size, threshold)
+        boxes = contrastive_boxes.bounds(jnp.asarray(heat), cfg.data.image_size, threshold)
         found[f"heat map > {threshold}"] = np.asarray(boxes) / UNITS
     return {name: (float(iou(x, truth).mean()), float(area(x).mean())) for name, x in found.items()}
 

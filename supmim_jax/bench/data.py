@@ -14,8 +14,9 @@ from absl import flags
 from supmim_jax import sharding, storage
 from supmim_jax.bench import data_memory, data_plan, data_rates, data_stages, photographs
 from supmim_jax.bench.data_report import report
-from supmim_jax.config import MeshConfig, SetupError
-from supmim_jax.data import records
+from supmim_jax.config import MeshConfig
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import SetupError
 
 PACKAGES = ("jax", "grain", "array-record", "opencv-python-headless", "tensorflow-datasets")
 
@@ -78,7 +79,7 @@ def measure(plan: data_plan.Plan, directory: str) -> dict:
     """
     images = photographs.prepare(directory, plan.images, plan.seed)
     cfg = data_plan.config(plan, directory, images)
-    source = records.open_training_source(cfg.data)
+    source = source_module.open_training_source(cfg.data)
     sizes = [len(source[i]["image"]) / 1e3 for i in range(images)]
     result = {
         "plan": dataclasses.asdict(plan),

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Iterator
 
 from supmim_jax import sharding
+from supmim_jax.batch import Batch
 from supmim_jax.bench import photographs
 from supmim_jax.config import Config, DataConfig, MeshConfig, SupervisedConfig
-from supmim_jax.data import pipeline
-from supmim_jax.types import Batch
+from supmim_jax.data import loader
 
 SIZE = 224  # pixels of a training image
 
@@ -55,6 +55,6 @@ def config(plan: Plan, directory: str, images: int) -> Config:
 @contextlib.contextmanager
 def batches(cfg: Config, plan: Plan) -> Iterator[Iterator[Batch]]:
     """The training batches on this host's devices; workers start as they do in training."""
-    stream = pipeline.train_dataset(cfg, sharding.make_mesh(MeshConfig()))
+    stream = loader.train_dataset(cfg, sharding.make_mesh(MeshConfig()))
     with contextlib.closing(stream):
         yield stream

@@ -9,14 +9,16 @@ import jax
 import numpy as np
 
 from supmim_jax.bench import data_plan, photographs, processes, tfdata_reference
-from supmim_jax.config import Config, SetupError
-from supmim_jax.data import crops, records, transforms
+from supmim_jax.config import Config
+from supmim_jax.data import crops, transforms
+from supmim_jax.data import source as source_module
+from supmim_jax.errors import SetupError
 
 OURS = "supmim_jax"
 HALVES_DIFFER = 4.0  # of 255, in the mean: what aliasing and truncation may make
 
 
-def compared(source: records.Records, cfg: Config, plan: data_plan.Plan) -> dict:
+def compared(source: source_module.Records, cfg: Config, plan: data_plan.Plan) -> dict:
     """Ours and tf.data on one core by turns, then whole pipelines on several, one after the other.
 
     Both make the same crops of the same records, as many as fill whole batches.
@@ -99,7 +101,7 @@ def summed(found: dict[str, list[dict]]) -> dict[str, dict]:
     return result
 
 
-def transformed(source: records.Records, cfg: Config, batches: int) -> dict[str, float]:
+def transformed(source: source_module.Records, cfg: Config, batches: int) -> dict[str, float]:
     """Seconds of the first records through the transforms, stacked in batches: one thread."""
     example = transforms.TrainExample(cfg.data, cfg.seed, 1)
     wall, cpu = time.perf_counter(), tfdata_reference.cpu_seconds()

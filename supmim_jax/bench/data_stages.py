@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from supmim_jax.bench import photographs, reference
 from supmim_jax.config import Config
-from supmim_jax.data import crops, decode, jpeg, pipeline, records, transforms
+from supmim_jax.data import crops, decode, jpeg, loader, transforms
+from supmim_jax.data import source as source_module
 from supmim_jax.data.transforms import GEOMETRY, TrainExample, generator
 
 STAGES = (
@@ -28,14 +29,14 @@ STAGES = (
 
 
 def stage_seconds(
-    source: records.Records, cfg: Config, mesh: Mesh, images: int
+    source: source_module.Records, cfg: Config, mesh: Mesh, images: int
 ) -> dict[str, float]:
     """CPU seconds per image of each of STAGES, by the functions that the pipeline is made of.
 
     "augment" is all that follows the crop: with RandAugment the operations that move pixels, too.
     """
     spent = defaultdict(float)
-    batch, sharding = [], NamedSharding(mesh, pipeline.ROWS)
+    batch, sharding = [], NamedSharding(mesh, loader.ROWS)
     _example(source, 0, cfg, defaultdict(float))  # opens files and libraries
     jax.block_until_ready(jax.device_put(np.zeros(cfg.batch_size), sharding))
     rounds = max(1, images // cfg.batch_size)
@@ -52,7 +53,7 @@ def stage_seconds(
     return {stage: spent[stage] / (rounds * cfg.batch_size) for stage in STAGES}
 
 
-def _example(source: records.Records, i: int, cfg: Config, spent: dict[str, float]) -> dict:
+def _example(source: source_module.Records, i: int, cfg: Config, spent: dict[str, float]) -> dict:
     """What TrainExample makes of record i, with the time of its parts added to `spent`."""
     clock = time.thread_time
     t0 = clock()
@@ -84,7 +85,7 @@ def _example(source: records.Records, i: int, cfg: Config, spent: dict[str, floa
     return transforms.packed(view, record["label"], i, 1.0)
 
 
-def quality(source: records.Records, cfg: Config, images: int) -> dict[str, float]:
+def quality(source: source_module.Records, cfg: Config, images: int) -> dict[str, float]:
     """PSNR in dB of our crops, before any augmentation, against the reference of the same boxes.
 
     The reference is the whole image, decoded by OpenCV with the accurate integer DCT, then resized

@@ -9,7 +9,8 @@ import numpy as np
 from absl import flags
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig, SetupError
+from supmim_jax.config import MeshConfig
+from supmim_jax.errors import SetupError
 from supmim_jax.evals import knn
 
 IMAGENET = (1_281_167, 50_000, 768)  # training images, validation images, width of a ViT-B

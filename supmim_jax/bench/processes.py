@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from supmim_jax.config import SetupError
+from supmim_jax.errors import SetupError
 
 # A package that maps a library into memory, by a part of that library's path.
 LIBRARIES = {

@@ -13,11 +13,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from supmim_jax import config_file, hlo, program, sharding, storage
-from supmim_jax.bench import analytic, flops, step_data, step_timing, step_where, torch_rival
+from supmim_jax import cli, sharding, storage, train_step
+from supmim_jax.bench import step_data, step_timing, step_where, torch_rival
 from supmim_jax.bench.step_report import report
-from supmim_jax.config import Config, SetupError
-from supmim_jax.configdict import from_configdict
+from supmim_jax.config import Config
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.errors import SetupError
+from supmim_jax.rehearse import flops, hlo
 
 OURS = "supmim_jax"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -37,7 +39,7 @@ class Plan:
 
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
-    config = config_file.define("Experiment: configs/<name>.py")
+    config = cli.define("Experiment: configs/<name>.py")
     number, boolean = flags.DEFINE_integer, flags.DEFINE_bool
     given = {
         "rounds": number("rounds", 10, "Rounds; their median counts.", lower_bound=1),
@@ -81,7 +83,7 @@ def measure(cfg: Config, plan: Plan) -> dict:
     sizes = None
     if plan.rival:
         sizes = torch_rival.shapes(cfg, torch_rival.device(mesh), plan.compile_rival)
-    prog = program.build(cfg, mesh)
+    prog = train_step.build(cfg, mesh)
     begin = time.perf_counter()
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
     traced = time.perf_counter()
@@ -134,7 +136,7 @@ def about(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
 
 def counts(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
     """FLOPs of a step by arithmetic and, where the program can be counted, of the program."""
-    work = analytic.train(cfg).values()
+    work = flops.train(cfg).values()
     found = {"model_flops": cfg.batch_size * sum(part.model for part in work)}
     try:
         counted = flops.counted(cfg, mesh, compiled, 0.0)

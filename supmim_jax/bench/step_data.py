@@ -6,8 +6,9 @@ import time
 import jax
 
 from supmim_jax.bench.step_timing import WARM_UP, Ours
-from supmim_jax.config import Config, SetupError
-from supmim_jax.data import pipeline
+from supmim_jax.config import Config
+from supmim_jax.data import loader
+from supmim_jax.errors import SetupError
 
 
 def measure(cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int) -> dict[str, float]:
@@ -25,7 +26,7 @@ def measure(cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int) -> dic
             f"{cfg.total_steps}: give fewer --rounds or --steps, or more config.epochs."
         )
     waited, metrics = 0.0, None
-    with contextlib.closing(pipeline.train_dataset(cfg, mesh)) as batches:
+    with contextlib.closing(loader.train_dataset(cfg, mesh)) as batches:
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 jax.block_until_ready(metrics)

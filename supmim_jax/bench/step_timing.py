@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from supmim_jax.batch import Batch
 from supmim_jax.config import Config
-from supmim_jax.program import Program
-from supmim_jax.types import Batch
+from supmim_jax.train_step import Program
 
 WARM_UP = 2  # steps before the first round
 REPEATS = 5  # of each matmul; the fastest counts

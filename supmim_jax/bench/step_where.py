@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jax
 
-from supmim_jax import hlo
-from supmim_jax.bench import flops
-from supmim_jax.hlo.text import Instruction, Module
+from supmim_jax.rehearse import flops, hlo
+from supmim_jax.rehearse.hlo import Instruction, Module
 
 # The first part one of whose functions an operation was traced in; optax's have an update_fn.
 TIMED = (

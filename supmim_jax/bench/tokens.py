@@ -10,8 +10,8 @@ from absl import flags
 from etils import epath
 
 from supmim_jax.config import DataConfig, VQGANConfig
-from supmim_jax.configdict import section
-from supmim_jax.data import seals, token_cache, token_plan, transforms
+from supmim_jax.config.configdict import section
+from supmim_jax.data import source, token_cache, transforms
 
 IMAGENET = 1_281_167  # training images
 SIDE = 16  # tokens each way
@@ -72,7 +72,7 @@ def compare(records: int, epochs: int, images: int) -> str:
 
 def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
     """A cache of one shard of random ids."""
-    plan = token_plan.Plan(
+    plan = token_cache.Plan(
         fingerprint={"tokenizer": section(VQGANConfig())},
         views=1,
         examples=records,
@@ -81,7 +81,7 @@ def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
         records_per_shard=records,
     )
     random = np.random.default_rng(0)
-    mark = seals.mark(bytes(100_000))
+    mark = source.mark(bytes(100_000))
     rows = ((random.integers(0, plan.codes, plan.tokens, np.uint16), mark) for _ in range(records))
     token_cache.write_shard(plan.path(directory, 0), token_cache.packed(plan, 0, rows))
     return token_cache.TokenCache(directory, plan)

@@ -5,18 +5,20 @@ compares them before anything is read, `restoring` reads, `places` finds them, `
 stay, `room` asks the disk first.
 """
 
-from supmim_jax.checkpoint.damage import verify
-from supmim_jax.checkpoint.places import locate, split_step, steps
-from supmim_jax.checkpoint.restoring import (
+from supmim_jax.checkpoint.checksums import verify
+from supmim_jax.checkpoint.restore import (
     BEGIN,
     check_params,
+    locate,
     plain,
     read_config,
     read_run,
     restore_params,
+    split_step,
+    steps,
     stored_tree,
 )
-from supmim_jax.checkpoint.saving import Checkpoints
+from supmim_jax.checkpoint.save import Checkpoints
 
 __all__ = [
     "BEGIN",

@@ -17,12 +17,21 @@ from supmim_jax.config.evaluation import (
     HeadTrainingConfig,
     KNNConfig,
     LinearProbeConfig,
+    ProbeConfig,
     RetrievalConfig,
     SegmentationConfig,
 )
 from supmim_jax.config.experiment import Config
-from supmim_jax.config.fields import INF, OF_THE_USER, ConfigError, SetupError, within
-from supmim_jax.config.model import VARIANTS, DecoderConfig, ViTConfig
+from supmim_jax.config.fields import INF, within
+from supmim_jax.config.model import (
+    VARIANTS,
+    DecoderConfig,
+    PatchCodesConfig,
+    PixelsConfig,
+    TokensConfig,
+    ViTConfig,
+    VQGANConfig,
+)
 from supmim_jax.config.objective import (
     AdversarialConfig,
     ClassificationConfig,
@@ -36,13 +45,6 @@ from supmim_jax.config.objective import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.config.probing import ProbeConfig
-from supmim_jax.config.tokenizer import (
-    PatchCodesConfig,
-    PixelsConfig,
-    TokensConfig,
-    VQGANConfig,
-)
 from supmim_jax.config.training import (
     CheckpointConfig,
     InitConfig,
@@ -55,14 +57,12 @@ from supmim_jax.config.training import (
 __all__ = [
     "IGNORED",
     "INF",
-    "OF_THE_USER",
     "VARIANTS",
     "AdversarialConfig",
     "CMAEConfig",
     "CheckpointConfig",
     "ClassificationConfig",
     "Config",
-    "ConfigError",
     "ContrastiveConfig",
     "ContrastiveCropConfig",
     "DataConfig",
@@ -87,7 +87,6 @@ __all__ = [
     "RetrievalConfig",
     "SegmentationConfig",
     "SegmentationObjectiveConfig",
-    "SetupError",
     "SupMIMConfig",
     "SupervisedConfig",
     "TokensConfig",

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, ConfigError, path_field, within
+from supmim_jax.config.fields import INF, path_field, within
+from supmim_jax.errors import ConfigError
 
 IGNORED = -1  # the class of a pixel that doesn't count, once the others are 0, 1, ...
 

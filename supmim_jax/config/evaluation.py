@@ -1,9 +1,14 @@
-"""What a trained encoder is judged by, in training and by `probe`."""
+"""What a trained encoder is judged by, in training and by `probe`.
+
+A measurement of trained encoders."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from supmim_jax.config.data import ProbeDataConfig
 from supmim_jax.config.fields import INF, within
+from supmim_jax.config.training import MeshConfig
+from supmim_jax.errors import ConfigError
 
 # `top1` and `miou` ask the run's own heads; the others see frozen features.
 Evaluation = Literal["top1", "miou", "knn", "retrieval", "linear", "few_shot", "segmentation"]
@@ -97,3 +102,16 @@ class EvalConfig:
             ],
         }
         return tuple(name for evaluation in self.which for name in names[evaluation])
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What to measure trained encoders by. The encoder itself is that of its own run's config."""
+
+    data: ProbeDataConfig = ProbeDataConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.eval.every:
+            raise ConfigError(f"eval.every is {self.eval.every}; only training evaluates again.")

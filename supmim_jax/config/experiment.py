@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from supmim_jax.config.data import DataConfig
 from supmim_jax.config.evaluation import EvalConfig
-from supmim_jax.config.fields import INF, LARGEST, ConfigError, within
-from supmim_jax.config.model import ViTConfig
+from supmim_jax.config.fields import INF, LARGEST, within
+from supmim_jax.config.model import TokensConfig, ViTConfig
 from supmim_jax.config.objective import (
     CMAEConfig,
     MAEConfig,
@@ -15,7 +15,6 @@ from supmim_jax.config.objective import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.config.tokenizer import TokensConfig
 from supmim_jax.config.training import (
     CheckpointConfig,
     InitConfig,
@@ -24,6 +23,7 @@ from supmim_jax.config.training import (
     OptimConfig,
     WatchConfig,
 )
+from supmim_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ What the rest of the code must know of a method is said once, in its class:
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from supmim_jax.config.fields import INF, ConfigError, path_field, within
-from supmim_jax.config.model import DecoderConfig
-from supmim_jax.config.tokenizer import PatchCodesConfig, PixelsConfig, VQGANConfig
+from supmim_jax.config.fields import INF, path_field, within
+from supmim_jax.config.model import DecoderConfig, PatchCodesConfig, PixelsConfig, VQGANConfig
+from supmim_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from supmim_jax.config.fields import INF, SMALLEST, ConfigError, path_field, within
+from supmim_jax.config.fields import INF, SMALLEST, path_field, within
+from supmim_jax.errors import ConfigError
 
 
 @dataclass(frozen=True)

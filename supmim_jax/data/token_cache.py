@@ -5,23 +5,96 @@ A cache is a directory with `manifest.json` (what the tokens are of: its fingerp
 ids in row order and a CRC-32, little-endian. The checksum is of the ids and of what they belong to:
 this cache, this record and the file of this image. So tokens that were swapped, or are of images
 that changed since, are found when they are read. A shard has its name when it is complete.
-"""
+
+
+What a token cache consists of: `manifest.json`."""
 
 import concurrent.futures
+import dataclasses
+import hashlib
 import json
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
 from supmim_jax import storage
-from supmim_jax.config import Config, SetupError
-from supmim_jax.configdict import differences, section
-from supmim_jax.data import decode, readers, records, seals
-from supmim_jax.data.token_plan import Plan, read_plan
+from supmim_jax.config import Config
+from supmim_jax.config.configdict import differences, section
+from supmim_jax.data import decode, source
+from supmim_jax.errors import SetupError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cache consists of; `manifest.json` is this and its SHA-256."""
+
+    fingerprint: dict
+    views: int
+    examples: int
+    tokens: int  # per view of an image
+    codes: int
+    records_per_shard: int
+
+    @property
+    def records(self) -> int:
+        return self.views * self.examples
+
+    @property
+    def shards(self) -> int:
+        return -(-self.records // self.records_per_shard)
+
+    def shard(self, index: int) -> range:
+        """The records of a shard."""
+        start = index * self.records_per_shard
+        return range(start, min(start + self.records_per_shard, self.records))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all this: what tells one cache from another."""
+        return _digest(dataclasses.asdict(self))
+
+    @property
+    def manifest(self) -> dict:
+        return dataclasses.asdict(self) | {"sha256": self.digest}
+
+    def path(self, directory: epath.Path, index: int) -> epath.Path:
+        return directory / f"tokens-{index:05d}-of-{self.shards:05d}.arrayrecord"
+
+
+def read_plan(directory: epath.Path) -> Plan:
+    """The plan of a cache.
+
+    Raises:
+      SetupError: there is none, or it cannot be read.
+    """
+    path = directory / MANIFEST
+    try:
+        values = json.loads(path.read_text())
+        stored = values.pop("sha256", None)
+        if stored is None:
+            raise ValueError("it has no checksum, as those of earlier versions of this code")
+        if stored != _digest(values):
+            raise ValueError("its checksum is wrong: it was changed after it was written")
+        return Plan(**values)
+    except FileNotFoundError:
+        raise SetupError(
+            f"There is no token cache in {directory}: {MANIFEST} is missing. Write one with "
+            f"`python -m supmim_jax.cache_tokens --config ... --epochs ... --cache {directory}`."
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SetupError(f"{path} cannot be read: {error}. Write the cache again.") from None
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
 
 VERSION = 2  # goes up when the same config gives other crops or tokens
 # Records are read one by one in random order. A read costs time for each group of its file and for
@@ -49,7 +122,7 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
         "version": VERSION,
         "seed": cfg.seed,
         "data": {name: data[name] for name in ("name", "train_split", "train_examples")}
-        | {"version": records.version(cfg.data)},
+        | {"version": source.version(cfg.data)},
         "shown": shown,
         "augmentation": geometry | {"rand_augment": moves},
         "model": {"patch": cfg.model.patch},
@@ -65,7 +138,7 @@ def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
     if changed:
         raise SetupError(
             f"The token cache {directory} belongs to another run: {'; '.join(changed)} (there; "
-            f"here). Write a cache for this config with `python -m supmim_jax.tokenize`, or leave "
+            f"here). Write one for this config with `python -m supmim_jax.cache_tokens`, or leave "
             f"config.tokens.cache empty."
         )
 
@@ -99,7 +172,7 @@ class TokenCache:
     def __init__(self, directory: epath.Path, plan: Plan):
         self.directory, self.plan, self.digest = directory, plan, bytes.fromhex(plan.digest)
         self.plain_alone = "shown" not in plan.fingerprint
-        self.readers = readers.Readers([str(plan.path(directory, i)) for i in range(plan.shards)])
+        self.readers = source.Readers([str(plan.path(directory, i)) for i in range(plan.shards)])
 
     def __getstate__(self) -> tuple[epath.Path, Plan]:
         return self.directory, self.plan
@@ -123,7 +196,7 @@ class TokenCache:
                 f"The token cache {self.directory} is of a version that did not look at the "
                 f"transparency of images or at more than 8 bits a channel, and example {example} "
                 f"has one of these: its tokens are of another image than is seen. Write another "
-                f"cache with supmim_jax.tokenize."
+                f"cache with supmim_jax.cache_tokens."
             )
         record = view * self.plan.examples + example
         shard, place = divmod(record, self.plan.records_per_shard)
@@ -132,16 +205,16 @@ class TokenCache:
             found = self.readers.read(shard, place)
         except (RuntimeError, ValueError, IndexError) as error:
             raise SetupError(
-                f"{path} cannot be read: {error}. Delete it and run supmim_jax.tokenize again: it "
-                f"writes what is missing."
+                f"{path} cannot be read: {error}. Delete it and run supmim_jax.cache_tokens again: "
+                f"it writes what is missing."
             ) from None
         encoded, stored = found[:-4], found[-4:]
-        if stored != _checksum(self.digest, record, seals.mark(image), encoded):
+        if stored != _checksum(self.digest, record, source.mark(image), encoded):
             raise SetupError(
                 f"{path}: what should be view {view} of example {example} has a wrong checksum. "
                 f"The file is damaged or of another place or cache, or the image of record "
                 f"{example} is no longer the one that was tokenised. If the data set is as it was, "
-                f"delete the file and run supmim_jax.tokenize again; else write another cache."
+                f"delete the file and run supmim_jax.cache_tokens again; else write another cache."
             )
         return np.frombuffer(encoded, "<u2")
 
@@ -167,7 +240,7 @@ def open_cache(cfg: Config, tokenizer_digest: str | None = None) -> TokenCache:
         raise SetupError(
             f"The token cache {directory} has {plan.views} views of each image, and the run wants "
             f"{cfg.num_views}. Set config.tokens.views={plan.views} to cycle through them, or "
-            f"write {cfg.num_views} into another directory: `python -m supmim_jax.tokenize "
+            f"write {cfg.num_views} into another directory: `python -m supmim_jax.cache_tokens "
             f"--epochs {cfg.num_views} --cache <directory>`."
         )
     _check_shards(directory, plan)
@@ -185,20 +258,20 @@ def _check_shards(directory: epath.Path, plan: Plan) -> None:
             f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. Run the command that "
             f"wrote it again: it goes on where it stopped."
         )
-    with concurrent.futures.ThreadPoolExecutor(min(64, readers.most_open())) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(64, source.most_open())) as pool:
         found = pool.map(_damage, paths, [len(plan.shard(i)) for i in range(plan.shards)])
         damage = next(filter(None, found), None)
     if damage:
         raise SetupError(
             f"The token cache {directory} is damaged: {damage}. Delete that file and run "
-            f"supmim_jax.tokenize again: it writes what is missing."
+            f"supmim_jax.cache_tokens again: it writes what is missing."
         )
 
 
 def _damage(path: epath.Path, expected: int) -> str:
     """What is wrong with a shard; "" for nothing. Only its end is read."""
     try:
-        found = readers.count(str(path))
+        found = source.count(str(path))
     except ValueError as error:
         return f"{path.name} {error}"
     return "" if found == expected else f"{path.name} has {found} records, expected {expected}"

@@ -12,17 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from supmim_jax.config import IGNORED, DataConfig
-from supmim_jax.data import augment, jpeg, rand_augment, seals
-from supmim_jax.data.crops import (
-    cropped,
-    cropped_mask,
-    draw_crop,
-    eval_image,
-    eval_mask,
-    finished,
-)
+from supmim_jax.data import augment, jpeg, source
+from supmim_jax.data.crops import cropped, cropped_mask, draw_crop, eval_image, eval_mask, finished
 from supmim_jax.data.decode import BrokenRecord, class_of, decode_both, decode_image
-from supmim_jax.data.sequence import NONE
+from supmim_jax.data.sampler import NONE
 from supmim_jax.data.token_cache import TokenCache
 
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
@@ -49,7 +42,7 @@ def moved(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> tuple
     """A crop after the operations that move pixels, and how many of colour are left to do."""
     if not cfg.moves_pixels:
         return image, 0
-    return rand_augment.geometry(cfg.augment, image, cfg.augment_layers, cfg.augment_magnitude, rng)
+    return augment.geometry(cfg.augment, image, cfg.augment_layers, cfg.augment_magnitude, rng)
 
 
 def decoded_crop(
@@ -100,7 +93,7 @@ def coloured(
         return view
     rng = generator(seed, epoch, example, COLOURS, crop)
     if cfg.moves_pixels:
-        view = rand_augment.colours(cfg.augment, view, layers, cfg.augment_magnitude, rng)
+        view = augment.colours(cfg.augment, view, layers, cfg.augment_magnitude, rng)
     elif cfg.augment == "three_augment":
         view = augment.three_augment(view, cfg.color_jitter, rng)
     elif cfg.augment == "color_jitter":
@@ -156,7 +149,7 @@ class TargetExample:
     example: TrainExample
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
-        mark = np.uint32(seals.mark(drawn[2]["image"]))
+        mark = np.uint32(source.mark(drawn[2]["image"]))
         return {"image": self.example.targets(*drawn)[0][0], "mark": mark}
 
 

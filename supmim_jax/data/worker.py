@@ -17,7 +17,7 @@ import threading
 import time
 from multiprocessing import resource_tracker
 
-from supmim_jax.config import SetupError
+from supmim_jax.errors import SetupError
 
 NAME = "supmim_jax.data.worker"
 SHARED = "/dev/shm"  # where batches pass from a worker to its parent, as long as Linux has it

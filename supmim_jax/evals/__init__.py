@@ -2,11 +2,11 @@
 
 from jax.sharding import Mesh
 
+from supmim_jax.batch import Encoder, Tokenizer
 from supmim_jax.config import Config
-from supmim_jax.evals import reconstruction, representation
-from supmim_jax.evals.needs import check
-from supmim_jax.evals.results import ERRORS, Results
-from supmim_jax.types import Encoder, Tokenizer
+from supmim_jax.evals import evaluate
+from supmim_jax.evals.evaluate import check
+from supmim_jax.evals.features import ERRORS, Results
 
 __all__ = ["ERRORS", "Results", "check", "run_all", "told"]
 
@@ -27,5 +27,5 @@ def run_all(model: Encoder | Tokenizer, cfg: Config, split: str, mesh: Mesh) -> 
       SetupError: the data are not what an evaluation of `cfg.eval.which` needs.
     """
     if cfg.objective.name == "vqgan":
-        return Results(reconstruction.measure(model, cfg, split, mesh), {})
-    return representation.measure(model, cfg, split, mesh)
+        return Results(evaluate.reconstruction_measure(model, cfg, split, mesh), {})
+    return evaluate.measure(model, cfg, split, mesh)

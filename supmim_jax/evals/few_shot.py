@@ -7,8 +7,8 @@ it: features standardised by the shots, a constant column for the bias, targets 
 
 import numpy as np
 
-from supmim_jax.evals import rows
-from supmim_jax.evals.results import CannotEvaluate
+from supmim_jax.evals import features
+from supmim_jax.evals.features import CannotEvaluate
 
 CHUNK = 65536  # examples classified at once
 
@@ -34,8 +34,8 @@ def evaluate(
         (train_NxD, train_labels_N, "few-shot training"),
         (test_MxD, test_labels_M, "few-shot test"),
     ):
-        rows.check_features(x, f"features of {what}")
-        rows.check_labels(labels, x, classes, f"labels of {what}")
+        features.check_features(x, f"features of {what}")
+        features.check_labels(labels, x, classes, f"labels of {what}")
     accuracies = []
     for draw in range(draws):
         chosen = draw_shots(train_labels_N, classes, shots, seed=seed, draw=draw)

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from supmim_jax import sharding
-from supmim_jax.evals import rows
-from supmim_jax.evals.results import CannotEvaluate
+from supmim_jax.evals import features
+from supmim_jax.evals.features import CannotEvaluate
 
 QUERY_CHUNK = 1024  # times BANK_CHUNK: 32 MiB of similarities at once
 BANK_CHUNK = 8192
@@ -61,14 +61,14 @@ def neighbours(
       SetupError: the arrays don't fit together, have NaN, or hold fewer than k neighbours.
     """
     _check(queries_QxD, bank_NxD, k, leave_one_out)
-    mesh = mesh or rows.everywhere()
+    mesh = mesh or features.everywhere()
     query_chunk = _chunk(len(queries_QxD), query_chunk)
     bank = _placed(bank_NxD, _chunk(len(bank_NxD), bank_chunk), mesh)
     found = []
     for first in range(0, len(queries_QxD), query_chunk):
         chunk = _normalised(queries_QxD[first : first + query_chunk])
-        arguments = (rows.padded(chunk, query_chunk), np.int32(first))
-        queries, start = (rows.copied(np.asarray(x), mesh) for x in arguments)
+        arguments = (features.padded(chunk, query_chunk), np.int32(first))
+        queries, start = (features.copied(np.asarray(x), mesh) for x in arguments)
         best = _search(
             queries, start, bank, k=k, size=len(bank_NxD), leave_one_out=leave_one_out, mesh=mesh
         )
@@ -127,7 +127,7 @@ def predict(
     bank_chunk: int = BANK_CHUNK,
 ) -> np.ndarray:
     """Class of each query, int32 Q: `neighbours` and their `vote` for one k."""
-    rows.check_labels(labels_N, bank_NxD, classes, "labels of the kNN bank")
+    features.check_labels(labels_N, bank_NxD, classes, "labels of the kNN bank")
     similarity, index = neighbours(
         queries_QxD, bank_NxD, k, mesh=mesh, query_chunk=query_chunk, bank_chunk=bank_chunk
     )
@@ -157,7 +157,7 @@ def search_program(
     bank = jax.ShapeDtypeStruct(
         (_chunks(size, chunk, mesh), chunk, bank_shape[1]),
         jnp.float32,
-        sharding=rows.by_rows(mesh),
+        sharding=features.by_rows(mesh),
     )
     lowered = _search.lower(*abstract, bank, k=k, size=size, leave_one_out=False, mesh=mesh)
     return SearchProgram(lowered, -(-queries // query_chunk))
@@ -218,7 +218,7 @@ def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array:
         return block
 
     chunks = _chunks(len(bank_NxD), chunk, mesh)
-    return jax.make_array_from_callback((chunks, chunk, dim), rows.by_rows(mesh), part)
+    return jax.make_array_from_callback((chunks, chunk, dim), features.by_rows(mesh), part)
 
 
 def _chunk(total: int, most: int) -> int:
@@ -227,7 +227,7 @@ def _chunk(total: int, most: int) -> int:
 
 
 def _chunks(size: int, chunk: int, mesh: Mesh) -> int:
-    return rows.round_up(-(-size // chunk), mesh.size)
+    return features.round_up(-(-size // chunk), mesh.size)
 
 
 def _normalised(x: np.ndarray) -> np.ndarray:
@@ -236,8 +236,8 @@ def _normalised(x: np.ndarray) -> np.ndarray:
 
 
 def _check(queries_QxD: np.ndarray, bank_NxD: np.ndarray, k: int, leave_one_out: bool) -> None:
-    rows.check_features(queries_QxD, "queries of kNN")
-    rows.check_features(bank_NxD, "bank of kNN")
+    features.check_features(queries_QxD, "queries of kNN")
+    features.check_features(bank_NxD, "bank of kNN")
     if queries_QxD.shape[1] != bank_NxD.shape[1]:
         raise CannotEvaluate(
             f"queries have {queries_QxD.shape[1]} dimensions, the bank {bank_NxD.shape[1]}."

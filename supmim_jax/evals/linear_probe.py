@@ -24,8 +24,8 @@ import optax
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
-from supmim_jax.evals import rows
-from supmim_jax.evals.results import CannotEvaluate
+from supmim_jax.evals import features
+from supmim_jax.evals.features import CannotEvaluate
 
 ROWS = 4096  # of one chunk's logits: memory doesn't grow with the training set
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # c; a small one is a strong penalty
@@ -71,8 +71,8 @@ def evaluate(
     Raises:
       SetupError: the arrays don't fit together.
     """
-    rows.check_features(test_MxD, "test features of the linear probe")
-    rows.check_labels(test_labels_M, test_MxD, classes, "test labels of the linear probe")
+    features.check_features(test_MxD, "test features of the linear probe")
+    features.check_labels(test_labels_M, test_MxD, classes, "test labels of the linear probe")
     aside_N = hold_out(train_labels_N, held_out, seed)
     kept = (train_NxD[~aside_N], train_labels_N[~aside_N])
     scores = {}
@@ -123,27 +123,30 @@ def fit(
     Raises:
       SetupError: the arrays don't fit together.
     """
-    rows.check_features(features_NxD, "features of the linear probe")
-    rows.check_labels(labels_N, features_NxD, classes, "labels of the linear probe")
-    mesh = mesh or rows.everywhere()
+    features.check_features(features_NxD, "features of the linear probe")
+    features.check_labels(labels_N, features_NxD, classes, "labels of the linear probe")
+    mesh = mesh or features.everywhere()
     mean, scale = _moments(features_NxD)
     count = len(features_NxD)
     chunk = min(chunk, -(-count // mesh.size))
-    total = rows.round_up(count, chunk * mesh.size)
+    total = features.round_up(count, chunk * mesh.size)
     variance_D, axes_DxD = np.linalg.eigh(_covariance(features_NxD, mean, scale))
     # The curvature of the cross-entropy at zero, where all classes are equally likely.
     curvature_D = np.maximum(variance_D, 0) * (1 - 1 / classes) / classes + 1 / (c * count)
     axes_DxD = axes_DxD / np.sqrt(curvature_D)
 
     def place(x: np.ndarray) -> jax.Array:
-        return rows.spread(rows.padded(x, total).reshape(-1, chunk, *x.shape[1:]), mesh)
+        return features.spread(features.padded(x, total).reshape(-1, chunk, *x.shape[1:]), mesh)
 
     with jax.enable_x64(True):
         given = (
             place(np.concatenate([x @ axes_DxD for x in _standardised(features_NxD, mean, scale)])),
             place(labels_N.astype(np.int32)),
             place(np.full(count, 1.0 / count)),  # the weight of padding is 0
-            *(rows.copied(x, mesh) for x in (1 / (c * count * curvature_D), np.float64(tolerance))),
+            *(
+                features.copied(x, mesh)
+                for x in (1 / (c * count * curvature_D), np.float64(tolerance))
+            ),
         )
         found = _minimise(*given, classes=classes, steps=steps, mesh=mesh)
         (kernel, bias), taken, slope = jax.device_get(found)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from supmim_jax.evals.results import CannotEvaluate
+from supmim_jax.evals.features import CannotEvaluate
 
 RECALLS = (1, 10, 100)
 CHUNK = 1024  # queries at once

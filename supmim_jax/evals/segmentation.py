@@ -3,7 +3,9 @@
 A head sees the grid of tokens BxHxWxD; its logits are upsampled bilinearly to the size of the
 masks, and trained there by pixel-wise cross-entropy. Heads are trained on cached tokens, which
 stay on the host: a batch at a time goes to the devices, its rows split over the mesh.
-"""
+
+
+Segmentation scores from a confusion matrix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +18,42 @@ from jax.sharding import Mesh
 
 from supmim_jax import optim
 from supmim_jax.config import IGNORED, HeadTrainingConfig
-from supmim_jax.evals import confusion, rows
-from supmim_jax.evals.results import CannotEvaluate
+from supmim_jax.evals import features
+from supmim_jax.evals.features import CannotEvaluate
 from supmim_jax.models.segmentation import HEADS, pixel_cross_entropy
 from supmim_jax.models.segmentation import classes as classes_of
+
+
+class Scores(NamedTuple):
+    """In per cent. IoU is NaN for a class that neither the truth nor a prediction has."""
+
+    miou: float  # mean over the other classes
+    pixel_accuracy: float
+    iou_V: np.ndarray  # float64
+
+
+def count(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels by (true class, predicted class), int64 VxV, without those that are IGNORED.
+
+    Arrays of one shape, whatever it is; matrices of several batches add up.
+    """
+    if truth.shape != predicted.shape:
+        raise CannotEvaluate(f"Masks are {truth.shape}, predictions {predicted.shape}.")
+    valid = truth != IGNORED
+    cell = truth[valid].astype(np.int64) * classes + predicted[valid]
+    return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
+
+
+def score(matrix_VxV: np.ndarray) -> Scores:
+    """Scores of all pixels counted."""
+    if not matrix_VxV.sum():
+        raise CannotEvaluate("No pixel of the masks counts: all are to be ignored.")
+    right_V = np.diag(matrix_VxV)
+    union_V = matrix_VxV.sum(axis=0) + matrix_VxV.sum(axis=1) - right_V
+    iou_V = np.full(len(union_V), np.nan)
+    iou_V[union_V > 0] = 100.0 * right_V[union_V > 0] / union_V[union_V > 0]
+    accuracy = 100.0 * right_V.sum() / matrix_VxV.sum()
+    return Scores(float(np.nanmean(iou_V)), float(accuracy), iou_V)
 
 
 class Segmenter(NamedTuple):
@@ -54,7 +88,7 @@ def fit(
     _check(tokens_NxHxWxD, masks_NxYxX, classes)
     if head not in HEADS:
         raise CannotEvaluate(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
-    mesh = mesh or rows.everywhere()
+    mesh = mesh or features.everywhere()
     init, apply = _functions(head, tokens_NxHxWxD.shape[-1], classes)
     solver = optax.adamw(
         _schedule(training), weight_decay=training.weight_decay, mask=optim.decay_mask
@@ -69,7 +103,7 @@ def fit(
         updates, state = solver.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    whole = rows.whole(mesh)
+    whole = features.whole(mesh)
     key = jax.random.key(training.seed)
     params = jax.jit(lambda: init(key), out_shardings=whole)()
     carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
@@ -111,7 +145,7 @@ def confusions(
         part = slice(first, first + batch_size)
         truth = masks_NxYxX[part]
         predicted = predict(segmenter, tokens_NxHxWxD[part], truth.shape[1:], batch_size)
-        matrix += confusion.count(truth, predicted, segmenter.classes)
+        matrix += count(truth, predicted, segmenter.classes)
     return matrix
 
 
@@ -142,11 +176,11 @@ def _schedule(training: HeadTrainingConfig) -> optax.Schedule:
 
 def _placed(tokens, masks, batch_size: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """A batch on the mesh; the rows that fill it up have only pixels that are IGNORED."""
-    size = rows.round_up(batch_size, mesh.size)
+    size = features.round_up(batch_size, mesh.size)
     filler = np.full((size - len(masks), *masks.shape[1:]), IGNORED, np.int32)
     masks = np.concatenate([masks.astype(np.int32), filler])
     return tuple(
-        rows.spread(x, mesh) for x in (rows.padded(tokens.astype(np.float32), size), masks)
+        features.spread(x, mesh) for x in (features.padded(tokens.astype(np.float32), size), masks)
     )
 
 

@@ -7,10 +7,10 @@ tanh form. They are read only.
 from collections.abc import Callable
 from typing import Any
 
-from supmim_jax.config import SetupError, ViTConfig
-from supmim_jax.formats import description
-from supmim_jax.formats.description import Foreign
-from supmim_jax.formats.layout import BLOCKS, Layout, Row, count
+from supmim_jax.config import ViTConfig
+from supmim_jax.errors import SetupError
+from supmim_jax.formats import layout as layout_module
+from supmim_jax.formats.layout import BLOCKS, Foreign, Layout, Row, count
 
 BLOCK = "Transformer/encoderblock_{}"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
@@ -65,7 +65,7 @@ def read(arrays: dict[str, Any], file: str) -> Foreign:
         raise SetupError(f"{file}: embedding/kernel has patches of {patch}x{columns}, not square.")
     pooling = "cls" if "cls" in arrays else "gap"
     rows = shape(POSITIONS, 3)[1] - (pooling == "cls")
-    image_size = description.root(rows, file, POSITIONS) * patch
+    image_size = layout_module.root(rows, file, POSITIONS) * patch
     model = ViTConfig(
         patch=patch,
         width=width,

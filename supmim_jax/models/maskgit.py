@@ -9,7 +9,8 @@ import numpy as np
 from etils import epath
 from flax import serialization, traverse_util
 
-from supmim_jax.config import SetupError, VQGANConfig
+from supmim_jax.config import VQGANConfig
+from supmim_jax.errors import SetupError
 
 # Our path in models/vqgan.py, and MaskGIT's. Linen numbers the modules of a class in the order in
 # which they are called: in a block norm, conv, norm, conv, shortcut.

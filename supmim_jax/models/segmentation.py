@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from supmim_jax.batch import Features
 from supmim_jax.config import IGNORED, Config
 from supmim_jax.models.vit import ViT, pixels
-from supmim_jax.types import Features
 
 
 class LinearHead(nnx.Module):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Features
 from supmim_jax.config import DataConfig, ViTConfig
 from supmim_jax.models.masking import Mask
 from supmim_jax.models.transformer import Transformer, dropout, layer_norm, linear, sincos2d
-from supmim_jax.types import Features
 
 
 def pixels(images_uint8) -> jax.Array:

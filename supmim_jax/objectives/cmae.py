@@ -5,21 +5,40 @@ to us. One mask for both views, losses summed over the views, weight 0.1, moment
 temperature 1 are those of the first author's later public code (SDMAE). Ours are the projector,
 what the momentum branch sees (the same kept patches, with all their places), symmetric InfoNCE, and
 `leak_free`.
-"""
+
+
+The head in whose space views of an image are compared."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
 from supmim_jax.models import masking
-from supmim_jax.models.projector import Projector
-from supmim_jax.models.transformer import linear
+from supmim_jax.models.transformer import layer_norm, linear
 from supmim_jax.models.variables import Moving, set_moving
 from supmim_jax.models.vit import ViT, pixels
 from supmim_jax.objectives import losses
 from supmim_jax.objectives.mae import MAE
-from supmim_jax.types import Batch, Metrics
+
+
+class Projector(nnx.Module):
+    """Linear, LayerNorm, GELU, linear, in float32.
+
+    MoCo v3 (arXiv 2104.02057) has BatchNorm in this place; LayerNorm keeps examples, and devices,
+    apart.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype("float32")
+        self.hidden = linear(inputs, hidden, dtype, rngs)
+        self.norm = layer_norm(hidden, dtype, rngs)
+        self.output = linear(hidden, outputs, dtype, rngs)
+
+    def __call__(self, x_BxD) -> jax.Array:
+        """float32 Bx(outputs)."""
+        return self.output(jax.nn.gelu(self.norm(self.hidden(x_BxD))))
 
 
 class CMAE(MAE):

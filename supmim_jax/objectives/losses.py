@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from supmim_jax.models.placement import everywhere
+from supmim_jax.sharding import everywhere
 
 
 def smoothed_one_hot(labels_B, classes: int, smoothing: float) -> jax.Array:

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
 from supmim_jax.models.vit import ViT, pixels
 from supmim_jax.objectives import losses, targets
-from supmim_jax.types import Batch, Metrics
 
 
 class MAE(nnx.Module):

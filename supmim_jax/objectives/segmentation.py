@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import IGNORED, Config
 from supmim_jax.models import segmentation
 from supmim_jax.models.vit import pixels
-from supmim_jax.types import Batch, Metrics
 
 
 class Segmentation(nnx.Module):

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
 from supmim_jax.models.vit import Classifier, pixels
-from supmim_jax.objectives import classification, losses, targets
-from supmim_jax.types import Batch, Metrics
+from supmim_jax.objectives import losses, supervised
+from supmim_jax.objectives import targets as targets_module
 
 
 class SupMIM(nnx.Module):
@@ -28,9 +29,9 @@ class SupMIM(nnx.Module):
         self.classes = cfg.data.num_classes
         classifier = Classifier(cfg.model, cfg.data, rngs=rngs)
         self.encoder, self.head = classifier.encoder, classifier.head
-        classification.start_head(self.cfg.classification, self.head)
+        supervised.start_head(self.cfg.classification, self.head)
         visible = self.cfg.encoder_input == "visible"
-        self.target = targets.make(cfg)
+        self.target = targets_module.make(cfg)
         self.decoder = Decoder(
             self.cfg.decoder,
             cfg.model,
@@ -48,14 +49,14 @@ class SupMIM(nnx.Module):
         mix_key, drop_key, mask_key = jax.random.split(key, 3)
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
-        mixed, targets = classification.mix(cfg, images, batch, self.classes, mix_key)
+        mixed, targets = supervised.mix(cfg, images, batch, self.classes, mix_key)
         mask = self.mask(mask_key, batch.id)
 
         inputs = encoder.embed(mixed), self.embed_masked(images, mask)
         tokens, masked_tokens = encoder.encode(inputs, batch.row_key(drop_key))
 
         logits = self.head(encoder.pool(tokens))
-        ce = classification.loss(cfg, logits, targets, batch.weight)
+        ce = supervised.classification_loss(cfg, logits, targets, batch.weight)
 
         target = self.target(batch, mask)
         predicted = self.decoder(masked_tokens, mask)
@@ -66,7 +67,7 @@ class SupMIM(nnx.Module):
             "loss": loss,
             "ce": ce,
             "mim": mim,
-            "accuracy": classification.accuracy(logits, batch),
+            "accuracy": supervised.accuracy(logits, batch),
             **self.target.metrics(predicted, target, batch.weight),
         }
 

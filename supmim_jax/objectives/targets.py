@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
-from supmim_jax.models import tokenizer
+from supmim_jax.models import kmeans
 from supmim_jax.models.masking import Mask
 from supmim_jax.models.variables import freeze
 from supmim_jax.models.vit import patchify, pixels
 from supmim_jax.objectives import losses
-from supmim_jax.types import Batch, Metrics
 
 PIXEL_EPSILON = 1e-6  # added to each patch's variance, as in MAE's reference code
 
@@ -23,7 +23,7 @@ class Tokens(nnx.Module):
         if not cfg.tokens.cache:
             # Keys of its own: the run starts from the same weights with a cache and without.
             target, rngs = cfg.objective.target, nnx.Rngs(0)
-            self.tokenizer = tokenizer.make(target, cfg.model.patch, cfg.data, rngs)
+            self.tokenizer = kmeans.make(target, cfg.model.patch, cfg.data, rngs)
             freeze(self.tokenizer)
 
     def __call__(self, batch: Batch, mask: Mask) -> jax.Array:

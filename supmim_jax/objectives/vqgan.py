@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
-from supmim_jax.models import tokenizer
-from supmim_jax.models.discriminator import Discriminator
+from supmim_jax.models import kmeans
 from supmim_jax.models.variables import Moving, freeze
 from supmim_jax.models.vit import ViT, pixels
-from supmim_jax.models.vqgan import nearest, squared_distances
+from supmim_jax.models.vqgan import Discriminator, nearest, squared_distances
 from supmim_jax.objectives import losses
-from supmim_jax.types import Batch, Metrics
 
 
 class VQGANTraining(nnx.Module):
@@ -29,7 +28,7 @@ class VQGANTraining(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg.objective
         patch = self.cfg.tokenizer.downsampling
-        self.tokenizer = tokenizer.make(self.cfg.tokenizer, patch, cfg.data, rngs)
+        self.tokenizer = kmeans.make(self.cfg.tokenizer, patch, cfg.data, rngs)
         codes = self.cfg.tokenizer.codes
         self.usage = Moving(jnp.full(codes, 1.0 / codes, jnp.float32))  # running share of each code
         if self.cfg.perceptual.weight:

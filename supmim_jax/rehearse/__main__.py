@@ -10,15 +10,15 @@ import jax
 from absl import flags
 from etils import epath
 
-from supmim_jax import commands, config_file, sharding, storage
-from supmim_jax.config import Config, ConfigError, SetupError
-from supmim_jax.configdict import from_configdict
-from supmim_jax.rehearse import chips, compiled, report, sweep
-from supmim_jax.rehearse.advice import Need, advise
-from supmim_jax.rehearse.estimate import estimate, state_gib, subject
+from supmim_jax import cli, sharding, storage
+from supmim_jax.config import Config
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.rehearse import aot, estimate
+from supmim_jax.rehearse.estimate import Need, advise, state_gib, subject
 
 
-def rehearse(cfg: Config, part: chips.Slice) -> dict:
+def rehearse(cfg: Config, part: aot.Slice) -> dict:
     """Compiles one step for the slice; what it costs, or that it doesn't fit, as JSON.
 
     Raises:
@@ -29,13 +29,13 @@ def rehearse(cfg: Config, part: chips.Slice) -> dict:
             f"config.mesh.slices is {cfg.mesh.slices}: a rehearsal is of one slice. Set it to 1 "
             f"and config.batch_size to a slice's part; between slices go its gradients, too."
         )
-    mesh = sharding.make_mesh(cfg.mesh, compiled.devices(part))
+    mesh = sharding.make_mesh(cfg.mesh, aot.devices(part))
     try:
-        result = estimate(cfg, mesh, part, compiled.compile_step(cfg, mesh))
+        result = estimate.estimate(cfg, mesh, part, aot.compile_step(cfg, mesh))
         memory = result["hbm_gib"]
         permutes = result["collectives"].get("collective-permute", {"count": 0})["count"]
         need = Need(memory["total"], memory["temporaries"], memory["of"], permutes)
-    except compiled.TooLarge as error:
+    except aot.TooLarge as error:
         need = Need(error.needed, error.needed - state_gib(cfg, mesh), error.available)
         result = {
             **subject(cfg, mesh, part),
@@ -46,42 +46,46 @@ def rehearse(cfg: Config, part: chips.Slice) -> dict:
     return {**result, "advice": advise(cfg, mesh, part, need)}
 
 
-def compare(cfg: Config, part: chips.Slice, limit: int) -> list[dict]:
+def compare(cfg: Config, part: aot.Slice, limit: int) -> list[dict]:
     """Several meshes and policies, the fastest that fits first; a line for each as it is done."""
     results = []
-    for candidate in sweep.subset(sweep.candidates(cfg, part), limit):
+    for candidate in estimate.subset(estimate.candidates(cfg, part), limit):
         try:
             result = rehearse(candidate, part)
         except ConfigError as error:  # a width that fsdp or tensor doesn't divide
             print(f"left out: {error}", flush=True)
             continue
         results.append(result)
-        print(report.refused(result) if "needed_gib" in result else report.row(result), flush=True)
+        print(
+            estimate.refused(result) if "needed_gib" in result else estimate.row(result), flush=True
+        )
     return sorted(results, key=lambda r: (not r["fits"], r.get("step_seconds", 0.0)))
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; this machine's devices stay free
-    cfg, part = from_configdict(CONFIG.value), chips.parse(TOPOLOGY.value)
+    cfg, part = from_configdict(CONFIG.value), aot.parse(TOPOLOGY.value)
     if SWEEP.value:
         results = compare(cfg, part, SWEEP.value)
-        print(report.table(results), sweep.recommend(results), report.LOWER_BOUND, sep="\n\n")
+        print(
+            estimate.table(results), estimate.recommend(results), estimate.LOWER_BOUND, sep="\n\n"
+        )
         output = results
     else:
         output = rehearse(cfg, part)
         if ROW.value and "needed_gib" not in output:
-            print(report.row(output))
+            print(estimate.row(output))
         else:
-            print(report.report(output))
+            print(estimate.report(output))
     if JSON.value:
         epath.Path(JSON.value).write_text(json.dumps(output, indent=1))
 
 
 if __name__ == "__main__":
-    CONFIG = config_file.define("Experiment: configs/<name>.py")
+    CONFIG = cli.define("Experiment: configs/<name>.py")
     TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:16x16")
     SWEEP = flags.DEFINE_integer("sweep", 0, "Compare this many meshes and remat policies.", 0)
     ROW = flags.DEFINE_bool("row", False, "Print the row of a Markdown table instead.")
     JSON = storage.define("json", None, "Also write the result to this file.", searched=False)
     flags.mark_flags_as_required(["config", "topology"])
-    commands.start(main)
+    cli.start(main)

@@ -6,10 +6,10 @@ import jax
 from absl import flags
 from etils import epath
 
-from supmim_jax import checkpoint, commands, environment, storage
-from supmim_jax.config import SetupError
+from supmim_jax import checkpoint, cli, environment, storage
+from supmim_jax.errors import SetupError
 from supmim_jax.report import files
-from supmim_jax.report.measured import measure
+from supmim_jax.report.images import measure
 from supmim_jax.report.page import Report, render
 
 
@@ -64,4 +64,4 @@ if __name__ == "__main__":
     SPLIT = flags.DEFINE_string("split", "", "Split to show images of; default: that of the run.")
     DATA_DIR = storage.define("data_dir", "", "Where the data are; default: as in the run.")
     OUT = storage.define("out", "", "HTML to write; default: <workdir>/report.html", searched=False)
-    commands.start(main)
+    cli.start(main)

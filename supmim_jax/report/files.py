@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from supmim_jax import environment, storage
-from supmim_jax.config import SetupError
+from supmim_jax.errors import SetupError
 from supmim_jax.evals import ERRORS
 
 LARGEST_INT = 2**53  # that a float holds

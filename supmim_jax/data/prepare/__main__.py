@@ -12,9 +12,9 @@ when it is complete, not before. Killed, the same command goes on with the shard
 from absl import flags
 from etils import epath
 
-from supmim_jax import commands, storage
-from supmim_jax.config import SetupError
+from supmim_jax import cli, storage
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
+from supmim_jax.errors import SetupError
 
 # What each form takes beside --data_dir and --dry_run.
 FORMS = {
@@ -87,4 +87,4 @@ if __name__ == "__main__":
         "max_value", 0.0, "--image_folder: white in images of more than 8 bits.", lower_bound=0.0
     )
     flags.DEFINE_bool("dry_run", False, "Say what would be written, and write nothing.")
-    commands.start(main)
+    cli.start(main)

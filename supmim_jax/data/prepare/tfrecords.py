@@ -14,9 +14,9 @@ from etils import epath
 from tensorflow_datasets.core import dataset_info, file_adapters
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
-from supmim_jax.config import SetupError
-from supmim_jax.data import records
-from supmim_jax.data.prepare import report, shards, target
+from supmim_jax.data import source as source_module
+from supmim_jax.data.prepare import shards
+from supmim_jax.errors import SetupError
 
 INFO = "dataset_info.json"
 
@@ -37,28 +37,28 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
     source = source.expanduser()
     proto = _read_info(source)
     full_name = f"{proto.name}/{proto.config_name}" if proto.config_name else proto.name
-    final = target.data_dir(data_dir) / full_name / proto.version
+    final = shards.data_dir(data_dir) / full_name / proto.version
     if final.exists() and final.resolve() == source.resolve():
         raise SetupError(
             f"{source} is where the ArrayRecord copy would go. Give another --data_dir; the copy "
             f"is written to <data_dir>/{full_name}/{proto.version}."
         )
     features = tfds.features.FeaturesDict.from_config(source)
-    records.check_image(features, full_name)
+    source_module.check_image(features, full_name)
     jobs = _jobs(source, proto)
     made_of = {"source": str(source), "fingerprint": _fingerprint(source, jobs)}
-    if not target.is_done(final, made_of):
-        needed = report.missing_bytes(final, jobs, made_of["fingerprint"])
+    if not shards.is_done(final, made_of):
+        needed = shards.missing_bytes(final, jobs, made_of["fingerprint"])
         if dry_run:
-            return report.planned(final, report.splits_of(jobs), needed, features)
-        target.check_space(final, needed)
-        with target.writing(final, made_of) as directory:
+            return shards.planned(final, shards.splits_of(jobs), needed, features)
+        shards.check_space(final, needed)
+        with shards.writing(final, made_of) as directory:
             shards.write_all(directory, [job for of in jobs.values() for job in of])
             _write_info(source, directory, proto, jobs)
         done = "Converted"
     else:
         done = "Converted already"
-    return report.finished(tfds.builder_from_directory(final), full_name, data_dir, done)
+    return shards.finished(tfds.builder_from_directory(final), full_name, data_dir, done)
 
 
 def _read_info(source: epath.Path) -> dataset_info_pb2.DatasetInfo:
@@ -118,7 +118,7 @@ def _jobs(source: epath.Path, proto: dataset_info_pb2.DatasetInfo) -> dict[str, 
     if missing:
         raise SetupError(
             f"{source} lacks {len(missing)} of {len(wanted)} files that its {INFO} names:"
-            f"{report.named(missing)}\nCopy them there, or prepare the data set again."
+            f"{shards.named(missing)}\nCopy them there, or prepare the data set again."
         )
     for split in splits.values():
         parts = [
@@ -171,7 +171,7 @@ def _records(path: epath.Path, part: range, length: int) -> Iterator[bytes]:
 def _write_info(source: epath.Path, directory: epath.Path, proto, jobs: dict) -> None:
     """The source's metadata files, class names among them, and its info with the new shards."""
     for path in source.iterdir():
-        own = path.name in (INFO, target.MANIFEST) or file_adapters.is_example_file(path.name)
+        own = path.name in (INFO, shards.MANIFEST) or file_adapters.is_example_file(path.name)
         if not own and path.is_file():
             path.copy(directory / path.name, overwrite=True)
     changed = dataset_info_pb2.DatasetInfo()

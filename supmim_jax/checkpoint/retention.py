@@ -1,0 +1,84 @@
+"""Which checkpoints stay: the newest, one every so many steps, and the best one."""
+
+import json
+import math
+from collections.abc import Callable
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from supmim_jax.config import CheckpointConfig
+from supmim_jax.errors import SetupError
+
+policies = ocp.checkpoint_managers
+
+
+class Best(policies.PreservationPolicy):
+    """Keeps the checkpoint of the step at which an evaluation's metric was the highest.
+
+    What was measured before this process is read from metrics.jsonl.
+    """
+
+    def __init__(self, metric: str, workdir: epath.Path):
+        self.metric = metric
+        self.values = _measured(workdir / "metrics.jsonl", metric) if metric else {}
+
+    def found(self, step: int, results: dict[str, float]) -> None:
+        """Notes what the evaluation of `step` gave.
+
+        Raises:
+          SetupError: the metric is not among it.
+        """
+        if not self.metric:
+            return
+        if self.metric not in results:
+            raise SetupError(
+                f"config.checkpoint.keep_best is {self.metric!r}, but the evaluation gives "
+                f"{', '.join(results) or 'nothing'}. Name one of these, or leave it empty."
+            )
+        self.values[step] = results[self.metric]
+
+    def step(self, among: list[int]) -> int | None:
+        """The best of these steps, the newest if equal; None if nothing is known of them."""
+        # Of all metrics of an evaluation more is better: shares that are right, dB, codes in use.
+        known = [(self.values[s], s) for s in among if math.isfinite(self.values.get(s, math.nan))]
+        return max(known)[1] if known else None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """For orbax, which asks as each save begins."""
+        best = self.step([x.step for x in checkpoints])
+        return [x.step == best for x in checkpoints]
+
+
+class NewestScheduled(policies.PreservationPolicy):
+    """Keeps what a run goes back to: SIGTERM, again and again, would push it out."""
+
+    def __init__(self, scheduled: Callable[[int], bool]):
+        self.scheduled = scheduled
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """For orbax, which asks as each save begins."""
+        newest = max((x.step for x in checkpoints if self.scheduled(x.step)), default=None)
+        return [x.step == newest for x in checkpoints]
+
+
+def policy(
+    cfg: CheckpointConfig, best: Best, scheduled: Callable[[int], bool]
+) -> policies.PreservationPolicy:
+    """What stays by any of the rules of `cfg`, and the newest scheduled one."""
+    rules = [policies.LatestN(cfg.keep), best, NewestScheduled(scheduled)]
+    if cfg.keep_every:
+        rules.append(policies.EveryNSteps(cfg.keep_every))
+    return policies.AnyPreservationPolicy(rules)
+
+
+def _measured(path: epath.Path, metric: str) -> dict[int, float]:
+    """Values of an evaluation's metric by step; a line that was cut off counts for nothing."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            values = json.loads(line)
+            found[values["step"]] = float(values[f"eval/{metric}"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found

@@ -1,0 +1,16 @@
+"""What a person who launched a run can fix, as exceptions; commands print it and exit with 2."""
+
+import errno
+
+# System errors that come again until somebody changes something: a full disk, a quota, rights, a
+# read-only file system, a limit to open files. Others may be gone the next time.
+_AGAIN = ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EMFILE")
+OF_THE_USER = tuple(getattr(errno, name) for name in _AGAIN)
+
+
+class SetupError(Exception):
+    """Something the person who launched the run can fix; the message says what and how."""
+
+
+class ConfigError(SetupError):
+    """A config value that cannot be used; the message names its path and the alternatives."""

@@ -1,0 +1,549 @@
+"""Several processes as one run: how they find each other, agree, and fail together.
+
+The key-value store of JAX's coordination service, which process 0 of a run keeps.
+
+It has no public API; this module is the one place that uses it.
+
+How the processes of one run agree.
+
+What must be the same everywhere is compared before the first collective: one that only some
+processes reach hangs.
+
+How the processes of one run fail together.
+
+A process that fails says so by `leave`, and each of the others watches for that, as one that waits
+in a collective cannot be told in any other way.
+
+How the processes of one run find each other.
+
+SIGTERM, Ctrl-C, SIGHUP: how a command ends when its machine or terminal is wanted back.
+
+Steps that no checkpoint holds are saved first, see `told_to_stop`. At any other moment (start-up,
+compilation, evaluation, a command that keeps its work in complete files) there is nothing to lose,
+and the process ends at once, from a thread: Python alone would run a signal's handler only when the
+compilation or collective that the main thread is in returns."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from jax._src import distributed as coordination
+from jax.experimental import multihost_utils
+
+from supmim_jax.config.configdict import differences
+from supmim_jax.errors import SetupError
+
+PATIENCE = 300  # seconds for what another process, which is there, is about to say
+MOST = 5  # differences shown for a process, and processes shown
+ROOT = "supmim_jax"  # of all keys
+
+store_hosts: dict[int, str] = {}  # by process, once all have joined
+
+
+def active() -> bool:
+    """Whether this process has joined others."""
+    return coordination.global_state.client is not None
+
+
+def store_state():
+    """What JAX knows of this process's place among others."""
+    return coordination.global_state
+
+
+def store_me() -> int:
+    """The number of this process."""
+    return coordination.global_state.process_id
+
+
+def client():
+    """The store, as this process reaches it; None before it has joined."""
+    return coordination.global_state.client
+
+
+def store_name(process: int) -> str:
+    """A process as a person finds it."""
+    host = store_hosts.get(process)
+    return f"process {process}" + (f" on {host}" if host else "")
+
+
+def heard(key: str, process: int, patience: float = PATIENCE) -> str:
+    """The value of `key`, which `process` sets.
+
+    Raises:
+      SetupError: it does not.
+    """
+    try:
+        return client().blocking_key_value_get(key, int(1000 * patience))
+    except jax.errors.JaxRuntimeError:
+        raise SetupError(
+            f"{store_name(process)} has joined, but said nothing for {patience:.0f} s. Its own "
+            f"output may say why."
+        ) from None
+
+
+def few(texts: list[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    rest = len(texts) - MOST
+    return texts[:MOST] + ([f"and {rest} more"] if rest > 0 else [])
+
+
+def agree(topic: str, here: dict[str, dict]) -> None:
+    """Returns if `here`, sections of plain values, is the same on all processes.
+
+    Raises:
+      SetupError: on every process, naming those that differ from process 0, their hosts, and what.
+    """
+    if not active():
+        return
+    me, key, values = store_me(), f"{ROOT}/agree/{topic}", client()
+    here = json.loads(json.dumps(here))
+    if me == 0:
+        values.key_value_set(f"{key}/wanted", json.dumps(here))
+    wanted = json.loads(heard(f"{key}/wanted", 0))
+    found = [x for name in here for x in differences(wanted[name], here[name], name)]
+    values.key_value_set(f"{key}/{me}", "; ".join(few(found)))
+    if me == 0:
+        said = {i: heard(f"{key}/{i}", i) for i in store_hosts}
+        odd = [f"{store_name(i)}: {text}" for i, text in said.items() if text]
+        values.key_value_set(f"{key}/verdict", "\n  ".join(few(odd)))
+    if verdict := heard(f"{key}/verdict", 0):
+        raise SetupError(
+            f"The processes of this run have different {topic} ({store_name(0)}; the one named):\n"
+            f"  {verdict}\nStart all of them with the same."
+        )
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes, which must come at about the same time."""
+    if active():
+        client().wait_at_barrier(f"{ROOT}/{name}", 1000 * PATIENCE)
+
+
+def gather(topic: str, here: str, patience: float = PATIENCE) -> list[str]:
+    """What each process says about `topic`, a name used once; all must call it."""
+    key = f"{ROOT}/gather/{topic}"
+    client().key_value_set(f"{key}/{store_me()}", here)
+    count = store_state().num_processes
+    return [heard(f"{key}/{i}", i, patience) for i in range(count)]
+
+
+EXIT_TRY_AGAIN = 1  # a process is missing or died; the same command may work the next time
+PULSE = 2.0  # seconds between signs of life, and between looks at whether somebody failed
+FAILED, ALIVE = f"{ROOT}/failed", f"{ROOT}/alive"
+PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # of XLA's preemption_sync_manager.cc
+
+
+def on_preemption(end: Callable[[], None]) -> None:
+    """`end` is called on every process, in a thread, soon after one of them was sent SIGTERM."""
+    watch.on_preemption = end
+
+
+def reached(step: int) -> None:
+    """Notes how far this process is, for `behind`."""
+    watch.step = step
+
+
+def behind() -> str:
+    """The processes that have reached fewer steps than others; "" for none, or where none joined.
+
+    What they have said of themselves may be PULSE seconds old.
+    """
+    if not active():
+        return ""
+    try:
+        said = dict(client().key_value_dir_get(ALIVE))
+    except jax.errors.JaxRuntimeError:
+        return store_name(0)  # whom nobody can ask
+    steps = {int(key.rpartition("/")[2]): int(text.split()[1]) for key, text in said.items()}
+    most = max(steps.values())
+    late = [f"{store_name(i)} at step {n}" for i, n in sorted(steps.items()) if n < most]
+    return ", ".join(few(late))
+
+
+def begin() -> None:
+    """Learns the hosts of the others and starts to watch."""
+    state = store_state()
+    client().key_value_set(f"{ROOT}/host/{store_me()}", socket.gethostname())
+    for i in range(state.num_processes):
+        store_hosts[i] = heard(f"{ROOT}/host/{i}", i)
+    if store_me() == 0:  # an abort by JAX names a process by its number alone
+        hosts = ", ".join(f"{i} on {host}" for i, host in store_hosts.items())
+        print(f"{state.num_processes} processes: {hosts}.", file=sys.stderr, flush=True)
+    watch.start()
+
+
+def end() -> None:
+    """Stops watching, before the processes end one after the other."""
+    if active():
+        watch.ending.set()
+        watch.join()
+
+
+def leave(message: str, code: int) -> None:
+    """Ends this process, and soon the others, with `message` and `code`; does not return.
+
+    Any thread may call it. Python's own exit would wait for the others at a barrier, while they may
+    wait for this one. An error with EXIT_TRY_AGAIN may only follow from the end of another process:
+    then that is named.
+    """
+    if not active():
+        _exit(message, code)
+    said = watch.failure() if code == EXIT_TRY_AGAIN else None
+    if said is None:
+        dead = watch.silent() if code == EXIT_TRY_AGAIN else []
+        if dead:
+            names = " and ".join(few([store_name(i) for i in dead]))
+            message = f"{names} died: killed, out of memory or preempted. {message}"
+        said = watch.publish(message, code)
+    if code == EXIT_TRY_AGAIN:
+        message, code = said["message"], said["code"]
+    _exit(message, code)
+
+
+class Watch(threading.Thread):
+    """Gives signs of life, and ends this process soon after another one failed."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.step = 0
+        self.on_preemption: Callable[[], None] | None = None
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        pulse = 0
+        while not self.ending.wait(PULSE):
+            pulse += 1
+            try:
+                sign = f"{pulse} {self.step}"
+                client().key_value_set(f"{ALIVE}/{store_me()}", sign, allow_overwrite=True)
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is gone: JAX's own client ends this one, and says so
+            said = self.failure()
+            if said and not self.ending.is_set():
+                _exit(said["message"], said["code"])
+            if self.on_preemption and _preempted():
+                threading.Thread(target=self.on_preemption, daemon=True).start()
+                self.on_preemption = None
+
+    def failure(self) -> dict | None:
+        """What the first process that failed has said."""
+        try:
+            return json.loads(client().key_value_try_get(FAILED))
+        except jax.errors.JaxRuntimeError:  # nothing yet, or nobody to ask
+            return None
+
+    def publish(self, message: str, code: int) -> dict:
+        """Says that this process failed, unless another one was faster; returns what was said."""
+        said = {"message": f"{store_name(store_me())}: {message}", "code": code}
+        try:
+            client().key_value_set(FAILED, json.dumps(said))
+        except jax.errors.JaxRuntimeError:
+            return self.failure() or said
+        return said
+
+    def silent(self) -> list[int]:
+        """Processes that give no sign of life; process 0 if nobody can be asked."""
+        try:
+            before = dict(client().key_value_dir_get(ALIVE))
+            time.sleep(4 * PULSE)
+            after = dict(client().key_value_dir_get(ALIVE))
+        except jax.errors.JaxRuntimeError:
+            return [0]
+        others = {i: f"{ALIVE}/{i}" for i in store_hosts if i != store_me()}
+        return [i for i, key in others.items() if before.get(key) == after.get(key)]
+
+
+watch = Watch()
+_exiting = threading.Lock()  # of two threads that find a failure, one reports it
+
+
+def _exit(message: str, code: int) -> None:
+    _exiting.acquire()
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():  # which os._exit would leave behind
+        child.kill()
+    if active() and store_me() == 0:
+        time.sleep(3 * PULSE)  # the others read from this process why it fails
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _preempted() -> bool:
+    """Whether one of the processes was sent SIGTERM, as JAX's preemption service tells all."""
+    try:
+        return bool(client().key_value_try_get(PREEMPTED))
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+HEARTBEAT = 20  # seconds of silence after which JAX's own service takes a process for dead
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which process of how many this is, and where the first one listens; unset: JAX finds out."""
+
+    coordinator: str = ""  # host:port
+    processes: int = 0
+    process: int = -1
+
+    @property
+    def given(self) -> bool:
+        return bool(self.coordinator)
+
+
+def place(coordinator: str, processes: int, process: int, env: Mapping[str, str]) -> Place:
+    """The place that the flags give, or else the environment: all of it or none.
+
+    Kubernetes numbers the pods of an indexed Job in JOB_COMPLETION_INDEX.
+
+    Raises:
+      SetupError: some of it is missing, or is no number in range.
+    """
+    number = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", "-1"))
+    try:
+        found = Place(
+            coordinator or env.get("JAX_COORDINATOR_ADDRESS", ""),
+            processes or int(env.get("JAX_NUM_PROCESSES", "0")),
+            process if process >= 0 else int(number),
+        )
+    except ValueError as error:
+        raise SetupError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers: {error}") from None
+    if not found.coordinator and not processes and process < 0:
+        return Place()
+    if ":" not in found.coordinator or not 0 <= found.process < found.processes:
+        raise SetupError(
+            f"This is process {found.process} of {found.processes} with the coordinator "
+            f"{found.coordinator!r}. Give each process --coordinator=<host of the first>:<port>, "
+            f"--num_processes=<n> and --process_id=<0 to n-1>, or JAX_COORDINATOR_ADDRESS, "
+            f"JAX_NUM_PROCESSES and JAX_PROCESS_ID; none of them on a TPU VM or in a Slurm job."
+        )
+    return found
+
+
+def join(where: Place, timeout: int) -> None:
+    """Joins the other processes of this run; all must come within `timeout` seconds.
+
+    Raises:
+      SetupError: nothing tells which process this is, or the first one cannot listen.
+    """
+    joined = threading.Event()
+    threading.Thread(target=_wait, args=(where, timeout, joined), daemon=True).start()
+    options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT}
+    if where.given:  # else a Slurm job or TPU would still be asked for what is missing
+        options |= {
+            "coordinator_address": where.coordinator,
+            "num_processes": where.processes,
+            "process_id": where.process,
+            "cluster_detection_method": "deactivate",
+        }
+    try:
+        jax.distributed.initialize(shutdown_timeout_seconds=60, **options)
+    except (ValueError, RuntimeError) as error:
+        if where.given:
+            raise SetupError(f"Process {where.process} cannot join the others: {error}") from None
+        raise SetupError(
+            f"--distributed found no TPU VM or Slurm job: {error} Elsewhere, give each process "
+            f"--coordinator, --num_processes and --process_id."
+        ) from None
+    finally:
+        joined.set()
+    begin()
+
+
+def _wait(where: Place, timeout: int, joined: threading.Event) -> None:
+    """Gives up before JAX does, which would abort with a stack trace that names no process.
+
+    The first process may give up a moment earlier, so whether it was there is asked all along.
+    """
+    until, there = time.monotonic() + 0.8 * timeout, False
+    while not joined.wait(min(1.0, timeout / 10)):
+        if store_state().service is None:
+            there = there or _answers(_address(where))
+        if time.monotonic() >= until:
+            _give_up(where, timeout, there)
+
+
+def _address(where: Place) -> str:
+    return store_state().coordinator_address or where.coordinator
+
+
+def _give_up(where: Place, timeout: int, there: bool) -> None:
+    """Says which process is missing."""
+    state, address = store_state(), _address(where) or "the first process"
+    me = f"Process {state.process_id} on {socket.gethostname()}"
+    if state.service is not None:
+        missing = "others did not come"
+        came = sorted(_callers(int(address.rpartition(":")[2])))
+        seen = f"; connected are {', '.join(came)}" if came else "; nobody is connected"
+    else:
+        missing = "others did not come" if there else "process 0 did not come"
+        seen = f"; {address} {'answered' if there else 'did not answer'}"
+    print(
+        f"\nerror: {me} waited {0.8 * timeout:.0f} s, and {missing}{seen}. Start the same command "
+        f"on every host within that time, and look at the output of those that are missing. "
+        f"--join_timeout gives them longer.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_TRY_AGAIN)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _callers(port: int) -> set[str]:
+    """Addresses with a connection to this port, where the system is Linux."""
+    found = set()
+    for table, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+        try:
+            with open(table) as file:
+                lines = [line.split() for line in file.readlines()[1:]]
+        except OSError:
+            continue
+        for here, there, state in (line[1:4] for line in lines):
+            if state == "01" and int(here.rpartition(":")[2], 16) == port:
+                words = bytes.fromhex(there.rpartition(":")[0])
+                packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, packed).removeprefix("::ffff:"))
+    return found
+
+
+EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TWICE = 0.5  # seconds: a wrapper that passes Ctrl-C on sends it again at once; no person does
+
+
+class _Unsaved:
+    """Held while there are steps that no checkpoint holds."""
+
+    def __init__(self):
+        self.lock, self.held = threading.Lock(), False  # the main thread alone sets `held`
+        self.finish: Callable[[], None] | None = None  # what must end before the process may
+
+
+_told, _unsaved = threading.Event(), _Unsaved()
+_first: list[int] = []  # the signal that came first, if one came to this process
+
+
+def listen() -> None:
+    """From now on SIGNALS end this process as described above. Only the main thread may call.
+
+    Several processes that have joined learn of it from JAX's preemption service instead, all of
+    them, whichever was sent the signal. What nohup, or a shell for its background jobs, has this
+    process ignore stays ignored.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    for number in SIGNALS:
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    threading.Thread(target=_preemption_wait, args=(read,), name="preemption", daemon=True).start()
+    on_preemption(preemption_end)
+
+
+def stopped() -> tuple[str, int]:
+    """What a run that was told to stop says at its end, and its exit code, as a shell reports it.
+
+    Of several processes those that were not sent the signal themselves name SIGTERM.
+    """
+    number = _first[0] if _first else signal.SIGTERM
+    said = f"Stopped by {signal.Signals(number).name}; nothing that was done is lost."
+    return f"{said} The same command goes on.", 128 + number
+
+
+def told_to_stop(step: int) -> bool:
+    """Whether the run must save after this step and end; the same on all processes.
+
+    All must call it after every step.
+    """
+    if active():
+        return multihost_utils.reached_preemption_sync_point(step)
+    return _told.is_set()
+
+
+def hold() -> None:
+    """A step was done that no checkpoint holds: a signal waits until `release`. May be repeated.
+
+    If the process was told to end while nothing was held, this does not return.
+    """
+    if not _unsaved.held:
+        _unsaved.lock.acquire()
+        _unsaved.held = True
+
+
+def release() -> None:
+    """Everything is saved: a signal that waits ends the process now."""
+    if _unsaved.held:
+        _unsaved.held = False
+        _unsaved.lock.release()
+
+
+@contextlib.contextmanager
+def released(finish: Callable[[], None]) -> Iterator[None]:
+    """Inside, all steps are saved once `finish` has returned; a signal calls it, then ends."""
+    _unsaved.finish = finish
+    release()
+    try:
+        yield
+        hold()  # not after an error: nothing is done then that would have to be saved
+    finally:
+        _unsaved.finish = None
+
+
+def preemption_end() -> None:
+    """Ends this process once nothing would be lost."""
+    _told.set()
+    with _unsaved.lock:
+        try:
+            if _unsaved.finish:
+                _unsaved.finish()
+        except SetupError as error:
+            leave(str(error), EXIT_SETUP)
+        except Exception as error:
+            leave(f"{type(error).__name__}: {error}", EXIT_TRY_AGAIN)
+        leave(*stopped())
+
+
+def _preemption_wait(read: int) -> None:
+    """Acts on the signals that come through the pipe."""
+    since = 0.0
+    while True:
+        for number in os.read(read, 64):
+            if number not in SIGNALS:
+                continue
+            if not _first:
+                _first.append(number)
+                since = time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - since > TWICE:
+                _end_at_once()
+            if number != signal.SIGTERM and active():
+                os.kill(os.getpid(), signal.SIGTERM)  # which JAX's service tells to all
+                continue
+            if number == signal.SIGINT and _unsaved.held and not _told.is_set():
+                print("\nSaving the step under way; Ctrl-C again ends at once.", file=sys.stderr)
+            threading.Thread(target=preemption_end, daemon=True).start()
+
+
+def _end_at_once() -> None:
+    """A second Ctrl-C: whoever presses it will not wait."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    print("\nerror: Ended at once; steps since the newest checkpoint are lost.", file=sys.stderr)
+    os._exit(128 + signal.SIGINT)

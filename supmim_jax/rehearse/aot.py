@@ -1,0 +1,216 @@
+"""The train step, compiled by libtpu for a slice.
+
+TPU chips, and the slices of them that exist."""
+
+import math
+import os
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from supmim_jax import train_step
+from supmim_jax.config import Config
+from supmim_jax.errors import SetupError
+from supmim_jax.rehearse import hlo
+from supmim_jax.rehearse.hlo import Module
+
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SMALL_CUBOIDS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # below a cube of 4x4x4; then multiples of 4
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one chip has, by its documentation.
+
+    `link` is of one connection to a neighbour, one way; the documents give all of a chip's links,
+    both ways, as `ici`.
+    """
+
+    name: str
+    cores: int  # TensorCores; they compile as one device
+    flops: float  # bfloat16 per second
+    hbm_gib: float
+    hbm_bytes: float  # per second
+    ici: float  # bytes per second, all links, both ways
+    dimensions: int  # of its network
+    largest: int  # chips of a slice
+    source: str
+
+    @property
+    def link(self) -> float:
+        return self.ici / (2 * self.dimensions) / 2
+
+
+# Where pages of different dates differ (v5e: 819 GB/s or 800 GiB/s of HBM; v6e: 1640 or 1600 GB/s,
+# 3584 Gbit/s or 800 GB/s both ways of ICI), HBM is of the first and ICI of the second.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # ICI is not on its page: 6 links of 50 GB/s as quoted from arXiv 2304.01433, unchecked.
+        Chip("v4", 2, 275e12, 32, 1200e9, 600e9, 3, 4096, "https://cloud.google.com/tpu/docs/v4"),
+        Chip("v5e", 1, 197e12, 16, 819e9, 400e9, 2, 256, "https://cloud.google.com/tpu/docs/v5e"),
+        Chip(
+            "v5p", 2, 459e12, 95, 2765e9, 1200e9, 3, 6144, "https://cloud.google.com/tpu/docs/v5p"
+        ),
+        Chip("v6e", 1, 918e12, 32, 1640e9, 800e9, 2, 256, "https://cloud.google.com/tpu/docs/v6e"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Chips of one kind in a rectangle or cuboid."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Of each dimension, whether its ends are connected.
+
+        Flat slices do so along 16 chips, cuboids when they are made of whole cubes of 4x4x4.
+        """
+        if self.chip.dimensions == 2:
+            return tuple(size == 16 for size in self.shape)
+        return (all(size % 4 == 0 for size in self.shape),) * 3
+
+
+def parse(topology: str) -> Slice:
+    """The slice of a name such as v5e:16x16.
+
+    Raises:
+      SetupError: there is no such chip or shape.
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
+    if not found or found[1] not in CHIPS:
+        raise SetupError(
+            f"--topology is {topology!r}; it must be a chip and its shape, such as v5e:16x16 or "
+            f"v4:4x8x8. Known chips are {', '.join(CHIPS)}."
+        )
+    chip, shape = CHIPS[found[1]], tuple(int(n) for n in found[2].split("x"))
+    if chip.dimensions == 2 and found[2] not in FLAT:
+        raise SetupError(f"--topology: {chip.name} slices are {', '.join(FLAT)}, not {found[2]}.")
+    if chip.dimensions == 3 and found[2] not in SMALL_CUBOIDS:
+        cubes = len(shape) == 3 and all(n and n % 4 == 0 for n in shape)
+        if not cubes or list(shape) != sorted(shape) or math.prod(shape) > chip.largest:
+            raise SetupError(
+                f"--topology: {chip.name} slices are {', '.join(SMALL_CUBOIDS)}, or three "
+                f"multiples of 4 in ascending order with at most {chip.largest} chips, not "
+                f"{found[2]}."
+            )
+    return Slice(chip, shape)
+
+
+# libtpu asks a metadata server for the machine it is on, and locks the machine's chips.
+ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+EXHAUSTED = re.compile(r"\(?([\d.]+)G\)? (?:exceeds|of) .*?([\d.]+)G", re.S)
+
+
+class TooLarge(Exception):
+    """The compiler found no way to fit the step into HBM; in GiB what it needs, and may have."""
+
+    def __init__(self, needed: float, available: float):
+        super().__init__(f"needs {needed} GiB of {available} GiB")
+        self.needed, self.available = needed, available
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM of one chip, as the compiler lays them out."""
+
+    arguments: int  # state, batch and frozen arrays
+    outputs: int  # that don't take the place of arguments
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A step for one chip: all counts are of that chip."""
+
+    memory: Memory
+    module: Module
+    flops: int
+    seconds: float  # that compiling took
+
+
+def devices(part: Slice) -> list:
+    """The slice's devices; they can be compiled for, not computed on.
+
+    Raises:
+      SetupError: libtpu is missing, or doesn't know the slice.
+    """
+    if find_spec("libtpu") is None:
+        raise SetupError("libtpu, which compiles for TPU, is missing: pip install -e '.[tpu]'")
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
+    options = {"chip_config_name": "megacore"} if part.chip.name == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=part.name, **options
+        ).devices
+    except Exception as error:  # of several types, all with nothing but a message
+        raise SetupError(f"--topology: libtpu knows no slice {part.name}: {error}") from None
+    if len(found) != part.chips:
+        raise SetupError(
+            f"--topology: libtpu gives {len(found)} devices for {part.name}, not {part.chips}."
+        )
+    return list(found)
+
+
+def compile_step(cfg: Config, mesh: Mesh) -> Compiled:
+    """Compiles the step that `train` would run.
+
+    Raises:
+      ConfigError: the mesh does not divide the batch or a parameter.
+      TooLarge: it doesn't fit into HBM.
+      hlo.UnknownCost: the program does what isn't known here.
+    """
+    prog = train_step.build(cfg, mesh)
+    lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
+    start = time.perf_counter()
+    # as_text() fails for v5p and v6e, so the compiler writes its program to a file.
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            found = EXHAUSTED.search(str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+                raise
+            raise TooLarge(float(found[1]), float(found[2])) from None
+        seconds = time.perf_counter() - start
+        paths = Path(directory).glob("*jit_step*after_optimizations.txt")
+        text = max(paths, key=lambda path: path.stat().st_size).read_text()
+    return read(text, compiled.memory_analysis(), seconds)
+
+
+def read(text: str, stats, seconds: float) -> Compiled:
+    """From the compiler's text and memory_analysis()."""
+    memory = Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+    module = hlo.parse(text)
+    return Compiled(memory, module, hlo.count_module(module).flops, seconds)

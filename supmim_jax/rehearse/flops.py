@@ -1,0 +1,312 @@
+"""FLOPs of the real train step: counted in its compiled program, beside the arithmetic.
+
+Nothing is allocated and no data are read, so a full-size step can be compiled on a laptop.
+
+
+The matmul FLOPs of a train step by arithmetic on the config, per image; a multiply-add is 2.
+
+A matmul of the forward pass costs its double in the backward pass: one matmul for the gradient of
+each factor. The patch embedding costs itself, as pixels need no gradient, and the tokenizer
+nothing, as it is frozen. Without mixup and CutMix both branches of SupMIM's `masked` form embed the
+same patches; XLA then does so once, and this counts it twice."""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from absl import flags
+
+from supmim_jax import cli, sharding, train_step
+from supmim_jax.config import Config, DecoderConfig, ViTConfig
+from supmim_jax.config.configdict import from_configdict
+from supmim_jax.errors import SetupError
+from supmim_jax.models.masking import num_masked
+from supmim_jax.rehearse import hlo
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs per image; `recomputed` is what rematerialization repeats of the forward pass."""
+
+    forward: int
+    backward: int
+    recomputed: int = 0
+
+    @property
+    def model(self) -> int:
+        """What the gradient needs, whatever is stored: the FLOPs of a utilization (MFU)."""
+        return self.forward + self.backward
+
+
+OBJECTIVES = ("supervised", "supmim", "mae", "cmae")
+
+
+def train(cfg: Config) -> dict[str, Work]:
+    """The parts of a train step; names as in `flops.PARTS`."""
+    model, objective = cfg.model, cfg.objective
+    patches = (cfg.data.image_size // model.patch) ** 2
+    pixels = model.patch**2 * cfg.data.channels
+    prefix = int(model.pooling == "cls")
+    if objective.leaves == "encoder":
+        return _without_labels(cfg, patches, pixels, prefix)
+    segments, embedded = [patches + prefix], patches
+    parts = {"head": _trained(2 * model.width * cfg.data.num_classes)}
+    if objective.name == "supmim":
+        visible = objective.encoder_input == "visible"
+        entering = patches - num_masked(patches, objective.mask_ratio) if visible else patches
+        segments.append(entering + prefix)
+        embedded += entering
+        parts["decoder"] = _decoder(cfg, patches, entering, prefix, outputs_per_patch(cfg))
+        if cfg.has_tokens and not cfg.tokens.cache:
+            parts["tokenizer"] = Work(tokenizer(cfg, patches), 0)
+    parts["encoder"] = _stack(model, segments, model.remat)
+    embedding = 2 * embedded * pixels * model.width
+    parts["patch embedding"] = Work(embedding, embedding)
+    return parts
+
+
+def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict[str, Work]:
+    """MAE and CMAE: every view's kept patches through the encoder, all through the decoder, and
+    the masked ones out of it."""
+    model, objective, views = cfg.model, cfg.objective, cfg.crops_per_example
+    kept = patches - num_masked(patches, objective.mask_ratio)
+    encoder = _stack(model, [kept + prefix] * views, model.remat)
+    embedding = 2 * views * kept * pixels * model.width
+    decoder = _decoder(cfg, patches, kept, prefix, pixels)
+    parts = {
+        "decoder": _times(decoder, views),
+        "encoder": encoder,
+        "patch embedding": Work(embedding, embedding),
+    }
+    if objective.name == "cmae" and objective.position.weight:
+        asked = objective.position.asked(kept)
+        parts["head"] = _trained(2 * views * asked * model.width * patches)
+    if objective.name == "cmae" and objective.contrastive.weight:
+        sizes = objective.contrastive
+        projector = 2 * (model.width + sizes.dim) * sizes.hidden
+        predictor = 4 * sizes.dim * sizes.hidden
+        slow = Work(encoder.forward + embedding + views * projector, 0)
+        fast = _trained(views * (projector + predictor))
+        logits = 2 * views * cfg.batch_size * sizes.dim  # of one image with the global batch
+        forward = slow.forward + fast.forward + logits
+        parts["contrastive"] = Work(forward, fast.backward + logits)  # keys get no gradient
+    return parts
+
+
+def _decoder(cfg: Config, patches: int, entering: int, prefix: int, outputs: int) -> Work:
+    """The decoder of one view, of which `entering` patches come out of the encoder."""
+    decoder = cfg.objective.decoder
+    ends = 2 * (entering + prefix) * cfg.model.width * decoder.width
+    ends += 2 * num_masked(patches, cfg.objective.mask_ratio) * decoder.width * outputs
+    whole = _stack(decoder, [patches + prefix], cfg.model.remat)
+    return Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
+
+
+def _times(work: Work, count: int) -> Work:
+    return Work(count * work.forward, count * work.backward, count * work.recomputed)
+
+
+def outputs_per_patch(cfg: Config) -> int:
+    """Of the decoder: logits of codes, or pixels."""
+    if cfg.has_tokens:
+        return cfg.objective.target.codes
+    return cfg.model.patch**2 * cfg.data.channels
+
+
+def tokenizer(cfg: Config, patches: int) -> int:
+    """FLOPs of an image's tokens, with those of enlarging it where a token is larger."""
+    target, channels = cfg.objective.target, cfg.data.channels
+    if target.name == "patch_codes":
+        grey = target.normalize == "luminance"
+        to_grey = 2 * channels * cfg.data.image_size**2 if grey and channels == 3 else 0
+        values = cfg.model.patch**2 * (1 if grey else channels)
+        return 2 * patches * values * target.codes + to_grey
+    side = math.isqrt(patches) * target.downsampling
+    flops, before = 0, target.filters
+    if side != cfg.data.image_size:
+        flops += 2 * side * cfg.data.image_size * (cfg.data.image_size + side) * channels
+    flops += _conv3(side, channels, target.filters)
+    for level, multiplier in enumerate(target.multipliers):
+        size, width = side >> level, target.filters * multiplier
+        for _ in range(target.res_blocks):
+            flops += _conv3(size, before, width) + _conv3(size, width, width)
+            flops += 2 * size**2 * width**2 * (before != width)
+            before = width
+    flops += 2 * target.res_blocks * _conv3(size, width, width)
+    flops += 2 * size**2 * width * target.code_dim
+    return flops + 2 * patches * target.code_dim * target.codes
+
+
+def _conv3(side: int, inputs: int, outputs: int) -> int:
+    """A 3x3 convolution; at the border the part of the kernel outside costs nothing."""
+    return 2 * (3 * side - 2) ** 2 * inputs * outputs
+
+
+def _trained(forward: int) -> Work:
+    return Work(forward, 2 * forward)
+
+
+def _stack(cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str) -> Work:
+    """`depth` blocks over packed segments of tokens; attention stays within a segment.
+
+    Recomputed is what `transformer.REMAT_POLICIES` doesn't save and the backward pass reads:
+    attention's logits. Of a single block it is an upper bound: XLA then sees that the two
+    computations are one.
+    """
+    tokens = sum(segments)
+    logits = sum(2 * n * n * cfg.width for n in segments)
+    qkv, out = 2 * tokens * 3 * cfg.width**2, 2 * tokens * cfg.width**2
+    mlp = 2 * tokens * cfg.width * cfg.mlp_dim  # fc1, and fc2
+    recomputed = {
+        "none": 0,
+        "names": logits,
+        "full": qkv + 2 * logits + out + mlp,
+    }
+    forward = cfg.depth * (qkv + 2 * logits + out + 2 * mlp)
+    return Work(forward, 2 * forward, cfg.depth * recomputed[remat])
+
+
+# A part is named by a function that its matmuls were traced in; the first that fits. The head is
+# a linear layer that the objective calls itself.
+PARTS = (
+    ("PatchCodes.encode", "tokenizer"),
+    ("VQGAN.encode", "tokenizer"),
+    ("Decoder.__call__", "decoder"),
+    ("CMAE.contrastive", "contrastive"),
+    ("ViT.embed", "patch embedding"),
+    ("ViT.encode", "encoder"),
+    ("Linear.__call__", "head"),
+)
+DIRECTIONS = ("forward", "backward", "recomputed")
+GIGA = 1e9
+
+
+def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
+    """Compiles the train step of `cfg` and counts.
+
+    FLOPs are of the whole step on all devices, bytes of one device: what the compiler allots to
+    arguments, results and temporary values (its own `peak_memory` leaves the last out on CPU).
+    CPU keeps float32 copies of what other devices hold in bfloat16.
+    """
+    prog = train_step.build(cfg, mesh)
+    start = time.perf_counter()
+    compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
+    seconds = time.perf_counter() - start
+    return counted(cfg, mesh, compiled, seconds)
+
+
+def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> dict:
+    """What `measure` gives, of a step that was compiled in so many seconds."""
+    counts = hlo.count(compiled.as_text())
+    scopes = {scope: flops * mesh.size for scope, flops in counts.by_scope.items()}
+    parts = train(cfg)
+    model = cfg.batch_size * sum(work.model for work in parts.values())
+    recomputed = cfg.batch_size * sum(work.recomputed for work in parts.values())
+    total = counts.flops * mesh.size
+    memory = compiled.memory_analysis()
+    return {
+        "objective": cfg.objective.name,
+        "batch_size": cfg.batch_size,
+        "remat": cfg.model.remat,
+        "devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}",
+        "hlo_flops_per_step": total,
+        "hlo_gf_per_image": total / cfg.batch_size / GIGA,
+        "analytic_gf_per_image": model / cfg.batch_size / GIGA,
+        "recomputed_gf_per_image": recomputed / cfg.batch_size / GIGA,
+        "ratio": total / model,
+        "ratio_with_recomputed": total / (model + recomputed),
+        "parts": compare(cfg, scopes, parts),
+        "scopes": scopes,
+        "bytes_per_device": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "compile_seconds": seconds,
+    }
+
+
+def compare(cfg: Config, scopes: dict[str, int], parts: dict[str, Work]) -> dict:
+    """{part: {direction: [GF per image in the HLO, by arithmetic]}}, where either isn't 0."""
+    found = Counter()
+    for scope, flops in scopes.items():
+        direction, path = scope.split(": ", 1)
+        found[part_of(path), direction] += flops / cfg.batch_size
+    expected = Counter(
+        {
+            (part, direction): flops
+            for part, work in parts.items()
+            for direction, flops in zip(DIRECTIONS, (work.forward, work.backward, work.recomputed))
+            if flops
+        }
+    )
+    table: dict = {}
+    for part, direction in sorted(found.keys() | expected.keys()):
+        pair = [found[part, direction] / GIGA, expected[part, direction] / GIGA]
+        table.setdefault(part, {})[direction] = pair
+    return table
+
+
+def part_of(path: str) -> str:
+    """The part of the model that the functions of a scope belong to."""
+    functions = path.split("/")
+    return next((part for function, part in PARTS if function in functions), "other")
+
+
+def report(result: dict) -> str:
+    """The result as a table for people."""
+    total = result["hlo_gf_per_image"]
+    lines = [f"{'GF per image':28}{'HLO':>10}{'analytic':>10}{'ratio':>9}{'share':>9}"]
+    for part, directions in result["parts"].items():
+        for direction, (found, expected) in directions.items():
+            ratio = f"{found / expected:.4f}" if expected else "-"
+            lines.append(
+                f"{part + ', ' + direction:28}{found:10.3f}{expected:10.3f}{ratio:>9}"
+                f"{found / total:9.2%}"
+            )
+    model, recomputed = result["analytic_gf_per_image"], result["recomputed_gf_per_image"]
+    lines.append(f"{'all':28}{total:10.3f}{model:10.3f}{result['ratio']:9.4f}")
+    if recomputed:
+        ratio = result["ratio_with_recomputed"]
+        lines.append(
+            f"{'all, with recomputed':28}{total:10.3f}{model + recomputed:10.3f}{ratio:9.4f}"
+        )
+    lines.append(
+        f"{result['objective']}, batch {result['batch_size']}, remat {result['remat']}, "
+        f"{result['devices']}: {result['hlo_flops_per_step'] / 1e12:.1f} TF per step; memory "
+        f"{result['bytes_per_device'] / 2**30:.2f} GiB per device; compiled in "
+        f"{result['compile_seconds']:.0f} s"
+    )
+    return "\n".join(lines)
+
+
+def check(cfg: Config) -> None:
+    """Raises SetupError where there is no arithmetic to compare counts with."""
+    if cfg.objective.name not in OBJECTIVES:
+        raise SetupError(
+            f"--config is of objective {cfg.objective.name!r}; FLOPs are counted by hand, and "
+            f"so comparable, for {' and '.join(OBJECTIVES)} only."
+        )
+
+
+def command() -> Callable[[], None]:
+    """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
+    config = cli.define("Experiment: configs/<name>.py")
+    scopes = flags.DEFINE_bool("scopes", False, "Also list every scope with matmuls, in GF.")
+    flags.mark_flag_as_required("config")
+
+    def run() -> None:
+        cfg = from_configdict(config.value)
+        check(cfg)
+        result = measure(cfg, sharding.make_mesh(cfg.mesh))
+        print(report(result))
+        by_scope = result.pop("scopes")
+        if scopes.value:
+            for scope, flops in by_scope.items():
+                print(f"{flops / cfg.batch_size / GIGA:10.3f}  {scope}")
+        print(json.dumps(result))
+
+    return run
