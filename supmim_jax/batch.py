@@ -21,7 +21,7 @@ class Batch:
     """
 
     # Uint8 BxHxWxC each: a crop of each image or, where the step compares them, two
-    # (Config.crops_per_example), with geometry and colours of their own.
+    # (Objective.crops), with geometry and colours of their own.
     views: tuple[jax.Array, ...]
     label: jax.Array  # int32 B
     weight: jax.Array  # float32 B

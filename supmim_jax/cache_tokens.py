@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 from supmim_jax import cli, encoder, sharding, storage, tokenizers
 from supmim_jax.config import Config, MeshConfig, TokensConfig
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.data import loader, token_cache
+from supmim_jax.data import token_cache
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.metrics import write_json
-from supmim_jax.models import kmeans
 
 # ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
 # compression saves more than that where tokens are many (bench tokens).
@@ -59,8 +59,8 @@ def tokenize(
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices())
     batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
     prog = encoder.build_tokenizer(cfg, batch_size, mesh)
-    loader.check(cfg)
-    arrays = tokenizers.tokenizer(cfg, directory, prog.arrays)
+    dataset = Dataset.open(cfg)
+    arrays = tokenizers.open_tokenizer(cfg, dataset, directory, prog.arrays)
     plan = token_cache.Plan(
         fingerprint=token_cache.fingerprint(cfg, tokenizers.digest(arrays)),
         views=views,
@@ -75,13 +75,13 @@ def tokenize(
     for index in range(jax.process_index(), plan.shards, jax.process_count()):
         path, records = plan.path(directory, index), plan.shard(index)
         if not path.exists():
-            rows = progress(encoded(bound, cfg, records, batch_size, mesh))
+            rows = progress(encoded(bound, dataset, records, batch_size, mesh))
             token_cache.write_shard(path, token_cache.packed(plan, index, rows))
     return plan
 
 
 def encoded(
-    bound: encoder.BoundTokenizer, cfg: Config, records: range, batch_size: int, mesh: Mesh
+    bound: encoder.BoundTokenizer, dataset: Dataset, records: range, batch_size: int, mesh: Mesh
 ) -> Iterator[Row]:
     """uint16 ids L of each record in turn, and the mark of its image.
 
@@ -89,7 +89,7 @@ def encoded(
     """
     rows = jax.NamedSharding(mesh, sharding.BATCH)
     pending: tuple[jax.Array, np.ndarray] | None = None
-    for images, marks in loader.target_images(cfg, records.start, records.stop, batch_size):
+    for images, marks in dataset.target_images(records.start, records.stop, batch_size):
         count = len(images)
         padded = np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
         ids = bound.encode(jax.device_put(padded, rows))
@@ -122,8 +122,7 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
         storage.make_directory(directory)
         _check_space(directory, plan)
         if jax.process_index() == 0:
-            if cfg.objective.target.name == "patch_codes":
-                kmeans.save(directory / tokenizers.FILE, arrays)
+            tokenizers.save_fitted(cfg, arrays, directory)
             write_json(manifest, plan.manifest)
     except OSError as error:
         raise SetupError(

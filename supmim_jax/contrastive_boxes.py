@@ -1,6 +1,7 @@
 """The boxes that ContrastiveCrop crops by: one pass of the encoder over the training images.
 
-Where in an image an encoder sees something: heat maps and their boxes, for ContrastiveCrop."""
+A heat map says where in an image the encoder sees something, and the box is around what is warm.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from supmim_jax.batch import Encoder
-from supmim_jax.config import Config
-from supmim_jax.data import loader
 from supmim_jax.data.crops import WHOLE
+from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import features
 
 
@@ -53,18 +53,19 @@ def bounds(heat_BxHxW, size: int, threshold: float) -> jax.Array:
     return jnp.where(flat, whole, jnp.concatenate([first, last], 1)).astype(jnp.uint8)
 
 
-def boxes(encoder: Encoder, cfg: Config, mesh: Mesh) -> np.ndarray:
-    """The box of each training image, the same on every process: uint8 Nx4, as `heat_map.bounds`.
+def boxes(encoder: Encoder, dataset: Dataset, mesh: Mesh) -> np.ndarray:
+    """The box of each training image, the same on every process: uint8 Nx4, as `bounds`.
 
     The encoder sees whole images, brought to its size without keeping their aspect.
     """
+    cfg = dataset.cfg
     size, threshold = cfg.data.image_size, cfg.data.contrastive_crop.threshold
-    found = np.tile(np.uint8(WHOLE), (cfg.data.train_examples, 1))  # of broken records
-    for batch in loader.whole_dataset(cfg, cfg.data.train_split, mesh):
+    table = np.tile(np.uint8(WHOLE), (cfg.data.train_examples, 1))  # of broken records
+    for batch in dataset.whole(cfg.data.train_split, mesh):
         bounds = _bounds(heat(encoder, batch.views[0]), size, threshold)
         bounds, ids, weight = features.on_host((bounds, batch.id, batch.weight))
-        found[ids[weight > 0]] = bounds[weight > 0]
-    return found
+        table[ids[weight > 0]] = bounds[weight > 0]
+    return table
 
 
 def heat(encoder: Encoder, images: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from supmim_jax import sharding
 from supmim_jax.batch import Features
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config
 from supmim_jax.models import kmeans
 from supmim_jax.models.segmentation import Segmenter
@@ -28,7 +29,7 @@ def abstract_images(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeS
 
 
 @dataclass(frozen=True)
-class Inference:
+class EncoderProgram:
     """Evaluation: `features(params, images) -> Features`.
 
     The encoder and the head that was trained with it, nothing else of the training objective:
@@ -44,7 +45,7 @@ class Inference:
         return BoundEncoder(self, {name: params[name] for name in self.params})
 
 
-def build_inference(cfg: Config, batch_size: int, mesh: Mesh) -> Inference:
+def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:
     """The inference program of the encoder that `cfg` trains."""
     sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
 
@@ -56,10 +57,10 @@ def build_inference(cfg: Config, batch_size: int, mesh: Mesh) -> Inference:
     graph, params = jax.eval_shape(split)
 
     def features(params, images) -> Features:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # models/placement.py asks it
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # sharding.by_rows asks for it
             return nnx.merge(graph, params).features(images)
 
-    return Inference(
+    return EncoderProgram(
         features=jax.jit(features),
         params=sharding.shard_like_params(params, mesh),
         images=abstract_images(cfg, batch_size, mesh),
@@ -78,11 +79,11 @@ def inference_model(cfg: Config) -> Classifier | Backbone | Segmenter:
 class BoundEncoder:
     """An inference program with its weights: the `Encoder` that evaluators are given."""
 
-    inference: Inference
+    program: EncoderProgram
     params: Any
 
     def features(self, images: jax.Array) -> Features:
-        return self.inference.features(self.params, images)
+        return self.program.features(self.params, images)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class BoundTokenizer:
 def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgram:
     """The tokenizer whose tokens are the target of `cfg`, or which `cfg` trains."""
     sharding.check_batch(batch_size, mesh, "the batch of images to tokenise")
-    section, patch = tokenizer_section(cfg)
+    section, patch = cfg.objective.tokenizer_for(cfg.model.patch)
 
     def split():
         with nnx.use_eager_sharding(False):
@@ -148,14 +149,25 @@ def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgra
     )
 
 
-def tokenizer_section(cfg: Config):
-    """The tokenizer's own config, and the side of a token in pixels of the data's images."""
-    if cfg.objective.name == "vqgan":
-        return cfg.objective.tokenizer, cfg.objective.tokenizer.downsampling
-    return cfg.objective.target, cfg.model.patch
-
-
-def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> Inference | TokenizerProgram:
+def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram | TokenizerProgram:
     """What evaluations of a run of `cfg` need: its encoder, or the tokenizer that it trains."""
-    build_it = build_tokenizer if cfg.objective.leaves == "tokenizer" else build_inference
+    build_it = build_tokenizer if cfg.objective.leaves == "tokenizer" else build_encoder
     return build_it(cfg, batch_size, mesh)
+
+
+def restore(
+    checkpoint: Checkpoint, mesh: Mesh, batch_size: int | None = None
+) -> BoundEncoder | BoundTokenizer:
+    """What the run of a checkpoint leaves, with its weights, on `mesh`.
+
+    Args:
+      checkpoint: of any objective and any mesh.
+      mesh: where it is to compute.
+      batch_size: of the global batches of images; default: that of the run's evaluations.
+
+    Raises:
+      SetupError: the checkpoint's parameters are not those of its config.
+    """
+    cfg = checkpoint.config
+    program = build_evaluation(cfg, batch_size or cfg.eval.batch_size, mesh)
+    return program.bind(checkpoint.restore_params(program.params))

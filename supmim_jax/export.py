@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, cli, encoder, sharding, storage
+from supmim_jax import cli, encoder, sharding, storage
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import layout, timm, transformers
@@ -40,8 +41,8 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
         `out` is not free.
     """
     out = layout.check_free(out)
-    directory = checkpoint.locate(location)
-    cfg = checkpoint.read_config(directory)
+    checkpoint = Checkpoint.open(location)
+    cfg = checkpoint.config
     if cfg.objective.leaves not in LOADING[to]:
         raise SetupError(
             f"--checkpoint {location} is of objective {cfg.objective.name!r}, which leaves a "
@@ -49,8 +50,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
             f"export the run that it started from, or another."
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = encoder.build_inference(cfg, 1, mesh)
-    params = jax.tree.map(np.asarray, checkpoint.restore_params(directory, runner.params))
+    params = jax.tree.map(np.asarray, encoder.restore(checkpoint, mesh, 1).params)
     tensors, documents = WRITERS[to](params, cfg)
     layout.write(out, tensors, documents)
     return LOADING[to][cfg.objective.leaves].format(out)

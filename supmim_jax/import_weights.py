@@ -43,7 +43,7 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
         found = READERS[source](documents, file)
     cfg = (combine if found.num_classes else combine_encoder)(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = encoder.build_inference(cfg, 1, mesh).params
+    like = encoder.build_encoder(cfg, 1, mesh).params
     params = from_foreign(encoder_of(arrays, found, file), found.layout, like, file)
     params = layout.with_our_pixels(params, found.mean, found.std, cfg.model.patch)
     params = layout.without_fixed_positions(params, cfg.model, cfg.data)

@@ -4,75 +4,80 @@ The encoder that is brought in must be the same function of an image, only its s
 learned positions are then resized, fixed ones keep their places by config.model.position_grid.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
-from supmim_jax import checkpoint
 from supmim_jax.batch import TrainState
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, section
 from supmim_jax.errors import SetupError
-from supmim_jax.train_step import Program
+from supmim_jax.train_step import TrainStep
 
 # Regularisation, rounding and memory of the training; everything else makes another encoder.
 MAY_DIFFER = tuple(f"config.model.{x}" for x in ("drop_path", "dropout:", "dtype:", "remat:"))
 
 
-def state(cfg: Config, prog: Program) -> TrainState:
-    """The state of step 0, laid out like `prog.state`; the optimizer has not seen anything.
+@dataclass(frozen=True)
+class InitialState:
+    """The state of step 0, whose parts from another run's checkpoint are known to fit."""
 
-    Raises:
-      SetupError: as `check`.
-    """
-    fresh = prog.init(jax.random.key(cfg.seed))
-    if not cfg.init.checkpoint:
-        return fresh
-    params = fresh.params | restore(cfg, prog.state.params)
-    return fresh.replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else {})
+    cfg: Config
+    step_fn: TrainStep
+    checkpoint: Checkpoint | None  # config.init.checkpoint
+    like: dict  # its abstract parameters that are taken, on the mesh of the step
+
+    @classmethod
+    def open(cls, cfg: Config, step_fn: TrainStep) -> "InitialState":
+        """Reads no array, so that a run that cannot start fails before anything is written.
+
+        Raises:
+          SetupError: config.init.checkpoint is missing, or holds another encoder than `cfg` names.
+        """
+        if not cfg.init.checkpoint:
+            return cls(cfg, step_fn, None, {})
+        params = step_fn.state.params
+        names = ["encoder", "head"] if cfg.init.head == "keep" else ["encoder"]
+        if missing := [name for name in names if name not in params]:
+            raise SetupError(
+                f"config.init.checkpoint is {cfg.init.checkpoint!r}, but objective "
+                f"{cfg.objective.name!r} trains no {' and no '.join(missing)} that could start "
+                f"from it."
+            )
+        try:
+            checkpoint = Checkpoint.open(cfg.init.checkpoint)
+        except SetupError as error:
+            raise SetupError(f"config.init.checkpoint: {error}") from None
+        _check_same_encoder(checkpoint.config, cfg)
+        like = {name: params[name] for name in names}
+        if cfg.model.positions == "learned":
+            here = params["encoder"]["positions"]
+            shape = (side(checkpoint.config) ** 2, cfg.model.width)
+            there = jax.ShapeDtypeStruct(shape, here.dtype, sharding=here.sharding)
+            like["encoder"] = like["encoder"] | {"positions": there}
+        checkpoint.check_params(like)
+        return cls(cfg, step_fn, checkpoint, like)
+
+    def make(self) -> TrainState:
+        """The state, laid out like that of the step; the optimizer has not seen anything."""
+        fresh = self.step_fn.init(jax.random.key(self.cfg.seed))
+        if self.checkpoint is None:
+            return fresh
+        taken = self.checkpoint.restore_params(self.like)
+        if self.cfg.model.positions == "learned":
+            wanted = self.step_fn.state.params["encoder"]["positions"]
+            resize = jax.jit(resized, static_argnums=1, out_shardings=wanted.sharding)
+            taken["encoder"]["positions"] = resize(taken["encoder"]["positions"], side(self.cfg))
+        params = fresh.params | taken
+        return fresh.replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else {})
 
 
-def check(cfg: Config, params: dict) -> None:
-    """Reads no array, so that a run that cannot start fails before anything is written.
-
-    Args:
-      cfg: the run.
-      params: its abstract parameters.
-
-    Raises:
-      SetupError: config.init.checkpoint is missing, or holds another encoder than `cfg` names.
-    """
-    if cfg.init.checkpoint:
-        checkpoint.check_params(*source(cfg, params))
-
-
-def restore(cfg: Config, params: dict) -> dict:
-    """The parts of `params` that come from config.init.checkpoint, resized and laid out alike."""
-    directory, like = source(cfg, params)
-    found = checkpoint.restore_params(directory, like)
-    if cfg.model.positions == "learned":
-        wanted = params["encoder"]["positions"]
-        resize = jax.jit(resized, static_argnums=1, out_shardings=wanted.sharding)
-        found["encoder"]["positions"] = resize(found["encoder"]["positions"], side(cfg))
-    return found
-
-
-def source(cfg: Config, params: dict) -> tuple[epath.Path, dict]:
-    """The checkpoint to start from and its abstract parameters, on the mesh of `params`."""
+def _check_same_encoder(theirs: Config, cfg: Config) -> None:
+    """Raises SetupError, naming what differs, unless the checkpoint's encoder is the run's."""
     path = cfg.init.checkpoint
-    names = ["encoder", "head"] if cfg.init.head == "keep" else ["encoder"]
-    if missing := [name for name in names if name not in params]:
-        raise SetupError(
-            f"config.init.checkpoint is {path!r}, but objective {cfg.objective.name!r} trains no "
-            f"{' and no '.join(missing)} that could start from it."
-        )
-    try:
-        directory = checkpoint.locate(path)
-    except SetupError as error:
-        raise SetupError(f"config.init.checkpoint: {error}") from None
-    theirs = checkpoint.read_config(directory)
     changed = [
         difference
         for difference in differences(_description(theirs), _description(cfg))
@@ -88,13 +93,14 @@ def source(cfg: Config, params: dict) -> tuple[epath.Path, dict]:
             f"config.init.head is 'keep', but {path} has {theirs.data.num_classes} classes and "
             f"config.data.num_classes is {cfg.data.num_classes}. Set config.init.head to 'new'."
         )
-    like = {name: params[name] for name in names}
-    if cfg.model.positions == "learned":
-        here = params["encoder"]["positions"]
-        shape = (side(theirs) ** 2, cfg.model.width)
-        there = jax.ShapeDtypeStruct(shape, here.dtype, sharding=here.sharding)
-        like["encoder"] = like["encoder"] | {"positions": there}
-    return directory, like
+
+
+def _description(cfg: Config) -> dict[str, Any]:
+    """All of the config that makes the encoder, with the grid of fixed positions written out."""
+    model = section(cfg.model)
+    if cfg.model.positions == "sincos2d":
+        model["position_grid"] = cfg.model.position_grid or side(cfg)
+    return {"model": model, "data": {"channels": cfg.data.channels}}
 
 
 def resized(positions_LxD: jax.Array, side: int) -> jax.Array:
@@ -112,11 +118,3 @@ def resized(positions_LxD: jax.Array, side: int) -> jax.Array:
 def side(cfg: Config) -> int:
     """Patches per side of the image."""
     return cfg.data.image_size // cfg.model.patch
-
-
-def _description(cfg: Config) -> dict[str, Any]:
-    """All of the config that makes the encoder, with the grid of fixed positions written out."""
-    model = section(cfg.model)
-    if cfg.model.positions == "sincos2d":
-        model["position_grid"] = cfg.model.position_grid or side(cfg)
-    return {"model": model, "data": {"channels": cfg.data.channels}}

@@ -14,7 +14,7 @@ class Diverged(Exception):
         self.step = step
 
 
-class FiniteCheck:
+class NanGuard:
     """Looks at each step's metrics one step late, so that the device is never kept waiting."""
 
     def __init__(self):

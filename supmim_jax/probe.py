@@ -19,10 +19,12 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, cli, encoder, evals, multihost, sharding, storage
+from supmim_jax import cli, encoder, evals, multihost, sharding, storage
 from supmim_jax.batch import Encoder, Features
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, DataConfig, ProbeConfig
 from supmim_jax.config.configdict import from_configdict, section, to_configdict
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals.features import Results
 from supmim_jax.metrics import write_json
@@ -35,21 +37,11 @@ SWEEP = "knn/k="  # metrics that would make the table too wide; the file has the
 class Report:
     """One checkpoint, measured."""
 
-    directory: epath.Path  # of the checkpoint's step
-    run: Config  # the checkpoint's own
-    numbers: dict  # saved with the state: position and seconds
+    checkpoint: Checkpoint
     asked: ProbeConfig
     data: DataConfig  # that it was measured on
     mesh: Mesh
     results: Results
-
-    @property
-    def step(self) -> int:
-        return int(self.directory.name)
-
-    @property
-    def epochs(self) -> float:
-        return self.numbers["position"] / self.run.data.train_examples
 
     def row(self) -> dict[str, str]:
         """A line of the table, by its columns."""
@@ -58,20 +50,20 @@ class Report:
             for name, value in self.results.metrics.items()
             if not name.startswith(SWEEP)
         }
-        seconds = f"{self.numbers['seconds']:.0f}"
-        place = f"{self.directory.parent.parent.name}@{self.step}"
-        first = {"checkpoint": place, "encoder": self.run.objective.name}
-        return first | metrics | {"epochs": f"{self.epochs:.0f}", "seconds": seconds}
+        seconds = f"{self.checkpoint.run['seconds']:.0f}"
+        place = f"{self.checkpoint.workdir.name}@{self.checkpoint.step}"
+        first = {"checkpoint": place, "encoder": self.checkpoint.config.objective.name}
+        return first | metrics | {"epochs": f"{self.checkpoint.epochs:.0f}", "seconds": seconds}
 
     def document(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         device = self.mesh.devices.flat[0]
         return {
-            "checkpoint": str(self.directory),
-            "objective": self.run.objective.name,
-            "step": self.step,
-            "epochs": self.epochs,
-            "seconds": self.numbers["seconds"],
+            "checkpoint": str(self.checkpoint.directory),
+            "objective": self.checkpoint.config.objective.name,
+            "step": self.checkpoint.step,
+            "epochs": self.checkpoint.epochs,
+            "seconds": self.checkpoint.run["seconds"],
             "metrics": self.results.metrics,
             "details": self.results.details,
             **({evals.ERRORS: errors} if (errors := self.results.errors) else {}),
@@ -98,35 +90,36 @@ class WithoutHeads:
 
 
 def probe(
-    location: str, asked: ProbeConfig | None = None, devices: list[jax.Device] | None = None
+    checkpoint: Checkpoint,
+    asked: ProbeConfig | None = None,
+    devices: list[jax.Device] | None = None,
 ) -> Report:
-    """Measures the checkpoint at `workdir` or `workdir@step`, whatever mesh it was trained on.
+    """Measures a checkpoint, whatever mesh it was trained on.
 
     Args:
-      location: of the checkpoint.
+      checkpoint: of any run.
       asked: what to measure; default: what the run itself was judged by.
       devices: what to measure on; default: all that there are.
 
     Raises:
-      SetupError: the checkpoint is missing, or not that of its config; or the data are.
+      SetupError: the checkpoint is not that of its config, or the data are missing.
     """
-    directory = checkpoint.locate(location)
-    run = checkpoint.read_config(directory)
+    run = checkpoint.config
     asked = asked or own(run)
     mesh = sharding.make_mesh(asked.mesh, devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
-    subject = encoder.build_evaluation(run, batch_size, mesh)
     data = asked.data.over(run.data)
     cfg = dataclasses.replace(
         run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
     )
-    evals.check(cfg, data.eval_split)
-    model = subject.bind(checkpoint.restore_params(directory, subject.params))
+    dataset = Dataset(cfg)
+    evals.check(dataset, data.eval_split)
+    model = encoder.restore(checkpoint, mesh, batch_size)
     if hidden := unknown_heads(run.data, data):
         model = WithoutHeads(model, hidden)
-    results = evals.run_all(model, cfg, data.eval_split, mesh)
-    return Report(directory, run, checkpoint.read_run(directory), asked, data, mesh, results)
+    results = evals.run_all(model, dataset, data.eval_split, mesh)
+    return Report(checkpoint, asked, data, mesh, results)
 
 
 def unknown_heads(run: DataConfig, data: DataConfig) -> tuple[str, ...]:
@@ -162,7 +155,7 @@ def save(report: Report, name: str) -> epath.Path:
     Raises:
       OSError: it cannot be written.
     """
-    path = report.directory.parent.parent / "evals" / f"{name}-{report.step}.json"
+    path = report.checkpoint.workdir / "evals" / f"{name}-{report.checkpoint.step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, report.document())
     return path
@@ -191,8 +184,8 @@ def main() -> None:
     rows, refused = [], []
     for location in CHECKPOINT.value:
         try:
-            given = asked or own(checkpoint.read_config(checkpoint.locate(location)))
-            report = probe(location, with_flags(given))
+            checkpoint = Checkpoint.open(location)
+            report = probe(checkpoint, with_flags(asked or own(checkpoint.config)))
         except SetupError as error:  # of one checkpoint; the others are measured
             refused.append(str(error))
             continue

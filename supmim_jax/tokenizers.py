@@ -1,103 +1,91 @@
-"""Where a run's frozen arrays come from: a file, a checkpoint, or a fit on the training split."""
+"""The frozen arrays of a run: its tokenizer's, and those of an encoder that the loss compares by.
+
+A tokenizer comes from a file, from the checkpoint of a run that trained it, or from a fit on the
+training split, which is kept in the workdir and in token caches.
+"""
 
 import hashlib
 import json
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, encoder
+from supmim_jax import encoder
+from supmim_jax.checkpoint import Checkpoint, split_step
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, section
-from supmim_jax.data import loader, token_cache
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.metrics import write_json
 from supmim_jax.models import kmeans, maskgit
+from supmim_jax.train_step import TrainStep
 
 FILE = "tokenizer.npz"  # a fitted codebook, kept in the workdir and in token caches
 IDENTITY = "tokenizer.json"  # which tokenizer a run began with
 IN_FILE_ONLY = ("config.objective.target.path", "config.objective.target.precision")
 
 
-def arrays(cfg: Config, workdir: epath.Path, like: dict) -> dict:
-    """The `frozen` argument of the train step as host arrays; {} where nothing is frozen.
+@dataclass(frozen=True)
+class Frozen:
+    """Host arrays that the train step takes beside its state, never changed by it."""
 
-    Args:
-      cfg: the run.
-      workdir: where a codebook that was fitted is kept, see `save`.
-      like: the abstract `frozen` of the program.
+    arrays: dict  # the `frozen` argument of the step; {} where nothing is frozen
+    identity: str  # SHA-256 of the tokenizer whose tokens are the target; "" without one
 
-    Raises:
-      SetupError: a file named in the config is missing or doesn't fit.
-    """
-    found = {}
-    if "target" in like:
-        found["target"] = {"tokenizer": tokenizer(cfg, workdir, like["target"]["tokenizer"])}
-    if "perceptual" in like:
-        directory = checkpoint.locate(cfg.objective.perceptual.checkpoint)
-        tree = {"encoder": like["perceptual"]}
-        found["perceptual"] = _host(checkpoint.restore_params(directory, tree)["encoder"])
-    return found
+    @classmethod
+    def open(
+        cls, cfg: Config, dataset: Dataset, workdir: epath.Path, step_fn: TrainStep
+    ) -> "Frozen":
+        """The arrays that the config names, fitted now if need be.
 
+        Args:
+          cfg: the run.
+          dataset: its data, opened.
+          workdir: of the run, where a fitted codebook is looked for.
+          step_fn: the train step, whose `frozen` says which arrays there are.
 
-def tokenizer(cfg: Config, workdir: epath.Path, like: dict) -> dict:
-    """The arrays of the target's tokenizer, whether or not a cache spares the step from it.
+        Raises:
+          SetupError: a file that the config names is missing or doesn't fit, or the run in the
+            workdir or the token cache began with another tokenizer.
+        """
+        arrays, cache, like = {}, dataset.tokens, step_fn.frozen
+        if "target" in like:
+            tokenizer = open_tokenizer(cfg, dataset, workdir, like["target"]["tokenizer"])
+            arrays["target"] = {"tokenizer": tokenizer}
+        elif cache and cfg.objective.token_target.path:  # it is named: it must be the cache's
+            like_tokenizer = encoder.build_tokenizer(cfg, step_fn.mesh.size, step_fn.mesh).arrays
+            tokenizer = open_tokenizer(cfg, dataset, workdir, like_tokenizer)
+            cache.check_tokenizer(digest(tokenizer), cfg.objective.token_target.path)
+        if "perceptual" in like:
+            checkpoint = Checkpoint.open(cfg.objective.frozen_encoder)
+            params = checkpoint.restore_params({"encoder": like["perceptual"]})
+            arrays["perceptual"] = _host(params["encoder"])
+        identity = digest(arrays["target"]["tokenizer"]) if "target" in arrays else ""
+        frozen = cls(arrays, cache.tokenizer_digest if cache else identity)
+        frozen._check_kept(workdir)
+        return frozen
 
-    A codebook without a file is fitted once, on the training split alone; it is looked for in the
-    token cache and in the workdir first.
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each part of the arrays."""
+        return {name: digest(part) for name, part in self.arrays.items()}
 
-    Raises:
-      SetupError: the file is missing or is not that of config.objective.target.
-    """
-    target = cfg.objective.target
-    if target.name == "vqgan":
-        return _vqgan(cfg, like)
-    found = _codebook(cfg, workdir) if jax.process_index() == 0 else _zeros(like)
-    if jax.process_count() > 1:  # one process's fit, to the last bit, everywhere
-        found = _host(multihost_utils.broadcast_one_to_all(found))
-    return found
+    def save(self, cfg: Config, workdir: epath.Path) -> None:
+        """Keeps with the run which tokenizer it has, and a codebook that was fitted."""
+        if "target" in self.arrays:
+            save_fitted(cfg, self.arrays["target"]["tokenizer"], workdir)
+        if self.identity:
+            write_json(workdir / IDENTITY, {"sha256": self.identity})
 
-
-def _codebook(cfg: Config, workdir: epath.Path) -> dict:
-    target = cfg.objective.target
-    kept = [epath.Path(d) / FILE for d in (cfg.tokens.cache, workdir) if d]
-    path = epath.Path(target.path) if target.path else next(filter(_exists, kept), None)
-    if path:
-        found = kmeans.load(path, target, cfg.model.patch, cfg.data.channels)
-        if cfg.tokens.cache and not target.path and path == kept[0]:
-            _check_made(found, cfg.tokens.cache)
-        return found
-    images = loader.first_images(cfg, target.fit_images)
-    return kmeans.fit(target, cfg.model.patch, images, cfg.seed)
-
-
-def _check_made(codebook: dict, cache: str) -> None:
-    """Raises SetupError unless the codebook in a token cache is the one that it was made with."""
-    wanted = token_cache.read_plan(epath.Path(cache)).fingerprint["tokenizer_sha256"]
-    if digest(codebook) != wanted:
-        raise SetupError(
-            f"{epath.Path(cache) / FILE} is not the codebook that this token cache was made with, "
-            f"of SHA-256 {wanted[:12]}... Copy the cache again, or write another one."
-        )
-
-
-def save(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
-    """Keeps with the run which tokenizer it has, and a codebook that was fitted."""
-    if "target" in arrays and cfg.objective.target.name == "patch_codes":
-        kmeans.save(workdir / FILE, arrays["target"]["tokenizer"])
-    if cfg.has_tokens:
-        write_json(workdir / IDENTITY, {"sha256": identity(arrays, cfg)})
-
-
-def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
-    """Raises SetupError if the run in workdir began with another tokenizer."""
-    path = workdir / IDENTITY
-    if cfg.has_tokens and path.exists():
+    def _check_kept(self, workdir: epath.Path) -> None:
+        """Raises SetupError if the run in the workdir began with another tokenizer."""
+        path = workdir / IDENTITY
+        if not self.identity or not path.exists():
+            return
         try:
             kept = str(json.loads(path.read_text())["sha256"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -105,80 +93,85 @@ def check_kept(arrays: dict, cfg: Config, workdir: epath.Path) -> None:
                 f"{path} cannot be read: {error!r}. It says which tokenizer the run began with: "
                 f"copy it again, or choose another --workdir."
             ) from None
-        here = identity(arrays, cfg)
-        if kept != here:
+        if kept != self.identity:
             raise SetupError(
                 f"--workdir {workdir} holds a run with the tokenizer of SHA-256 {kept[:12]}..., "
-                f"and config.objective.target or config.tokens.cache now gives {here[:12]}... Name "
-                f"the one that it began with, or choose another --workdir."
+                f"and config.objective.target or config.tokens.cache now gives "
+                f"{self.identity[:12]}... Name the one that it began with, or choose another "
+                f"--workdir."
             )
 
 
-def identity(arrays: dict, cfg: Config) -> str:
-    """SHA-256 of the tokenizer's arrays, which a cache knows of those that made it."""
-    if cfg.tokens.cache:
-        plan = token_cache.read_plan(epath.Path(cfg.tokens.cache))
-        return plan.fingerprint["tokenizer_sha256"]
-    return digest(arrays["target"]["tokenizer"])
+def open_tokenizer(cfg: Config, dataset: Dataset, directory: epath.Path, like: dict) -> dict:
+    """The arrays of the target's tokenizer, as `like` has them.
 
+    A codebook without a file is fitted on the training split alone, once: it is looked for in the
+    token cache and in `directory` first.
 
-def digest(arrays: dict) -> str:
-    """SHA-256 of names, shapes and values, the same however the arrays were stored."""
-    found = hashlib.sha256()
-    for name, x in sorted(traverse_util.flatten_dict(arrays, sep="/").items()):
-        x = np.ascontiguousarray(x, np.float32)
-        found.update(f"{name}{x.shape}".encode() + x.tobytes())
-    return found.hexdigest()
-
-
-def digests(arrays: dict) -> dict[str, str]:
-    """SHA-256 of each part of a run's frozen arrays."""
-    return {name: digest(part) for name, part in arrays.items()}
-
-
-def check_cache(cfg: Config, workdir: epath.Path, mesh: Mesh) -> None:
-    """Raises SetupError unless the token cache was made with the tokenizer that the config names.
-
-    Where the config names no file (a codebook that is fitted), there is nothing to compare.
+    Raises:
+      SetupError: the file is missing, is not that of config.objective.target, or did not make the
+        token cache.
     """
-    if cfg.tokens.cache and cfg.objective.target.path:
-        like = encoder.build_tokenizer(cfg, mesh.size, mesh).arrays
-        token_cache.open_cache(cfg, digest(tokenizer(cfg, workdir, like)))
+    target, cache = cfg.objective.token_target, dataset.tokens
+    if not kmeans.is_fitted(target):
+        return _trained(cfg, like)
+    # One process's fit, to the last bit, everywhere.
+    codebook = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    if jax.process_index() == 0:
+        places = [epath.Path(d) / FILE for d in (cache and cache.directory, directory) if d]
+        there = [path for path in places if path.exists()]
+        path = epath.Path(target.path) if target.path else next(iter(there), None)
+        if path:
+            codebook = kmeans.load(path, target, cfg.model.patch, cfg.data.channels)
+            if cache:
+                cache.check_tokenizer(digest(codebook), str(path))
+        else:
+            images = dataset.first_images(target.fit_images)
+            codebook = kmeans.fit(target, cfg.model.patch, images, cfg.seed)
+    if jax.process_count() > 1:
+        codebook = _host(multihost_utils.broadcast_one_to_all(codebook))
+    return codebook
 
 
-def _vqgan(cfg: Config, like: dict) -> dict:
-    path = cfg.objective.target.path
+def save_fitted(cfg: Config, arrays: dict, directory: epath.Path) -> None:
+    """Keeps a codebook in `directory`; tokenizers that were trained stay where they are."""
+    if kmeans.is_fitted(cfg.objective.token_target):
+        kmeans.save(directory / FILE, arrays)
+
+
+def _trained(cfg: Config, like: dict) -> dict:
+    """A VQGAN's arrays, from MaskGIT's file or from a run of ours."""
+    path = cfg.objective.token_target.path
     if not path:
         raise SetupError(
             "config.objective.target.path is empty: give MaskGIT's tokenizer_imagenet256_checkpoint"
             ", or the --workdir of a run of a tokenizer (configs/vqgan_*.py)."
         )
-    if not epath.Path(checkpoint.split_step(path)[0]).is_dir():
-        return maskgit.load(epath.Path(path), cfg.objective.target, like)
-    directory = checkpoint.locate(path)
-    run = checkpoint.read_config(directory)
-    if run.objective.name != "vqgan":
-        raise SetupError(f"{path} is a {run.objective.name!r} run, and no tokenizer of images.")
-    trained = section(run.objective.tokenizer)
+    if not epath.Path(split_step(path)[0]).is_dir():
+        return maskgit.load(epath.Path(path), cfg.objective.token_target, like)
+    checkpoint = Checkpoint.open(path)
+    objective = checkpoint.config.objective
+    if objective.leaves != "tokenizer":
+        raise SetupError(f"{path} is a {objective.name!r} run, and no tokenizer of images.")
+    theirs, ours = section(objective.tokenizer), section(cfg.objective.token_target)
     changed = [
         difference
-        for difference in differences(
-            trained, section(cfg.objective.target), "config.objective.target"
-        )
+        for difference in differences(theirs, ours, "config.objective.target")
         if not difference.startswith(IN_FILE_ONLY)
     ]
     if changed:
         raise SetupError(f"{path} is another tokenizer: {'; '.join(changed)} (there; here).")
-    return _host(checkpoint.restore_params(directory, {"tokenizer": like})["tokenizer"])
+    return _host(checkpoint.restore_params({"tokenizer": like})["tokenizer"])
 
 
-def _host(tree: Any) -> dict:
+def digest(arrays: dict) -> str:
+    """SHA-256 of names, shapes and values, the same however the arrays were stored."""
+    sha = hashlib.sha256()
+    for name, x in sorted(traverse_util.flatten_dict(arrays, sep="/").items()):
+        x = np.ascontiguousarray(x, np.float32)
+        sha.update(f"{name}{x.shape}".encode() + x.tobytes())
+    return sha.hexdigest()
+
+
+def _host(tree: dict) -> dict:
     return jax.tree.map(np.asarray, tree)
-
-
-def _zeros(like: dict) -> dict:
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
-
-
-def _exists(path: epath.Path) -> bool:
-    return path.exists()

@@ -1,13 +1,11 @@
 """The one train step, as jitted functions and abstract values.
 
-`build` touches neither data nor device memory: `train` runs its step, `rehearse` compiles it for
-hardware that isn't there.
-
-
-A step's gradient from several micro-batches: the large batch's, with the memory of a small one.
-
-The sum runs over examples, so whatever is drawn by an example's id (crops, masks), and mixing,
-give what they give in the large batch; only DropPath is drawn anew for each micro-batch."""
+`TrainStep.build` touches neither data nor device memory: `train` runs its step, `rehearse` compiles
+it for hardware that isn't there. With config.optim.accumulate a step sums the gradients of several
+micro-batches: the large batch's, with the memory of a small one. The sum runs over examples, so
+what is drawn by an example's id (crops, masks), and mixing, give what they give in the large batch;
+only DropPath is drawn anew for each micro-batch.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,10 +25,95 @@ from supmim_jax.encoder import abstract_images
 from supmim_jax.errors import ConfigError
 from supmim_jax.models.variables import Frozen, Moving
 from supmim_jax.objectives import OBJECTIVES
-from supmim_jax.sharding import rows_of_parts
+
+INIT, STEPS = 0, 1  # folded into the seed's key: two streams that never meet
 
 
-def check(cfg: Config, shards: int) -> None:
+@dataclass(frozen=True)
+class TrainStep:
+    """Training: `init(key) -> state`, `step(state, batch, frozen) -> (state, metrics)`.
+
+    `state`, `batch` and `frozen` are abstract values (shapes, dtypes, shardings); `step` donates
+    its state. nnx.merge(graph, params, moving, frozen) is the objective again.
+    """
+
+    mesh: Mesh
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+    state: TrainState
+    batch: Batch
+    frozen: Any
+    graph: nnx.GraphDef
+
+    @classmethod
+    def build(cls, cfg: Config, mesh: Mesh) -> "TrainStep":
+        """The step of `cfg` on `mesh`.
+
+        Raises:
+          ConfigError: the mesh does not divide the batch or a parameter, or accumulate the batch.
+        """
+        sharding.check_batch(cfg.batch_size, mesh, "config.batch_size")
+        _check_micro_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
+        transform = optim.make(cfg)
+        learning_rate = optim.schedule(cfg)
+
+        def objective(key) -> tuple[nnx.GraphDef, Any, Any, Any]:
+            with nnx.use_eager_sharding(False):
+                return parts(OBJECTIVES[cfg.objective.name](cfg, rngs=nnx.Rngs(key)))
+
+        def init(key) -> TrainState:
+            _, params, moving, _ = objective(jax.random.fold_in(key, INIT))
+            ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else {}
+            opt_state = transform.init(params)
+            return TrainState(jnp.zeros((), jnp.int32), params, moving, opt_state, ema)
+
+        graph, _, _, frozen = jax.eval_shape(objective, jax.random.key(0))
+        state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+
+        def step(state: TrainState, batch: Batch, frozen) -> tuple[TrainState, Metrics]:
+            key = jax.random.fold_in(jax.random.key(cfg.seed), STEPS)
+            key = jax.random.fold_in(key, state.step)
+
+            def loss(params, batch: Batch):
+                model = nnx.merge(graph, params, state.moving, frozen)
+                value, metrics = model.loss(batch, key)
+                return value, (metrics, *parts(model)[1:3])
+
+            def of_micro_batch(batch: Batch):
+                grads, (metrics, _, _) = jax.grad(loss, has_aux=True)(state.params, batch)
+                return jax.lax.with_sharding_constraint(grads, layout.params), metrics
+
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for sharding.by_rows
+                if cfg.optim.accumulate > 1:
+                    params, moving = state.params, state.moving
+                    grads, metrics = accumulate(of_micro_batch, batch, cfg.optim.accumulate)
+                else:
+                    # A loss may overwrite variables; the update is then added to what it left.
+                    grads, aux = jax.grad(loss, has_aux=True)(state.params, batch)
+                    metrics, params, moving = aux
+            updates, opt_state = transform.update(grads, state.opt_state, state.params)
+            metrics |= {
+                "grad_norm": optax.tree.norm(grads),
+                "learning_rate": learning_rate(state.step),
+            }
+            params, ema = optax.apply_updates(params, updates), {}
+            if state.ema:
+                ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.ema)
+            return TrainState(state.step + 1, params, moving, opt_state, ema), metrics
+
+        return cls(
+            mesh=mesh,
+            init=jax.jit(init, out_shardings=layout),
+            step=jax.jit(step, out_shardings=(layout, None), donate_argnums=0),
+            state=state,
+            batch=abstract_batch(cfg, cfg.batch_size, mesh),
+            frozen=sharding.replicated(frozen, mesh),
+            graph=graph,
+        )
+
+
+def _check_micro_batches(cfg: Config, shards: int) -> None:
     """Raises ConfigError unless micro-batches of equal size fall on every shard of the batch."""
     parts = cfg.optim.accumulate
     if cfg.batch_size % (shards * parts):
@@ -48,25 +131,25 @@ def check(cfg: Config, shards: int) -> None:
         )
 
 
-def gradients(
+def accumulate(
     of_batch: Callable[[Batch], tuple[Any, dict]], batch: Batch, parts: int
 ) -> tuple[Any, dict]:
     """Means over examples of what `of_batch` gives, gradients and metrics, as of the whole batch.
 
     Each is taken to be a mean over the examples that count (weight 1).
     """
-    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], split(batch, parts)))
+    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda x: x[0], micro_batches(batch, parts)))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total, micro: Batch):
         count = micro.weight.sum()
         return jax.tree.map(lambda t, x: t + count * x, total, of_batch(micro)), None
 
-    total, _ = jax.lax.scan(add, zeros, split(batch, parts))
+    total, _ = jax.lax.scan(add, zeros, micro_batches(batch, parts))
     return jax.tree.map(lambda x: x / jnp.maximum(batch.weight.sum(), 1.0), total)
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def micro_batches(batch: Batch, parts: int) -> Batch:
     """Micro-batches along a new leading axis, each with its number in `micro`.
 
     Of every `parts` neighbouring rows each micro-batch gets one, so that no row leaves its device.
@@ -78,92 +161,9 @@ def split(batch: Batch, parts: int) -> Batch:
         rows = x.reshape(-1, parts, *x.shape[1:])
         at = jnp.arange(len(rows)).reshape(-1, *[1] * x.ndim)
         rows = jnp.where(at < len(rows) // 2, rows, rows[:, ::-1])
-        return rows_of_parts(jnp.swapaxes(rows, 0, 1))
+        return sharding.rows_of_parts(jnp.swapaxes(rows, 0, 1))
 
     return dataclasses.replace(jax.tree.map(deal, batch), micro=jnp.arange(parts))
-
-
-INIT, STEPS = 0, 1  # folded into the seed's key: two streams that never meet
-
-
-@dataclass(frozen=True)
-class Program:
-    """Training: `init(key) -> state`, `step(state, batch, frozen) -> (state, metrics)`.
-
-    `state`, `batch` and `frozen` are abstract values (shapes, dtypes, shardings); `step` donates
-    its state. nnx.merge(graph, params, moving, frozen) is the objective again.
-    """
-
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
-    state: TrainState
-    batch: Batch
-    frozen: Any
-    graph: nnx.GraphDef
-
-
-def build(cfg: Config, mesh: Mesh) -> Program:
-    """The training program of `cfg` on `mesh`.
-
-    Raises:
-      ConfigError: the mesh does not divide the batch or a parameter, or accumulate the batch.
-    """
-    sharding.check_batch(cfg.batch_size, mesh, "config.batch_size")
-    check(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
-    transform = optim.make(cfg)
-    learning_rate = optim.schedule(cfg)
-
-    def split(key) -> tuple[nnx.GraphDef, Any, Any, Any]:
-        with nnx.use_eager_sharding(False):
-            return parts(OBJECTIVES[cfg.objective.name](cfg, rngs=nnx.Rngs(key)))
-
-    def init(key) -> TrainState:
-        _, params, moving, _ = split(jax.random.fold_in(key, INIT))
-        ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, moving, transform.init(params), ema)
-
-    graph, _, _, frozen = jax.eval_shape(split, jax.random.key(0))
-    state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
-    layout = jax.tree.map(lambda x: x.sharding, state)
-
-    def step(state: TrainState, batch: Batch, frozen) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(cfg.seed), STEPS)
-        key = jax.random.fold_in(key, state.step)
-
-        def loss(params, batch: Batch):
-            objective = nnx.merge(graph, params, state.moving, frozen)
-            value, metrics = objective.loss(batch, key)
-            return value, (metrics, *parts(objective)[1:3])
-
-        def of_micro(batch: Batch):
-            grads, (metrics, _, _) = jax.grad(loss, has_aux=True)(state.params, batch)
-            return jax.lax.with_sharding_constraint(grads, layout.params), metrics
-
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # models/placement.py asks it
-            if cfg.optim.accumulate > 1:
-                params, moving = state.params, state.moving
-                grads, metrics = gradients(of_micro, batch, cfg.optim.accumulate)
-            else:
-                # A loss may overwrite variables; the update is then added to what it left.
-                found = jax.grad(loss, has_aux=True)(state.params, batch)
-                grads, (metrics, params, moving) = found
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": learning_rate(state.step),
-        }
-        params = optax.apply_updates(params, updates)
-        ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.ema) if state.ema else {}
-        return TrainState(state.step + 1, params, moving, opt_state, ema), metrics
-
-    return Program(
-        init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(step, out_shardings=(layout, None), donate_argnums=0),
-        state=state,
-        batch=abstract_batch(cfg, cfg.batch_size, mesh),
-        frozen=sharding.replicated(frozen, mesh),
-        graph=graph,
-    )
 
 
 def parts(objective: nnx.Module) -> tuple[nnx.GraphDef, Any, Any, Any]:
@@ -182,7 +182,7 @@ def abstract_batch(cfg: Config, batch_size: int, mesh: Mesh) -> Batch:
 
     images = abstract_images(cfg, batch_size, mesh)
     return Batch(
-        (images,) * cfg.crops_per_example,
+        (images,) * cfg.objective.crops,
         array(jnp.int32),
         array(jnp.float32),
         array(jnp.int32),
@@ -190,3 +190,6 @@ def abstract_batch(cfg: Config, batch_size: int, mesh: Mesh) -> Batch:
         tokens=array(jnp.uint16, (size // cfg.model.patch) ** 2) if cfg.tokens.cache else None,
         masks=array(jnp.int32, size, size) if cfg.needs_masks else None,
     )
+
+
+build = TrainStep.build

@@ -17,18 +17,14 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, cli, encoder, metrics, sharding, storage, tokenizers, train_step
+from supmim_jax import cli, encoder, metrics, sharding, storage, tokenizers, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MeshConfig
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import Mask
 from supmim_jax.models.vit import patchify, pixels, unpatchify
-from supmim_jax.objectives.mae import MAE
-from supmim_jax.objectives.supmim import SupMIM
-
-# What predicts masked patches. CMAE does as the MAE that it is built on: its encoder and decoder
-# are all that is asked for, and its other tasks' heads and momentum branch stay on disk.
-PREDICTORS = {"supmim": SupMIM, "mae": MAE, "cmae": MAE}
+from supmim_jax.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -41,12 +37,12 @@ class Restored:
 
     cfg: Config
     tokenizer: encoder.BoundTokenizer | None
-    objective: SupMIM | MAE | None
+    objective: nnx.Module | None  # one with `mask`, `predict` and `target`
 
 
 def shows(cfg: Config) -> bool:
     """Whether there is something to see of a run: predictions, or a tokenizer of its own."""
-    return cfg.objective.name in PREDICTORS or cfg.objective.leaves == "tokenizer"
+    return cfg.objective.masks_patches or cfg.objective.leaves == "tokenizer"
 
 
 def panels(restored: Restored, images_uint8, key: jax.Array) -> dict[str, np.ndarray]:
@@ -73,7 +69,7 @@ def token_rows(restored: Restored, images_uint8, mask: Mask | None) -> dict[str,
     return rows
 
 
-def pixel_rows(objective: SupMIM | MAE, images, mask: Mask) -> dict[str, jax.Array]:
+def pixel_rows(objective: nnx.Module, images, mask: Mask) -> dict[str, jax.Array]:
     """Images, their masked twins, and these with the predicted pixels in the masked places."""
     predicted = objective.target.restored(objective.predict(images, mask), images)
     return {
@@ -83,43 +79,41 @@ def pixel_rows(objective: SupMIM | MAE, images, mask: Mask) -> dict[str, jax.Arr
     }
 
 
-def twin(objective: SupMIM | MAE, images, mask: Mask, patches_BxLxP) -> jax.Array:
+def twin(objective: nnx.Module, images, mask: Mask, patches_BxLxP) -> jax.Array:
     """Images with these patches in the masked places; 0 is grey."""
     patch, side = objective.encoder.cfg.patch, objective.encoder.side
     kept = patchify(images, patch)
     return unpatchify(jnp.where(mask.masked[..., None], patches_BxLxP, kept), patch, side)
 
 
-def restore(location: str) -> Restored:
-    """The checkpoint at `workdir` or `workdir@step`, decoder and tokenizer included.
+def restore(checkpoint: Checkpoint) -> Restored:
+    """What a checkpoint shows, decoder and tokenizer included.
 
     Raises:
-      SetupError: it is missing, or its objective neither predicts patches nor trains a tokenizer.
+      SetupError: its objective neither predicts patches nor trains a tokenizer.
     """
-    directory = checkpoint.locate(location)
-    cfg = checkpoint.read_config(directory)
+    cfg = checkpoint.config
     mesh, tokenizer = one_device(), None
     if not shows(cfg):
         raise SetupError(
-            f"--checkpoint {location} is of objective {cfg.objective.name!r}, which hides no "
-            f"patches and trains no tokenizer: give a run of "
-            f"{', '.join(map(repr, PREDICTORS))} or 'vqgan'."
+            f"{checkpoint.directory} is of objective {cfg.objective.name!r}, which hides no "
+            f"patches and trains no tokenizer: there is nothing to show. Give another --checkpoint."
         )
     if cfg.objective.leaves == "tokenizer":
-        tokens = encoder.build_tokenizer(cfg, 1, mesh)
-        params = checkpoint.restore_params(directory, {"tokenizer": tokens.arrays})
-        return Restored(cfg, tokens.bind(params), None)
+        return Restored(cfg, encoder.restore(checkpoint, mesh, 1), None)
     if cfg.has_tokens:
         tokens = encoder.build_tokenizer(cfg, 1, mesh)
-        arrays = tokenizers.tokenizer(cfg, directory.parent.parent, tokens.arrays)
+        dataset = Dataset.open(cfg) if cfg.tokens.cache else Dataset(cfg)
+        arrays = tokenizers.open_tokenizer(cfg, dataset, checkpoint.workdir, tokens.arrays)
         tokenizer = tokens.bind({"tokenizer": sharding.put(arrays, tokens.arrays)})
 
     def split():
         with nnx.use_eager_sharding(False):
-            return train_step.parts(PREDICTORS[cfg.objective.name](cfg, rngs=nnx.Rngs(0)))
+            predictor = OBJECTIVES[cfg.objective.name].predictor(cfg, rngs=nnx.Rngs(0))
+            return train_step.parts(predictor)
 
     graph, params, _, fixed = jax.eval_shape(split)
-    params = checkpoint.restore_params(directory, sharding.shard_like_params(params, mesh))
+    params = checkpoint.restore_params(sharding.shard_like_params(params, mesh))
     if fixed:  # the step's own tokenizer, where no cache spares it from one
         fixed = {"target": {"tokenizer": tokenizer.arrays}}
     return Restored(cfg, tokenizer, nnx.merge(graph, params, fixed))
@@ -151,18 +145,16 @@ def draw(rows: dict[str, np.ndarray]) -> bytes:
 
 
 def main() -> None:
-    restored = restore(CHECKPOINT.value)
-    cfg = restored.cfg
-    batch = next(loader.eval_dataset(cfg, cfg.data.eval_split, one_device()))
+    checkpoint = Checkpoint.open(CHECKPOINT.value)
+    restored, cfg = restore(checkpoint), checkpoint.config
+    batch = next(Dataset(cfg).eval(cfg.data.eval_split, one_device()))
     images = batch.views[0][: COUNT.value]
-    workdir, _ = checkpoint.split_step(CHECKPOINT.value)
     name = "tokens" if restored.tokenizer else "reconstruction"
-    path = epath.Path(OUT.value or f"{workdir}/{name}.png")
+    path = epath.Path(OUT.value or checkpoint.workdir / f"{name}.png")
     png = draw(panels(restored, images, jax.random.key(cfg.seed)))
     storage.write(path, png)
     if TENSORBOARD.value:
-        step = int(checkpoint.locate(CHECKPOINT.value).name)
-        metrics.write_image(epath.Path(workdir), step, name, png)
+        metrics.write_image(checkpoint.workdir, checkpoint.step, name, png)
     print(path)
 
 

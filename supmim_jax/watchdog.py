@@ -17,7 +17,7 @@ RECENT = 101  # intervals that it is of
 LOOK = 0.5  # seconds between looks
 
 
-class StallWatch:
+class Watchdog:
     """Looks from a thread whether steps go on; a context, of which one is open at a time.
 
     A process whose last step is longer ago than config.watch allows dumps the stacks of all its
@@ -34,7 +34,7 @@ class StallWatch:
         self.step, self.ending = 0, threading.Event()
         self.lock = threading.Lock()
 
-    def __enter__(self) -> "StallWatch":
+    def __enter__(self) -> "Watchdog":
         if self.cfg.stall_factor:
             threading.Thread(target=self._look, name="stall", daemon=True).start()
         return self

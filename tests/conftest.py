@@ -31,6 +31,7 @@ from pictures import CLASSES, ToyPictures, encoded, put
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
 from supmim_jax.batch import Batch
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -54,6 +55,12 @@ for number, default in (
         signal.signal(number, default)
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def restored(workdir, step, like):
+    """The state and the numbers of a saved step."""
+    saved = Checkpoint.read(epath.Path(workdir) / "checkpoints" / str(step))
+    return saved.restore_state(like), saved.run
 
 
 def pytest_addoption(parser):
@@ -165,7 +172,7 @@ def make_batch(cfg: Config, seed: int = 0) -> Batch:
     random = np.random.default_rng(seed)
     size = cfg.data.image_size
     shape = (cfg.batch_size, size, size, cfg.data.channels)
-    views = tuple(random.integers(0, 256, shape, np.uint8) for _ in range(cfg.crops_per_example))
+    views = tuple(random.integers(0, 256, shape, np.uint8) for _ in range(cfg.objective.crops))
     ids = np.arange(cfg.batch_size, dtype=np.int32)
     batch = Batch(views, ids % cfg.data.num_classes, np.ones(cfg.batch_size, np.float32), ids)
     if cfg.needs_masks:
@@ -215,7 +222,7 @@ def make_params(cfg: Config, seed: int = 0) -> dict:
             x *= 0.02
         return x.astype(np.float32)
 
-    params = encoder.build_inference(cfg, 1, mesh).params
+    params = encoder.build_encoder(cfg, 1, mesh).params
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
@@ -223,4 +230,4 @@ def make_features(cfg: Config, params: dict, images: np.ndarray):
     """What our inference program makes of uint8 images."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.default_matmul_precision("highest"):
-        return encoder.build_inference(cfg, len(images), mesh).features(params, images)
+        return encoder.build_encoder(cfg, len(images), mesh).features(params, images)

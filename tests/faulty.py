@@ -22,7 +22,7 @@ from supmim_jax import checkpoint, storage, train, workdir
 from supmim_jax.data import fractals, loader
 from supmim_jax.metrics import MetricsWriter
 from supmim_jax.models import kmeans
-from supmim_jax.watchdog import StallWatch
+from supmim_jax.watchdog import Watchdog
 
 FAULT = json.loads(os.environ["FAULT"])
 reached = {}
@@ -127,7 +127,7 @@ def commit(function):
 
 def main() -> None:
     loader.Training.__next__ = batches(loader.Training.__next__)
-    StallWatch.beat = beat(StallWatch.beat)
+    Watchdog.beat = beat(Watchdog.beat)
     MetricsWriter.write = write(MetricsWriter.write)
     loader.eval_dataset = evaluation(loader.eval_dataset)
     for temporary in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):

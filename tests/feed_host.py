@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from supmim_jax.config import Config, DataConfig
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 
 BATCH = 16
 
@@ -24,7 +24,7 @@ def main(asked: dict) -> None:
     share = BATCH // asked["hosts"]
     rows = range(asked["host"] * share, (asked["host"] + 1) * share)
     with Path(asked["out"]).open("w") as out:
-        batches = loader.training(cfg, tuple(rows), asked["first_step"])
+        batches = Dataset.open(cfg).train_on_host(tuple(rows), asked["first_step"])
         for step, arrays in enumerate(batches, asked["first_step"]):
             out.write(json.dumps([step, *arrays["id"].tolist()]) + "\n")
             out.flush()

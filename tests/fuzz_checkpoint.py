@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401  sets up JAX
 import jax
 import numpy as np
+from conftest import restored
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CheckpointConfig,
     Config,
@@ -175,7 +177,7 @@ def by_training(saved: Saved, workdir: Path) -> bool:
     try:
         if checkpoints.newest() != NEW:
             return False
-        state, run = checkpoints.restore(NEW, saved.built.state)
+        state, run = restored(checkpoints.workdir, NEW, saved.built.state)
     finally:
         checkpoints.close()
     return same(checkpoint.plain(state), saved.state) and run == saved.run
@@ -183,17 +185,17 @@ def by_training(saved: Saved, workdir: Path) -> bool:
 
 def by_params(saved: Saved, workdir: Path) -> bool:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = encoder.build_inference(saved.cfg, 16, mesh).params
-    params = checkpoint.restore_params(checkpoint.locate(f"{workdir}@{NEW}"), like)
+    like = encoder.build_encoder(saved.cfg, 16, mesh).params
+    params = Checkpoint.open(f"{workdir}@{NEW}").restore_params(like)
     return same(params, {name: saved.state["params"][name] for name in like})
 
 
 def by_config(saved: Saved, workdir: Path) -> bool:
-    return checkpoint.read_config(checkpoint.locate(f"{workdir}@{NEW}")) == saved.cfg
+    return Checkpoint.open(f"{workdir}@{NEW}").config == saved.cfg
 
 
 def by_run(saved: Saved, workdir: Path) -> bool:
-    return checkpoint.read_run(checkpoint.locate(f"{workdir}@{NEW}")) == saved.run
+    return Checkpoint.open(f"{workdir}@{NEW}").run == saved.run
 
 
 READERS = {

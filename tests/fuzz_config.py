@@ -186,7 +186,7 @@ def check_derived(cfg: Config) -> None:
     at = (0, cfg.warmup_steps, cfg.total_steps // 2, cfg.total_steps - 1)
     assert all(0 <= float(rates(step)) <= 1.01 * cfg.peak_lr for step in at), "a strange rate"
     assert cfg.steps_per_boxes or not cfg.data.learns_boxes
-    assert cfg.crops_per_example in (1, 2) and cfg.data.image_size % cfg.model.patch == 0
+    assert cfg.objective.crops in (1, 2) and cfg.data.image_size % cfg.model.patch == 0
 
 
 def size(cfg: Config) -> float:

@@ -42,10 +42,12 @@ from supmim_jax.config import (
     TokensConfig,
     ViTConfig,
 )
-from supmim_jax.data import loader, token_cache
 from supmim_jax.data import source as source_module
+from supmim_jax.data import token_cache, transforms
 from supmim_jax.data.decode import BrokenRecord
+from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder, shards
+from supmim_jax.data.token_cache import TokenCache
 from supmim_jax.errors import SetupError
 
 NAME, EXAMPLES, CLASSES, HELD_OUT, VIEWS = "specimens", 36, 3, 9, 3
@@ -115,7 +117,7 @@ def read(root: Path, what: str) -> str:
     source_module.check_shards.cache_clear()
     replaced = 0
     try:
-        loader.check(cfg)
+        Dataset.open(cfg)
         replaced += read_training(cfg)
         for split, count in SPLITS.items():
             replaced += read_split(cfg, split, count)
@@ -134,7 +136,7 @@ def read(root: Path, what: str) -> str:
 
 def read_training(cfg: Config) -> int:
     """Broken records in the batches of the run; asserts that the others are right."""
-    fed = loader.training(cfg, range(cfg.batch_size))
+    fed = Dataset.open(cfg).train_on_host(range(cfg.batch_size))
     seen = 0
     for arrays in fed:
         check_examples(arrays, EXAMPLES)
@@ -161,7 +163,9 @@ def read_split(cfg: Config, split: str, count: int) -> int:
             continue
         if found["label"] != i * CLASSES // count:
             raise Moved
-    fed = loader.evaluation(cfg, split, range(cfg.eval.batch_size))
+    fed = Dataset(cfg).once_on_host(
+        split, range(cfg.eval.batch_size), transforms.EvalExample(cfg.data)
+    )
     for arrays in fed:
         check_examples(arrays, count)
     return broken + fed.broken
@@ -180,7 +184,7 @@ def check_examples(arrays: dict, count: int) -> None:
 
 
 def read_cache(cfg: Config) -> None:
-    cache, source = token_cache.open_cache(cfg), source_module.open_training_source(cfg.data)
+    cache, source = TokenCache.open(cfg), source_module.open_training_source(cfg.data)
     for view in range(VIEWS):
         for i in range(EXAMPLES):
             ids = cache.read(view, i, source[i]["image"])

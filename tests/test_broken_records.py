@@ -17,8 +17,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from supmim_jax import encoder, evals, sharding
 from supmim_jax.batch import Features
 from supmim_jax.config import CMAEConfig, DataConfig, MeshConfig
-from supmim_jax.data import decode, loader, sampler
+from supmim_jax.data import decode, sampler
 from supmim_jax.data import source as source_module
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import features as features_module
 from supmim_jax.train import train
@@ -79,7 +80,7 @@ def said(monkeypatch) -> list[str]:
 def drawn(cfg, mesh, first: int = 0):
     """(id, label, brightness) of each example, in order."""
     found = []
-    for batch in loader.train_dataset(cfg, mesh, first):
+    for batch in Dataset.open(cfg).train(mesh, first):
         pixels = np.asarray(batch.views[0])
         assert (pixels == pixels[:, :1, :1]).all()
         found += zip(*(np.asarray(x).tolist() for x in (batch.id, batch.label, pixels[:, 0, 0, 0])))
@@ -122,7 +123,7 @@ def test_over_a_restart_they_are_counted_when_they_are_taken(run, one_device, sa
     run = dataclasses.replace(run, data=data, objective=CMAEConfig())
     order = sampler.TrainingOrder(EXAMPLES, run.seed)
     expected = np.cumsum([order(i)[1] in BROKEN for i in range(160)])[7::8]
-    batches, counts = loader.train_dataset(run, one_device, broken=100), []
+    batches, counts = Dataset.open(run).train(one_device, broken=100), []
     for step in range(1, run.total_steps + 1):
         batch = next(batches)
         ids = [STAND_IN.get(i, i) for i in (order(8 * step - 8 + row)[1] for row in range(8))]
@@ -148,21 +149,21 @@ def test_a_run_stops_above_the_rate_and_keeps_its_checkpoint(run, tmp_path):
 
 
 def test_an_evaluation_counts_a_broken_image_as_an_unknown_one(run, one_device, said):
-    batch = next(loader.eval_dataset(run, "validation", one_device))
+    batch = next(Dataset(run).eval("validation", one_device))
     pixels, ids = np.asarray(batch.views[0]), np.asarray(batch.id)
     assert ids[:EXAMPLES].tolist() == list(range(EXAMPLES)) and batch.weight.sum() == EXAMPLES
     for i in range(EXAMPLES):
         assert (pixels[i] == (128 if i in BROKEN else i)).all()
     assert len(said) == len(BROKEN) and all("it counts as a grey image" in x for x in said)
-    runner = encoder.build_inference(run, 64, one_device)
+    runner = encoder.build_encoder(run, 64, one_device)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), runner.params)
-    found = evals.run_all(runner.bind(params), run, "validation", one_device).metrics
+    found = evals.run_all(runner.bind(params), Dataset(run), "validation", one_device).metrics
     assert found["top1"] == pytest.approx(100 * 2 / EXAMPLES)  # class 0: ids 0 and 30
     masks = dataclasses.replace(run.data.masks, field="segmentation", num_classes=4)
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, masks=masks))
-    whole = next(loader.whole_dataset(run, "train", one_device))
+    whole = next(Dataset(run).whole("train", one_device))
     assert (np.asarray(whole.views[0]) == pixels).all() and whole.weight.sum() == EXAMPLES
-    masked = np.asarray(next(loader.masked_dataset(run, "validation", one_device)).masks)
+    masked = np.asarray(next(Dataset(run).masked("validation", one_device)).masks)
     for i in range(EXAMPLES):
         assert (masked[i] == (-1 if i in BROKEN else i % 4)).all()
 
@@ -195,14 +196,14 @@ def test_a_flipped_bit_in_a_file_is_a_broken_record(run, one_device, tmp_path):
     with pytest.raises(decode.BrokenRecord, match=r"Record 10 cannot be read: .* hash mismatch"):
         source[10]
     assert [source[i]["label"] for i in range(EXAMPLES) if i != 10][9:11] == [9, 11]
-    batch = next(loader.eval_dataset(damaged, "train", one_device))
+    batch = next(Dataset(damaged).eval("train", one_device))
     weight = np.asarray(batch.weight)
     assert weight[10] == 0 and weight.sum() == EXAMPLES - 1 and batch.id[10] == 10
-    (last,) = (b for b in loader.eval_dataset(damaged, "train", one_device))
+    (last,) = (b for b in Dataset(damaged).eval("train", one_device))
     assert (np.asarray(last.id)[EXAMPLES:] == -1).all()
-    kept = features_module.extract(AllOnes(), loader.eval_dataset(damaged, "train", one_device))
+    kept = features_module.extract(AllOnes(), Dataset(damaged).eval("train", one_device))
     assert kept.id.tolist() == [i for i in range(EXAMPLES) if i != 10]
-    images = loader.first_images(damaged, 10)
+    images = Dataset(damaged).first_images(10)
     whole = [i for i in range(EXAMPLES) if i not in (10, *BROKEN)][:10]
     assert images[:, 0, 0, 0].tolist() == whole
     found = drawn(damaged, one_device)

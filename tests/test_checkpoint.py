@@ -6,9 +6,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import make_batch, make_frozen
+from conftest import make_batch, make_frozen, restored
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
 
@@ -33,15 +34,15 @@ def same(a, b) -> bool:
 
 def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, saved):
     built, state, checkpoints = saved
-    restored, run = checkpoints.restore(1, built.state)
+    restored, run = restored(checkpoints.workdir, 1, built.state)
     assert same(restored, state) and run == checkpoint.BEGIN | {"position": 16, "seconds": 1.5}
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     other = train_step.build(cfg, mesh)
-    restored, _ = checkpoints.restore(1, other.state)
+    restored, _ = restored(checkpoints.workdir, 1, other.state)
     assert same(restored, state)
     kernel = restored.params["encoder"]["transformer"]["blocks"]["qkv"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, "fsdp", "tensor")
-    assert checkpoint.read_config(checkpoint.locate(str(checkpoints.directory.parent))) == cfg
+    assert Checkpoint.open(str(checkpoints.directory.parent)).config == cfg
 
 
 def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_device, tmp_path):
@@ -54,7 +55,7 @@ def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_devic
     for _ in range(5):
         state, _ = built.step(state, make_batch(cfg), make_frozen(cfg))
     checkpoints.close()
-    restored, _ = checkpoint.Checkpoints(tmp_path, cfg.checkpoint).restore(0, built.state)
+    restored, _ = restored(tmp_path, 0, built.state)
     assert same(jax.tree.map(np.array, checkpoint.plain(restored)), before)
     assert not same(restored.params, state.params)
 
@@ -75,24 +76,24 @@ def test_another_architecture_is_refused(cfg, saved, one_device, changes, messag
     _, _, checkpoints = saved
     other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **changes))
     with pytest.raises(SetupError, match=message) as error:
-        checkpoints.restore(1, train_step.build(other, one_device).state)
+        restored(checkpoints.workdir, 1, train_step.build(other, one_device).state)
     assert "Use the config that is saved beside it" in str(error.value)
-    runner = encoder.build_inference(other, 16, one_device)
+    runner = encoder.build_encoder(other, 16, one_device)
     with pytest.raises(SetupError, match=message.replace("params/", "")):
-        checkpoint.restore_params(checkpoints.directory / "1", runner.params)
+        Checkpoint.read(checkpoints.directory / "1").restore_params(runner.params)
 
 
 def test_a_misspelt_or_missing_subtree_is_refused(saved, one_device):
     built, _, checkpoints = saved
     like = {"encodr": built.state.params["encoder"]}
     with pytest.raises(SetupError, match="has no params/encodr; it has params/decoder, params/enc"):
-        checkpoint.restore_params(checkpoints.directory / "1", like)
+        Checkpoint.read(checkpoints.directory / "1").restore_params(like)
 
 
 def test_the_encoder_alone_is_restored_exactly(cfg, saved, one_device):
     _, state, checkpoints = saved
-    runner = encoder.build_inference(cfg, 16, one_device)
-    params = checkpoint.restore_params(checkpoints.directory / "1", runner.params)
+    runner = encoder.build_encoder(cfg, 16, one_device)
+    params = Checkpoint.read(checkpoints.directory / "1").restore_params(runner.params)
     assert same(params, {name: state.params[name] for name in ("encoder", "head")})
 
 

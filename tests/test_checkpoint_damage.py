@@ -8,10 +8,11 @@ from pathlib import Path
 import fuzz_checkpoint
 import jax
 import pytest
+from conftest import restored
 from etils import epath
 
 from supmim_jax import checkpoint, multihost, train_step
-from supmim_jax.checkpoint import checksums, restore
+from supmim_jax.checkpoint import Checkpoint, checksums, restore
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
@@ -144,7 +145,7 @@ def test_a_save_that_cannot_be_restored_does_not_count(saved, newest, monkeypatc
 
     monkeypatch.setattr(checksums, "check_arrays", losing)
     checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
-    state, _ = checkpoints.restore(8, saved.built.state)
+    state, _ = restored(checkpoints.workdir, 8, saved.built.state)
     with pytest.raises(SetupError, match=r"state .*60 arrays"):
         checkpoints.save(state.replace(step=jax.numpy.int32(12)), saved.cfg, saved.run)
         checkpoints.wait()
@@ -166,7 +167,7 @@ def test_directories_that_were_swapped_are_refused(saved, newest):
     (newest.parent / "x").rename(newest.parent / "4")
     for step, position in ((4, 128), (8, 64)):
         with pytest.raises(SetupError, match=rf"saved after {position} examples .* step {step}:"):
-            checkpoint.read_run(newest.parent / str(step))
+            Checkpoint.read(newest.parent / str(step)).run
     with pytest.raises(SetupError, match="directories were renamed"):
         checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest()
 
@@ -176,7 +177,7 @@ def test_a_state_of_another_step_is_refused_whatever_the_rest_says(saved, newest
     shutil.copytree(newest.parent / "4" / "state", newest / "state")
     monkeypatch.setattr(restore, "verify", lambda directory: None)
     with pytest.raises(SetupError, match=f"{newest} is damaged: it holds the state of step 4"):
-        checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).restore(8, saved.built.state)
+        restored(saved.workdir, 8, saved.built.state)
 
 
 def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
@@ -244,7 +245,7 @@ def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
         assert f"It is kept as {root / expected}; going on from step 4." in capsys.readouterr().err
         assert largest(root / expected).read_bytes() == kept
         assert checkpoint.steps(saved.workdir) == [4]
-        state, _ = checkpoints.restore(4, saved.built.state)
+        state, _ = restored(checkpoints.workdir, 4, saved.built.state)
         checkpoints.save(state.replace(step=jax.numpy.int32(8)), saved.cfg, saved.run)
         checkpoints.close()
         assert not (root / "12.orbax-checkpoint-tmp").exists()  # left by a save that was killed
@@ -261,13 +262,13 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_if_nothing_was(supervised, tm
     results = train(supervised, tmp_path, devices=ONE)
     assert set(results) >= {"top1", "knn"} == set(supervised.metrics)
     like = train_step.build(supervised, one_device).state
-    whole, _ = checkpoint.Checkpoints(tmp_path, supervised.checkpoint).restore(12, like)
+    whole, _ = restored(tmp_path, 12, like)
     change(largest(tmp_path / "checkpoints" / "12"))
     (tmp_path / "results.json").unlink()
     with pytest.raises(SetupError, match=r"checkpoints/12 is damaged.*--use_older_checkpoint"):
         train(supervised, tmp_path, devices=ONE)
     again = train(supervised, tmp_path, devices=ONE, use_older_checkpoint=True)
-    found, _ = checkpoint.Checkpoints(tmp_path, supervised.checkpoint).restore(12, like)
+    found, _ = restored(tmp_path, 12, like)
     assert fuzz_checkpoint.same(found, whole) and again["knn"] == results["knn"]
     assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
 

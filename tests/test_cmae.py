@@ -72,7 +72,7 @@ def test_info_nce_by_hand():
 def test_without_its_tasks_it_is_mae(cmae):
     cfg = changed(cmae, contrastive=OFF, position=NOWHERE)
     mae = dataclasses.replace(cfg, objective=MAEConfig(mask_ratio=0.6, decoder=DECODER))
-    assert cfg.crops_per_example == 1
+    assert cfg.objective.crops == 1
     batch = make_batch(cfg)
     other, _ = MAE(mae, rngs=nnx.Rngs(0)).loss(batch, KEY)
     found, terms = model(cfg).loss(batch, KEY)

@@ -14,7 +14,8 @@ from pictures import put
 from PIL import Image, ImageOps
 
 from supmim_jax.config import DataConfig, MasksConfig, ProbeDataConfig
-from supmim_jax.data import decode, loader, source, transforms
+from supmim_jax.data import decode, source, transforms
+from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder
 from supmim_jax.errors import ConfigError, SetupError
 
@@ -346,5 +347,5 @@ def test_a_prepared_folder_shows_what_a_person_sees(tmp_path, cfg):
     data = dataclasses.replace(
         CFG, name="apples", data_dir=str(tmp_path / "data"), train_examples=4, num_classes=2
     )
-    images = loader.first_images(dataclasses.replace(cfg, data=data, objective=cfg.objective), 4)
+    images = Dataset(dataclasses.replace(cfg, data=data, objective=cfg.objective)).first_images(4)
     assert (np.abs(images - seen(transparent()["png"])) <= 1).all() and len(images) == 4

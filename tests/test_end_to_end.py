@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, restored
 from etils import epath
 
 from supmim_jax import checkpoint, evals, init_from, probe, sharding, train_step, visualize
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import CheckpointConfig, InitConfig, SupervisedConfig
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data import loader
@@ -30,7 +31,9 @@ ONE = jax.devices()[:1]
 
 def final_state(cfg, workdir, one_device):
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, run = checkpoints.restore(checkpoints.latest(), train_step.build(cfg, one_device).state)
+    state, run = restored(
+        checkpoints.workdir, checkpoints.latest(), train_step.build(cfg, one_device).state
+    )
     return jax.tree.map(np.asarray, checkpoint.plain(state)), run
 
 
@@ -116,7 +119,7 @@ def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, one_device, tmp_
     train(dataclasses.replace(cfg, mesh=mesh, log=log), tmp_path, 6, jax.devices()[:2])
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 5, 6]
     assert final_state(cfg, tmp_path, one_device)[1]["position"] == 96
-    assert probe.probe(str(tmp_path)).mesh.size == 8
+    assert probe.probe(Checkpoint.open(str(tmp_path))).mesh.size == 8
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_nothing_behind(cfg, tmp_path):
@@ -137,11 +140,11 @@ def test_a_run_that_diverges_stops_and_says_where(cfg, tmp_path):
 
 def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     results = train(cfg, tmp_path, devices=ONE)
-    row = probe.probe(str(tmp_path)).row()
+    row = probe.probe(Checkpoint.open(str(tmp_path))).row()
     assert row["encoder"] == "supmim" and row["epochs"] == "3"
     assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
-    assert probe.probe(f"{tmp_path}@8").row()["epochs"] == "2"
-    restored = visualize.restore(str(tmp_path))
+    assert probe.probe(Checkpoint.open(f"{tmp_path}@8")).row()["epochs"] == "2"
+    restored = visualize.restore(Checkpoint.open(str(tmp_path)))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
     rows = visualize.panels(restored, images, jax.random.key(0))
     assert restored.cfg == cfg and len(visualize.draw(rows)) > 5000
@@ -254,7 +257,10 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
         params = state("steps", step)["params"]
         average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, average, params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found["ema"], average)
-    assert probe.probe(str(ways["whole"]), devices=ONE).results.metrics["knn"] == results["knn"]
+    assert (
+        probe.probe(Checkpoint.open(str(ways["whole"])), devices=ONE).results.metrics["knn"]
+        == results["knn"]
+    )
     for location in (f"{ways['whole']}@ema", f"{ways['whole']}@8@ema"):
         assert checkpoint.locate(location).name in location + "@12"
     with pytest.raises(SetupError, match="plain@ema"):

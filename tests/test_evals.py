@@ -10,6 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from supmim_jax import encoder as encoder_module
 from supmim_jax import evals, sharding, train_step
 from supmim_jax.config import EvalConfig, MeshConfig
+from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import knn
 
 
@@ -54,7 +55,7 @@ def test_evaluation_does_not_depend_on_mesh_or_batch(cfg, one_device):
         params = train_step.build(run, mesh).init(jax.random.key(0)).params
         kernel = params["head"]["kernel"]  # zero to begin with: every image of class 0
         params["head"]["kernel"] = kernel + jax.random.normal(jax.random.key(1), kernel.shape)
-        encoder = encoder_module.build_inference(run, batch, mesh).bind(params)
-        results.append(evals.run_all(encoder, run, "validation[:200]", mesh).metrics)
+        encoder = encoder_module.build_encoder(run, batch, mesh).bind(params)
+        results.append(evals.run_all(encoder, Dataset(run), "validation[:200]", mesh).metrics)
     assert results[0] == results[1] == results[2]
     assert 0 < results[0]["knn"] < 100 and 0 <= results[0]["top1"] < 30

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from supmim_jax import evals
 from supmim_jax.config import FewShotConfig, MasksConfig
 from supmim_jax.data import source
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import evaluate
 
@@ -24,7 +25,7 @@ def judged(cfg, *which: str, shots: int = 2, **data):
 
 def refused(cfg, *said: str) -> None:
     with pytest.raises(SetupError) as caught:
-        evals.check(cfg, cfg.data.eval_split)
+        evals.check(Dataset(cfg), cfg.data.eval_split)
     assert all(x in str(caught.value) for x in said), caught.value
 
 
@@ -32,7 +33,7 @@ def test_what_can_be_measured_is_let_through(cfg):
     """Of 64 images in turn of 30 classes, some have two and some three."""
     every = ("top1", "knn", "retrieval", "linear", "few_shot", "segmentation")
     masks = MasksConfig(field="segmentation", num_classes=31)
-    evals.check(judged(cfg, *every, masks=masks), cfg.data.eval_split)
+    evals.check(Dataset(judged(cfg, *every, masks=masks)), cfg.data.eval_split)
 
 
 def test_too_few_images_of_a_class(cfg):
@@ -47,7 +48,7 @@ def test_a_large_split_is_not_counted_but_must_have_enough_in_all(cfg, monkeypat
     read = []
     record = source.Records.__getitem__
     monkeypatch.setattr(source.Records, "__getitem__", lambda *a: (read.append(1), record(*a))[1])
-    evals.check(judged(cfg, "few_shot", "linear", "retrieval"), cfg.data.eval_split)
+    evals.check(Dataset(judged(cfg, "few_shot", "linear", "retrieval")), cfg.data.eval_split)
     assert len(read) == 10
     refused(judged(cfg, "few_shot", shots=3), "few_shot.shots is 3", "64 examples of 30")
 

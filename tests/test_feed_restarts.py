@@ -13,7 +13,8 @@ import pytest
 from conftest import REPOSITORY
 from feed_host import BATCH, config
 
-from supmim_jax.data import fractals, loader
+from supmim_jax.data import fractals
+from supmim_jax.data.loader import Dataset
 
 SAVED_EVERY = 10  # steps, as a run saves its position; what comes after is read again
 
@@ -108,7 +109,7 @@ def test_killed_runs_of_changing_hosts_read_what_an_uninterrupted_one_reads(
     fractals.prepare("tiny", data_dir)
     found = storm(data_dir, tmp_path, kills, epochs, seed=kills)
     cfg = config(data_dir, 0, epochs)
-    whole = [arrays["id"].tolist() for arrays in loader.training(cfg, range(BATCH))]
+    whole = [arrays["id"].tolist() for arrays in Dataset.open(cfg).train_on_host(range(BATCH))]
     assert found == whole
     ids = np.array(found).reshape(epochs, cfg.data.train_examples)
     assert (np.sort(ids, axis=1) == np.arange(cfg.data.train_examples)).all()
@@ -118,10 +119,13 @@ def test_killed_runs_of_changing_hosts_read_what_an_uninterrupted_one_reads(
 def test_every_split_into_hosts_reads_the_same_images(data_dir):
     """Pixels too: what one host reads, two and four read in their rows."""
     cfg = config(data_dir, 0, 1)
-    whole = list(loader.training(cfg, range(BATCH)))
+    whole = list(Dataset.open(cfg).train_on_host(range(BATCH)))
     for hosts in (2, 4):
         share = BATCH // hosts
-        parts = [loader.training(cfg, range(h * share, (h + 1) * share), 3) for h in range(hosts)]
+        parts = [
+            Dataset.open(cfg).train_on_host(range(h * share, (h + 1) * share), 3)
+            for h in range(hosts)
+        ]
         for step, arrays in enumerate(zip(*parts, strict=True), 3):
             for name, expected in whole[step].items():
                 joined = np.concatenate([part[name] for part in arrays])

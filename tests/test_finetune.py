@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import make_batch, make_frozen
+from conftest import make_batch, make_frozen, restored
 from flax import nnx
 from PIL import Image
 
@@ -76,7 +76,7 @@ def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source
     workdir, theirs = source
     images = make_batch(cfg).views[0]
     cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
-    runner = encoder_module.build_inference(cfg, 16, one_device)
+    runner = encoder_module.build_encoder(cfg, 16, one_device)
     state = init_from.state(cfg, train_step.build(cfg, one_device))
     ours = runner.bind(state.params).features(images)
     before = runner.features({name: theirs[name] for name in runner.params}, images)
@@ -209,9 +209,7 @@ def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
     shutil.rmtree(workdir)
     train(cfg, parts, stop_at=4, devices=ONE)
     prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
-    ends = [
-        checkpoint.Checkpoints(d, cfg.checkpoint).restore(4, prog.state)[0] for d in (whole, parts)
-    ]
+    ends = [restored(d, 4, prog.state)[0] for d in (whole, parts)]
     assert same(*ends)
     kernel = [p["encoder"]["patches"]["kernel"] for p in (ends[0].params, theirs)]
     assert 0 < np.abs(kernel[0] - kernel[1]).max() < 1e-4

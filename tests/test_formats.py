@@ -7,11 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, make_features, make_params
+from conftest import REPOSITORY, make_features, make_params, restored
 from etils import epath
 from flax import traverse_util
 
 from supmim_jax import checkpoint, export, import_weights, probe, sharding, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MAEConfig
 from supmim_jax.formats import layout, timm
 
@@ -148,7 +149,9 @@ def test_the_command_exports_an_encoder_and_probe_measures_it_imported(mae, one_
     assert said == f"transformers.AutoModel.from_pretrained('{out}', add_pooling_layer=False)"
     assert "local-dir" in export.export(str(tmp_path / "run"), "timm", tmp_path / "timm")
     import_weights.save(imported, *import_weights.load("transformers", out, cfg))
-    found, original = (probe.probe(str(d)).results for d in (imported, tmp_path / "run"))
+    found, original = (
+        probe.probe(Checkpoint.open(str(d))).results for d in (imported, tmp_path / "run")
+    )
     assert found == original
 
 
@@ -179,11 +182,11 @@ def test_both_commands_and_what_probe_and_a_resume_read(cfg, one_device, tmp_pat
         *("--config.data.train_examples=64", f"--config.data.data_dir={cfg.data.data_dir}"),
     )
     imported = checkpoint.locate(str(workdir))
-    found = checkpoint.read_config(imported)
+    found = Checkpoint.read(imported).config
     assert found.model == with_model(cfg).model and found.objective.name == "supervised"
-    assert checkpoint.read_run(imported) == checkpoint.BEGIN
+    assert Checkpoint.read(imported).run == checkpoint.BEGIN
     like = train_step.build(found, one_device).state
-    state, _ = checkpoint.Checkpoints(workdir, found.checkpoint).restore(0, like)
+    state, _ = restored(workdir, 0, like)
     assert_same(state.params, params)
-    found, original = (probe.probe(str(d)).results for d in (workdir, run))
+    found, original = (probe.probe(Checkpoint.open(str(d))).results for d in (workdir, run))
     assert found == original

@@ -17,6 +17,7 @@ from etils import epath
 from test_processes import ended, places, started
 
 from supmim_jax import cache_tokens, checkpoint, export, import_weights, probe, storage
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, InitConfig, TokensConfig
 from supmim_jax.data.prepare import folder
 from supmim_jax.errors import SetupError
@@ -64,7 +65,7 @@ def test_the_life_of_a_run(beasts, here, tmp_path):
     steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
     assert steps[0] == steps[1]
 
-    assert probe.probe(run, devices=ONE).results.metrics["knn"] == results["knn"]
+    assert probe.probe(Checkpoint.open(run), devices=ONE).results.metrics["knn"] == results["knn"]
     export.export(run, "timm", here / "exported")
     export.export(run, "timm", tmp_path / "exported")
     for name, path in storage.files(tmp_path / "exported").items():
@@ -75,7 +76,10 @@ def test_the_life_of_a_run(beasts, here, tmp_path):
         base = dataclasses.replace(beasts, tokens=TokensConfig())
         imported = import_weights.load("timm", local, base)
         import_weights.save(here / "imported", *imported)
-    assert probe.probe(str(here / "imported"), devices=ONE).results.metrics["knn"] == results["knn"]
+    assert (
+        probe.probe(Checkpoint.open(str(here / "imported")), devices=ONE).results.metrics["knn"]
+        == results["knn"]
+    )
     assert report.write(run) == epath.Path(run) / "report.html"
     assert (epath.Path(run) / "report.html").read_text().startswith("<!doctype html>")
     started = dataclasses.replace(beasts, init=InitConfig(checkpoint=f"{run}@8"))

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from supmim_jax import probe
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import InitConfig, TokensConfig
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.train import train
@@ -31,7 +32,7 @@ def test_a_run_of_an_earlier_version_is_probed_and_trained_on(kept):
     asked = dataclasses.replace(
         asked, data=dataclasses.replace(asked.data, data_dir=str(kept / "data"))
     )
-    found = probe.probe(str(kept / "run"), asked, one)
+    found = probe.probe(Checkpoint.open(str(kept / "run")), asked, one)
     assert found.results.metrics == {name: results[name] for name in ("top1", "knn")}
 
     cfg = dataclasses.replace(

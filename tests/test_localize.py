@@ -26,9 +26,10 @@ from supmim_jax.config import (
     TokensConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import loader, sampler
+from supmim_jax.data import sampler
 from supmim_jax.data import source as source_module
 from supmim_jax.data.crops import WHOLE
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
@@ -91,7 +92,7 @@ def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
     found = []
     params = make_params(cropping)
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
-        subject = encoder_module.build_inference(cropping, 48, mesh)  # 64 images: a batch is padded
+        subject = encoder_module.build_encoder(cropping, 48, mesh)  # 64 images: a batch is padded
         found.append(contrastive_boxes.boxes(subject.bind(params), cropping, mesh))
     table, other = found
     assert table.dtype == np.uint8 and table.shape == (64, 4)
@@ -99,8 +100,8 @@ def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
     assert len(np.unique(table, axis=0)) > 16
     assert (table[:, 0] < table[:, 2]).all() and (table[:, 1] < table[:, 3]).all()
 
-    encoder = encoder_module.build_inference(cropping, 48, one_device).bind(params)
-    images = next(loader.whole_dataset(cropping, "train[:64]", one_device)).views[0]
+    encoder = encoder_module.build_encoder(cropping, 48, one_device).bind(params)
+    images = next(Dataset(cropping).whole("train[:64]", one_device)).views[0]
     empty = encoder.features(contrastive_boxes.emptied(images)).tokens
     heat = contrastive_boxes.heat_map(encoder.features(images).tokens, empty)
     np.testing.assert_array_equal(contrastive_boxes.bounds(heat, 20, 0.4), table[:48])
@@ -113,7 +114,7 @@ def test_a_record_that_cannot_be_read_has_the_whole_image(cropping, one_device, 
         "__call__",
         lambda self, i: (i, None) if i == 5 else reading(self, i),
     )
-    encoder = encoder_module.build_inference(cropping, 48, one_device).bind(make_params(cropping))
+    encoder = encoder_module.build_encoder(cropping, 48, one_device).bind(make_params(cropping))
     table = contrastive_boxes.boxes(encoder, cropping, one_device)
     np.testing.assert_array_equal(table[5], WHOLE)
     assert (table != np.array(WHOLE)).any(1).sum() > 32

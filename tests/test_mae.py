@@ -10,6 +10,7 @@ from conftest import make_batch
 from flax import nnx
 
 from supmim_jax import checkpoint, train_step, visualize
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CMAEConfig,
     Config,
@@ -156,7 +157,7 @@ def test_the_picture_has_the_predictions_in_the_masked_places(mae, one_device, t
         ),
     }[which]
     cfg = dataclasses.replace(mae, objective=objective)
-    restored = visualize.restore(saved(cfg, one_device, tmp_path))
+    restored = visualize.restore(Checkpoint.open(saved(cfg, one_device, tmp_path)))
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
     rows = visualize.panels(restored, images, jax.random.key(1))
     assert list(rows) == ["image", "masked", "reconstruction"]
@@ -181,7 +182,7 @@ def test_the_picture_of_cmae_is_that_of_its_own_network(mae, one_device, tmp_pat
     state = built.init(jax.random.key(0))
     assert state.moving
     whole = nnx.merge(built.graph, state.params, state.moving, {})
-    found = visualize.restore(saved(cfg, one_device, tmp_path)).objective
+    found = visualize.restore(Checkpoint.open(saved(cfg, one_device, tmp_path))).objective
     assert isinstance(whole, CMAE) and not isinstance(found, CMAE)
     images = pixels(make_batch(cfg).views[0])
     mask = masking.sample("random", 0.75, 5, jax.random.key(0), jnp.arange(len(images)))
@@ -191,4 +192,4 @@ def test_the_picture_of_cmae_is_that_of_its_own_network(mae, one_device, tmp_pat
 def test_a_run_that_masks_nothing_has_no_picture(supervised, one_device, tmp_path):
     location = saved(supervised, one_device, tmp_path)
     with pytest.raises(SetupError, match="is of objective 'supervised', which hides no patches"):
-        visualize.restore(location)
+        visualize.restore(Checkpoint.open(location))

@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from supmim_jax import probe, sharding
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     DataConfig,
     EvalConfig,
@@ -19,7 +20,8 @@ from supmim_jax.config import (
     RetrievalConfig,
     SegmentationConfig,
 )
-from supmim_jax.data import crops, decode, fractals, loader, source
+from supmim_jax.data import crops, decode, fractals, source
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
 ONE = jax.devices()[:1]
@@ -69,7 +71,7 @@ def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
     data = dataclasses.replace(cfg.data, masks=masks, image_size=40, eval_resize=48)
     cfg = dataclasses.replace(cfg, data=data)
     (first, *_), (other, *_) = (
-        list(loader.masked_dataset(cfg, "train[:70]", mesh))
+        list(Dataset(cfg).masked("train[:70]", mesh))
         for mesh in (one_device, sharding.make_mesh(cfg.mesh))
     )
     assert first.masks.shape == (64, 40, 40) and first.masks.dtype == np.int32
@@ -77,7 +79,7 @@ def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
     expected = fractals.render(fractals.SPECS["tiny"], "train", range(64))["segmentation"]
     doubled = expected.repeat(2, axis=1).repeat(2, axis=2)[:, 4:-4, 4:-4]
     assert (np.asarray(first.masks) == doubled).all()
-    plain = next(loader.eval_dataset(cfg, "train[:70]", one_device))
+    plain = next(Dataset(cfg).eval("train[:70]", one_device))
     assert (np.asarray(first.views[0]) == np.asarray(plain.views[0])).all()
     assert plain.masks is None
 
@@ -127,7 +129,7 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
         ),
     )
     asked = ProbeConfig(data=data, eval=evaluations)
-    report = probe.probe(initial, asked, devices=ONE)
+    report = probe.probe(Checkpoint.open(initial), asked, devices=ONE)
     labels = [source.open_source(report.data, "test")[i]["label"] for i in range(30)]
     assert labels == [i % 6 for i in range(30)]
     found = report.results.metrics
@@ -141,9 +143,9 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
         data=dataclasses.replace(data, label_field="no_such", num_classes=99),
         eval=dataclasses.replace(evaluations, which=("segmentation",), batch_size=7),
     )
-    again = probe.probe(initial, unlabelled, devices=ONE).results
+    again = probe.probe(Checkpoint.open(initial), unlabelled, devices=ONE).results
     assert again.metrics == pytest.approx({name: found[name] for name in again.metrics}, abs=0.1)
     assert len(again.metrics) == 2 and again.details["segmentation"]["trained_on"] == 48
     wrong = dataclasses.replace(data, masks=dataclasses.replace(data.masks, ignore=-1))
     with pytest.raises(SetupError, match=r"has pixels of \[0\]; expected are 1 to 2"):
-        probe.probe(initial, dataclasses.replace(asked, data=wrong), devices=ONE)
+        probe.probe(Checkpoint.open(initial), dataclasses.replace(asked, data=wrong), devices=ONE)

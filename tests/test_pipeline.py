@@ -19,6 +19,7 @@ from supmim_jax import sharding
 from supmim_jax.config import DataConfig, MeshConfig
 from supmim_jax.data import crops, decode, loader, sampler, transforms
 from supmim_jax.data import source as source_module
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
@@ -54,7 +55,7 @@ def test_processes_together_read_each_position_once(processes):
 
 
 def stream(cfg, mesh, first=0) -> list:
-    return [jax.tree.map(np.asarray, b) for b in loader.train_dataset(cfg, mesh, first)]
+    return [jax.tree.map(np.asarray, b) for b in Dataset.open(cfg).train(mesh, first)]
 
 
 def test_batches_are_the_same_on_any_mesh_and_after_a_restart(cfg, one_device):
@@ -74,7 +75,7 @@ def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device,
     decoding = transforms.decode_image
     monkeypatch.setattr(transforms, "decode_image", lambda *a: (decoded.append(1), decoding(*a))[1])
     cfg = dataclasses.replace(cfg, epochs=20)
-    next(loader.train_dataset(cfg, one_device))
+    next(Dataset.open(cfg).train(one_device))
     time.sleep(1.0)
     threads = cfg.data.threads
     most = 2 + loader.AHEAD + cfg.data.prefetch + threads  # one taken, one being placed
@@ -103,7 +104,7 @@ def test_worker_code_imports_neither_tensorflow_nor_clu():
 
 def test_evaluation_counts_every_example_once(cfg, one_device):
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=48))
-    batches = list(loader.eval_dataset(cfg, "validation[:100]", one_device))
+    batches = list(Dataset(cfg).eval("validation[:100]", one_device))
     ids = np.concatenate([b.id for b in batches])
     weight = np.concatenate([b.weight for b in batches])
     assert len(ids) == 144 and (ids[:100] == range(100)).all() and (ids[100:] == -1).all()
@@ -278,7 +279,7 @@ def test_undecodable_bytes_are_named():
 def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
     def opened(**changes):
         data = dataclasses.replace(cfg.data, **changes)
-        return loader.check(dataclasses.replace(cfg, data=data))
+        return Dataset.open(dataclasses.replace(cfg, data=data))
 
     opened()
     with pytest.raises(ConfigError, match=r"train_examples is 60, but .* has 64 examples"):
@@ -303,7 +304,7 @@ def test_sources_travel_to_worker_processes(cfg):
 
 def test_repeats_are_other_crops_of_an_image_in_a_row(cfg, one_device):
     data = dataclasses.replace(cfg.data, crop="inception", repeats=3)
-    batches = list(loader.train_dataset(dataclasses.replace(cfg, data=data), one_device))
+    batches = list(Dataset.open(dataclasses.replace(cfg, data=data)).train(one_device))
     assert len(batches) == cfg.total_steps  # an epoch is as long as ever
     ids = np.concatenate([np.asarray(batch.id) for batch in batches])
     images = np.concatenate([np.asarray(batch.views[0]) for batch in batches])

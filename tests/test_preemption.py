@@ -184,8 +184,8 @@ def test_signals_that_nohup_or_a_shell_has_it_ignore_stay_ignored():
 def test_a_process_that_stood_still_goes_on_and_a_stall_after_it_is_found():
     code = (
         "from supmim_jax.config import WatchConfig\n"
-        "from supmim_jax.watchdog import StallWatch\n"
-        "with StallWatch(WatchConfig(stall_seconds=1.5, stall_factor=2.0)) as watch:\n"
+        "from supmim_jax.watchdog import Watchdog\n"
+        "with Watchdog(WatchConfig(stall_seconds=1.5, stall_factor=2.0)) as watch:\n"
         "    for step in range(30):\n"
         "        watch.beat(step)\n"
         "        time.sleep(0.1)\n"

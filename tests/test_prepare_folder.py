@@ -19,7 +19,8 @@ from etils import epath
 from pictures import CLASSES, WNIDS, contents, encoded, put, raw, source
 
 from supmim_jax.config import DataConfig, SupervisedConfig
-from supmim_jax.data import decode, loader
+from supmim_jax.data import decode
+from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder, shards
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
@@ -90,7 +91,7 @@ def test_a_run_trains_on_a_folder(photos, tmp_path, cfg, one_device):
     )
     run = dataclasses.replace(cfg, data=data, objective=SupervisedConfig(), epochs=1, batch_size=16)
     opened = source(tmp_path / "data")
-    for batch in loader.train_dataset(run, one_device):
+    for batch in Dataset.open(run).train(one_device):
         labels = [opened[int(i)]["label"] for i in np.asarray(batch.id)]
         assert np.asarray(batch.label).tolist() == labels
     assert run.total_steps == 2

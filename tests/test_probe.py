@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from conftest import REPOSITORY
 
 from supmim_jax import probe
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     EvalConfig,
     FewShotConfig,
@@ -57,7 +58,10 @@ def run(cfg):
 
 def test_training_and_probes_on_1_and_8_devices_agree(run, tmp_path):
     trained = train(run, tmp_path, devices=ONE)
-    one, eight = probe.probe(str(tmp_path), devices=ONE), probe.probe(str(tmp_path))
+    one, eight = (
+        probe.probe(Checkpoint.open(str(tmp_path)), devices=ONE),
+        probe.probe(Checkpoint.open(str(tmp_path))),
+    )
     assert (one.mesh.size, eight.mesh.size) == (1, 8)
     found, other = one.results.metrics, eight.results.metrics
     assert found == {name: trained[name] for name in found}
@@ -77,7 +81,7 @@ def test_a_probe_measures_what_it_is_asked_for_and_writes_it_down(run, initial):
     data = ProbeDataConfig(
         train_split="train[:64]", eval_split="test[:50]", masks=MasksConfig(field="segmentation")
     )
-    report = probe.probe(initial, ProbeConfig(data=data, eval=fewer), devices=ONE)
+    report = probe.probe(Checkpoint.open(initial), ProbeConfig(data=data, eval=fewer), devices=ONE)
     path = probe.save(report, "mine")
     assert path.parent.parent == Path(initial) and path.name == "mine-0.json"
     document = json.loads(path.read_text())
@@ -190,7 +194,7 @@ def test_what_cannot_be_measured_is_refused(initial):
         evaluations = {"batch_size": 64, "which": ("segmentation",)} | evaluations
         asked = ProbeConfig(data=ProbeDataConfig(**data), eval=EvalConfig(**evaluations))
         with pytest.raises(SetupError, match=message):
-            probe.probe(initial, asked, devices=ONE)
+            probe.probe(Checkpoint.open(initial), asked, devices=ONE)
 
 
 def test_only_training_evaluates_again():

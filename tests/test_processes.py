@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, restored
 
 from supmim_jax import checkpoint, multihost, train_step
 from supmim_jax.config.configdict import from_configdict, to_configdict
@@ -115,7 +115,9 @@ def assert_same_run(workdir, other) -> None:
 
 def final_params(cfg, workdir, mesh) -> np.ndarray:
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, _ = checkpoints.restore(checkpoints.latest(), train_step.build(cfg, mesh).state)
+    state, _ = restored(
+        checkpoints.workdir, checkpoints.latest(), train_step.build(cfg, mesh).state
+    )
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
 
 

@@ -12,8 +12,9 @@ from conftest import make_frozen
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
 from supmim_jax.batch import Batch
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig, OptimConfig
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError
 
 MESHES = [MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)]
@@ -25,7 +26,7 @@ def run(cfg, mesh, steps: int):
     state = built.init(jax.random.key(cfg.seed))
     frozen = sharding.put(make_frozen(cfg), built.frozen)
     losses, ids = [], []
-    for batch, _ in zip(loader.train_dataset(cfg, mesh), range(steps)):
+    for batch, _ in zip(Dataset.open(cfg).train(mesh), range(steps)):
         state, metrics = built.step(state, batch, frozen)
         losses.append([float(metrics[k]) for k in ("loss", "ce", "mim", "grad_norm")])
         ids.append(np.asarray(batch.id))
@@ -149,15 +150,15 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
         checkpoints.save(state, run_cfg, checkpoint.BEGIN)
         checkpoints.close()
         found = checkpoint.locate(str(directory))
-        runner = encoder.build_inference(checkpoint.read_config(found), 16, one_device)
-        params = checkpoint.restore_params(found, runner.params)
+        runner = encoder.build_encoder(Checkpoint.read(found).config, 16, one_device)
+        params = Checkpoint.read(found).restore_params(runner.params)
         assert set(params) == {"encoder", "head"}
         lowered = runner.features.lower(params, runner.images)
         programs.append(canonical(lowered.compile().as_text()))
     assert "fusion" in programs[0] and "metadata" not in programs[0]
     assert programs[0] == programs[1]
     wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mlp_dim=96))
-    other = encoder.build_inference(wider, 16, one_device)
+    other = encoder.build_encoder(wider, 16, one_device)
     text = other.features.lower(other.params, other.images).compile().as_text()
     assert canonical(text) != programs[0]
 
@@ -165,6 +166,6 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
 def test_building_touches_no_device(cfg, one_device):
     live = {id(x) for x in jax.live_arrays()}
     train_step.build(cfg, one_device)
-    encoder.build_inference(cfg, 16, one_device)
+    encoder.build_encoder(cfg, 16, one_device)
     assert not [x for x in jax.live_arrays() if id(x) not in live and x.size > 1]
     assert isinstance(train_step.build(cfg, one_device).batch, Batch)

@@ -18,7 +18,7 @@ import pytest
 from etils import epath
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
-from supmim_jax.checkpoint import checksums
+from supmim_jax.checkpoint import Checkpoint, checksums
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,
@@ -38,7 +38,7 @@ from supmim_jax.config import (
     VQGANConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.report import files, images
 from supmim_jax.report.__main__ import gather, write
@@ -166,9 +166,9 @@ def test_the_numbers_are_those_of_the_files(run, page):
 
 def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = encoder.build_inference(report.cfg, 64, mesh)
-    params = checkpoint.restore_params(checkpoint.locate(str(run)), runner.params)
-    splits = [next(loader.eval_dataset(report.cfg, s, mesh)) for s in ("validation", "train[:64]")]
+    runner = encoder.build_encoder(report.cfg, 64, mesh)
+    params = Checkpoint.open(str(run)).restore_params(runner.params)
+    splits = [next(Dataset(report.cfg).eval(s, mesh)) for s in ("validation", "train[:64]")]
     queries, bank = (
         np.asarray(runner.features(params, x.views[0]).pooled, np.float64) for x in splits
     )
@@ -327,9 +327,9 @@ def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, 
     ]
     found = report.measured.segmented
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = encoder.build_inference(cfg, 64, mesh)
-    params = checkpoint.restore_params(checkpoint.locate(str(tmp_path)), runner.params)
-    batch = next(loader.masked_dataset(cfg, "validation", mesh))
+    runner = encoder.build_encoder(cfg, 64, mesh)
+    params = Checkpoint.open(str(tmp_path)).restore_params(runner.params)
+    batch = next(Dataset(cfg).masked("validation", mesh))
     predicted = np.asarray(runner.bind(params).features(batch.views[0]).masks)[:8]
     assert (found.predictions == predicted).all() and len(found.masks) == 8
     assert (found.masks == np.asarray(batch.masks)[:8]).all()

@@ -10,6 +10,7 @@ from test_end_to_end import ONE, final_state
 
 from supmim_jax.config import WatchConfig
 from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 from supmim_jax.nan_guard import Diverged
 from supmim_jax.train import train
 
@@ -18,7 +19,7 @@ from supmim_jax.train import train
 def poison(cfg, one_device, monkeypatch):
     """Numbers of batches that give NaN whenever they come, and those that came."""
     longer = dataclasses.replace(cfg, epochs=6)
-    batches = loader.train_dataset(longer, one_device)
+    batches = Dataset.open(longer).train(one_device)
     order = {bytes(np.asarray(batch.id)): n for n, batch in enumerate(batches, 1)}
     batches.close()
     poisonous, came = set(), []

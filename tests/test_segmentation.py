@@ -11,8 +11,9 @@ from conftest import make_batch
 from flax import nnx
 from test_masks import shapes_dir  # noqa: F401
 
-from supmim_jax import checkpoint, probe, sharding, train_step
 from supmim_jax import encoder as encoder_module
+from supmim_jax import probe, sharding, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     IGNORED,
     Config,
@@ -27,7 +28,8 @@ from supmim_jax.config import (
     SupervisedConfig,
     ViTConfig,
 )
-from supmim_jax.data import loader, transforms
+from supmim_jax.data import transforms
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.objectives.segmentation import Segmentation
 from supmim_jax.train import train
@@ -117,7 +119,7 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
         optim=OptimConfig(lr=3e-3, warmup_epochs=1, layer_decay=0.9),
         model=dataclasses.replace(masked.model, drop_path=0.0),
     )
-    batch = next(loader.train_dataset(cfg, sharding.make_mesh(MeshConfig(), ONE)))
+    batch = next(Dataset.open(cfg).train(sharding.make_mesh(MeshConfig(), ONE)))
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=4)):
         mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
@@ -144,16 +146,16 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
     whole = train(masked, tmp_path / "whole", devices=ONE)
     assert whole["miou"] == results["miou"] and 0 < results["miou"] < 100
     assert set(results) >= {"miou", "pixel_accuracy"} and "top1" not in results
-    both = [probe.probe(str(interrupted), devices=d).results for d in (ONE, None)]
+    both = [probe.probe(Checkpoint.open(str(interrupted)), devices=d).results for d in (ONE, None)]
     for found in both:
         assert found.metrics["miou"] == pytest.approx(results["miou"], abs=0.01)
         assert len(found.details["miou"]["iou"]) == 31
     assert by_hand(masked, str(interrupted)) == pytest.approx(results["miou"], abs=1e-9)
     wanted = ProbeConfig(eval=EvalConfig(batch_size=64, which=("top1", "knn", "miou")))
-    found = probe.probe(str(interrupted), wanted, devices=ONE).results.metrics
+    found = probe.probe(Checkpoint.open(str(interrupted)), wanted, devices=ONE).results.metrics
     assert set(found) == {"knn", "miou", "pixel_accuracy"}
     with pytest.raises(ConfigError, match="'miou', but objective 'supmim' trains no head"):
-        probe.probe(initial, wanted, devices=ONE)
+        probe.probe(Checkpoint.open(initial), wanted, devices=ONE)
     data = dataclasses.replace(masked.data, masks=MasksConfig("image"))
     with pytest.raises(SetupError, match=r"config.data.masks.field: 'segmentation'; 'image'"):
         train(dataclasses.replace(masked, data=data), interrupted, devices=ONE)
@@ -162,10 +164,10 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
 def by_hand(cfg: Config, workdir: str) -> float:
     """mIoU in per cent, from sets of pixels of the examples that are no padding."""
     mesh = sharding.make_mesh(MeshConfig(), ONE)
-    runner = encoder_module.build_inference(cfg, 64, mesh)
-    encoder = runner.bind(checkpoint.restore_params(checkpoint.locate(workdir), runner.params))
+    runner = encoder_module.build_encoder(cfg, 64, mesh)
+    encoder = runner.bind(Checkpoint.open(workdir).restore_params(runner.params))
     truth, found = [], []
-    for batch in loader.masked_dataset(cfg, cfg.data.eval_split, mesh):
+    for batch in Dataset(cfg).masked(cfg.data.eval_split, mesh):
         real = np.asarray(batch.weight) > 0
         truth.append(np.asarray(batch.masks)[real])
         found.append(np.asarray(encoder.features(batch.views[0]).masks)[real])
@@ -183,8 +185,8 @@ def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_p
     train(still, tmp_path / "still", stop_at=1, devices=ONE)
     params = train_step.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
     like = {"encoder": params["encoder"]}
-    there = checkpoint.restore_params(checkpoint.locate(initial), like)
-    here = checkpoint.restore_params(checkpoint.locate(str(tmp_path / "still")), like)
+    there = Checkpoint.open(initial).restore_params(like)
+    here = Checkpoint.open(str(tmp_path / "still")).restore_params(like)
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (there, here))))
 
 

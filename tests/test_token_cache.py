@@ -12,9 +12,12 @@ from conftest import make_frozen
 from etils import epath
 
 from supmim_jax import cache_tokens, encoder, sharding, storage, tokenizers, train_step
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import ContrastiveCropConfig, TokensConfig, VQGANConfig
-from supmim_jax.data import loader, token_cache
 from supmim_jax.data import source as source_module
+from supmim_jax.data import token_cache
+from supmim_jax.data.loader import Dataset
+from supmim_jax.data.token_cache import TokenCache
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
@@ -54,7 +57,7 @@ def steps(cfg, device, codes) -> tuple[list, list]:
     built = train_step.build(cfg, device)
     state, losses, tokens = built.init(jax.random.key(0)), [], []
     tokenizer = encoder.build_tokenizer(cfg, cfg.batch_size, device)
-    for batch in loader.train_dataset(cfg, device):
+    for batch in Dataset.open(cfg).train(device):
         if batch.tokens is None:
             image = batch.views[0] if batch.target is None else batch.target
             tokens.append(np.asarray(tokenizer.encode(codes["target"]["tokenizer"], image)))
@@ -112,7 +115,7 @@ def test_a_cached_step_carries_no_tokenizer_and_views_cycle(cfg, cache, one_devi
     built = train_step.build(cached, one_device)
     assert built.frozen == {} and built.batch.tokens.shape == (16, 25)
     rows = {}
-    for step, batch in enumerate(loader.train_dataset(cached, one_device)):
+    for step, batch in enumerate(Dataset.open(cached).train(one_device)):
         for example, ids in zip(np.asarray(batch.id), np.asarray(batch.tokens)):
             rows.setdefault((step // 4) % 3, {}).setdefault(int(example), set()).add(ids.tobytes())
     assert all(len(seen) == 1 for view in rows.values() for seen in view.values())
@@ -125,7 +128,7 @@ def test_a_run_from_a_cache_trains_and_its_picture_finds_the_codebook(cfg, cache
     results = train(with_cache(cfg, cache), tmp_path, devices=ONE)
     again = train(cfg, tmp_path / "online", devices=ONE)
     assert results["top1"] == again["top1"] and results["knn"] == again["knn"]
-    restored = visualize.restore(str(tmp_path))
+    restored = visualize.restore(Checkpoint.open(str(tmp_path)))
     assert (restored.tokenizer.arrays["codes"] == np.load(cache / tokenizers.FILE)["codes"]).all()
 
 
@@ -152,9 +155,9 @@ def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, mo
     assert sum(p.stat().length for p in directory.glob("tokens-*")) <= cache_tokens.estimated_bytes(
         plan
     )
-    whole = token_cache.open_cache(with_cache(cfg, directory, 2))
+    whole = TokenCache.open(with_cache(cfg, directory, 2))
     other = (
-        token_cache.open_cache(with_cache(cfg, caches / "three", 2))
+        TokenCache.open(with_cache(cfg, caches / "three", 2))
         if (caches / "three").exists()
         else whole
     )
@@ -175,7 +178,7 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
         done = sorted(p.name[7:12] for p in directory.glob("tokens-*"))
         assert done == (["00001", "00003"] if process else ["00000", "00001", "00002", "00003"])
     monkeypatch.undo()
-    a, b = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, directory))
+    a, b = (TokenCache.open(with_cache(cfg, d)) for d in (cache, directory))
     images = encoded_images(cfg)
     for v, i in itertools.product(range(3), range(64)):
         assert (a.read(v, i, images[i]) == b.read(v, i, images[i])).all()
@@ -201,7 +204,7 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
 )
 def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, message):
     with pytest.raises(SetupError, match=message + ".*there; here"):
-        loader.check(change(with_cache(cfg, cache)))
+        Dataset.open(change(with_cache(cfg, cache)))
 
 
 def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, caches, monkeypatch):
@@ -219,11 +222,11 @@ def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, cac
     assert all((a == b).all() for a, b in zip(tokens, same_tokens, strict=True))
     np.testing.assert_allclose(cached, online, rtol=1e-6)
     with pytest.raises(SetupError, match=r"contrastive_crop\.alpha: 0\.6; 0\.1 .*there; here"):
-        loader.check(with_cache(around(alpha=0.1), directory))
-    loader.check(with_cache(around(threshold=0.5), directory))  # of other boxes
+        Dataset.open(with_cache(around(alpha=0.1), directory))
+    Dataset.open(with_cache(around(threshold=0.5), directory))  # of other boxes
     for other in (replaced(cfg, "data", crop="inception"), cfg):
         with pytest.raises(SetupError, match=r"augmentation\.crop: 'contrastive'; '\w+'"):
-            loader.check(with_cache(other, directory))
+            Dataset.open(with_cache(other, directory))
     with pytest.raises(ConfigError, match="boxes is 'heat_map', which moves the crops"):
         cache_tokens.tokenize(around("heat_map"), caches / "moving", views=3)
     assert not (caches / "moving").exists()
@@ -252,12 +255,12 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
     monkeypatch.setattr(source_module, "version", lambda _: "9.9.9")
     with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
-        loader.check(with_cache(cfg, cache))
+        Dataset.open(with_cache(cfg, cache))
 
 
 def test_what_does_not_touch_the_tokens_may_differ(cfg, cache):
     other = replaced(with_cache(cfg, cache), "objective", mask_ratio=0.7)
-    loader.check(replaced(other, "optim", lr=0.5))
+    Dataset.open(replaced(other, "optim", lr=0.5))
 
 
 def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path):
@@ -295,7 +298,7 @@ def test_too_few_views_are_refused(cfg, cache):
     with pytest.raises(
         SetupError, match=r"3 views .* wants 9\. Set config.tokens.views=3 to cycle"
     ):
-        loader.check(with_cache(dataclasses.replace(cfg, epochs=9), cache))
+        Dataset.open(with_cache(dataclasses.replace(cfg, epochs=9), cache))
 
 
 def test_damage_is_named(cfg, cache, tmp_path):
@@ -309,34 +312,34 @@ def test_damage_is_named(cfg, cache, tmp_path):
     directory, shard = copied("missing")
     shard.unlink()
     with pytest.raises(SetupError, match=r"lacks 1 of 4 shards: tokens-00002-of-00004"):
-        loader.check(with_cache(cfg, directory))
+        Dataset.open(with_cache(cfg, directory))
     for cut in (1000, 70_000):
         directory, shard = copied(f"cut{cut}")
         shard.write_bytes(shard.read_bytes()[:cut])
         with pytest.raises(
             SetupError, match=r"damaged: tokens-00002-of-00004.arrayrecord (is cut|has 0)"
         ):
-            loader.check(with_cache(cfg, directory))
+            Dataset.open(with_cache(cfg, directory))
     directory, shard = copied("fewer")
     token_cache.write_shard(shard, iter([bytes(54)] * 7))
     with pytest.raises(SetupError, match=r"tokens-00002.* has 7 records, expected 50"):
-        loader.check(with_cache(cfg, directory))
+        Dataset.open(with_cache(cfg, directory))
     directory, shard = copied("zeros")
     token_cache.write_shard(shard, iter([bytes(54)] * 50))
-    opened, images = token_cache.open_cache(with_cache(cfg, directory)), encoded_images(cfg)
+    opened, images = TokenCache.open(with_cache(cfg, directory)), encoded_images(cfg)
     with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has a wrong checksum"):
         opened.read(1, 40, images[40])
     directory, _ = copied("manifest")
     (directory / token_cache.MANIFEST).write_text("{")
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read"):
-        loader.check(with_cache(cfg, directory))
+        Dataset.open(with_cache(cfg, directory))
     with pytest.raises(SetupError, match=r"There is no token cache in .*nowhere"):
-        loader.check(with_cache(cfg, tmp_path / "nowhere"))
+        Dataset.open(with_cache(cfg, tmp_path / "nowhere"))
 
 
 def test_tokens_are_those_of_the_image_that_was_tokenised(cfg, cache):
     """Data sets without seals may have changed unseen; their records' tokens then don't fit."""
-    opened, images = token_cache.open_cache(with_cache(cfg, cache)), encoded_images(cfg)
+    opened, images = TokenCache.open(with_cache(cfg, cache)), encoded_images(cfg)
     opened.read(2, 5, images[5])
     for wrong in (images[6], images[5][:-1], images[5] + b"x", b""):
         with pytest.raises(
@@ -352,11 +355,11 @@ def test_a_manifest_that_was_changed_is_refused(cfg, cache, tmp_path, change):
     values = json.loads((cache / token_cache.MANIFEST).read_text())
     (tmp_path / token_cache.MANIFEST).write_text(json.dumps(values | change))
     with pytest.raises(SetupError, match=r"manifest\.json cannot be read: its checksum is wrong"):
-        loader.check(with_cache(cfg, tmp_path))
+        Dataset.open(with_cache(cfg, tmp_path))
     del values["sha256"]
     (tmp_path / token_cache.MANIFEST).write_text(json.dumps(values))
     with pytest.raises(SetupError, match=r"it has no checksum, as those of earlier versions"):
-        loader.check(with_cache(cfg, tmp_path))
+        Dataset.open(with_cache(cfg, tmp_path))
 
 
 def test_a_records_checksum_is_of_all_that_it_belongs_to():
@@ -407,7 +410,7 @@ def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
 def test_a_mesh_reads_the_tokens_that_one_device_reads(cfg, cache, one_device):
     cached = with_cache(cfg, cache)
     mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, fsdp=2))
-    for a, b in zip(*(loader.train_dataset(cached, m) for m in (one_device, mesh)), strict=True):
+    for a, b in zip(*(Dataset.open(cached).train(m) for m in (one_device, mesh)), strict=True):
         assert (np.asarray(a.tokens) == np.asarray(b.tokens)).all()
 
 
@@ -425,7 +428,7 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
         patch.setattr(token_cache, "fingerprint", earlier)
         cache_tokens.tokenize(cfg, old, views=3, records_per_shard=50)
     images = encoded_images(cfg)
-    new, opened = (token_cache.open_cache(with_cache(cfg, d)) for d in (cache, old))
+    new, opened = (TokenCache.open(with_cache(cfg, d)) for d in (cache, old))
     for i in (0, 40, 63):
         assert (opened.read(1, i, images[i]) == new.read(1, i, images[i])).all()
     rgba = np.zeros((8, 8, 4), np.uint8)
@@ -443,12 +446,12 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
 )
 def test_a_cache_is_of_images_as_they_are_shown(cfg, cache, change, named):
     with pytest.raises(SetupError, match=named):
-        token_cache.open_cache(with_cache(replaced(cfg, "data", **change), cache))
+        TokenCache.open(with_cache(replaced(cfg, "data", **change), cache))
 
 
 def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, cache, monkeypatch):
     images = encoded_images(cfg)
-    opened = token_cache.open_cache(with_cache(cfg, cache))
+    opened = TokenCache.open(with_cache(cfg, cache))
     monkeypatch.setattr(source_module, "most_open", lambda: 1)
     wanted = [opened.read(view, 5, images[5]) for view in (0, 1, 2)]
     assert len(opened.readers.open) == 1

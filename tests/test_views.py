@@ -14,6 +14,7 @@ from supmim_jax import sharding, train_step
 from supmim_jax.config import CMAEConfig, ContrastiveCropConfig, DataConfig, MeshConfig
 from supmim_jax.data import crops, decode, jpeg, loader, transforms
 from supmim_jax.data import source as source_module
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
 PHOTO = cv2.cvtColor(photograph(60, 80), cv2.COLOR_RGB2BGR)
@@ -159,17 +160,19 @@ def test_masks_follow_crops_around_the_centre():
 
 def test_batches_have_two_views_on_any_mesh_and_any_number_of_hosts(pairs, one_device):
     boxes = table()
-    whole = taken(loader.train_dataset(pairs, one_device, boxes=boxes))
+    whole = taken(Dataset.open(pairs).train(one_device, boxes=boxes))
     assert len(whole) == pairs.total_steps and [len(b.views) for b in whole] == [2] * 12
     abstract = train_step.abstract_batch(pairs, 16, one_device)
     of_step = jax.tree.map(lambda x: (x.shape, x.dtype), whole[0])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == of_step
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert_same(whole, taken(loader.train_dataset(pairs, mesh, boxes=boxes)))
-    assert_same(whole[5:], taken(loader.train_dataset(pairs, one_device, 5, boxes=boxes)))
-    for a, b in zip(whole, taken(loader.train_dataset(pairs, one_device))):
+    assert_same(whole, taken(Dataset.open(pairs).train(mesh, boxes=boxes)))
+    assert_same(whole[5:], taken(Dataset.open(pairs).train(one_device, 5, boxes=boxes)))
+    for a, b in zip(whole, taken(Dataset.open(pairs).train(one_device))):
         assert (a.id == b.id).all() and (a.views[0] != b.views[0]).any()
-    hosts = [loader.training(pairs, rows, boxes=boxes) for rows in (range(8), range(8, 16))]
+    hosts = [
+        Dataset.open(pairs).train_on_host(rows, boxes=boxes) for rows in (range(8), range(8, 16))
+    ]
     for batch, *parts in zip(whole, *hosts, strict=True):
         for view, name in zip(batch.views, ("image", "second_image")):
             assert np.array_equal(np.concatenate([part[name] for part in parts]), view)
@@ -177,13 +180,13 @@ def test_batches_have_two_views_on_any_mesh_and_any_number_of_hosts(pairs, one_d
 
 def test_workers_give_the_views_that_threads_give(pairs, one_device):
     pairs, boxes = dataclasses.replace(pairs, epochs=1), table()
-    threads = taken(loader.train_dataset(pairs, one_device, boxes=boxes))
-    batches = loader.train_dataset(changed(pairs, workers=2), one_device, boxes=boxes)
+    threads = taken(Dataset.open(pairs).train(one_device, boxes=boxes))
+    batches = Dataset.open(changed(pairs, workers=2)).train(one_device, boxes=boxes)
     workers = taken(batches, 2)
     batches.restart(2, table(seed=1))
     assert_same(threads[:2], workers)
     rest = taken(batches)
-    assert_same(taken(loader.train_dataset(pairs, one_device, 2, boxes=table(seed=1))), rest)
+    assert_same(taken(Dataset.open(pairs).train(one_device, 2, boxes=table(seed=1))), rest)
     batches.close()
 
 
@@ -196,7 +199,7 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     pairs, one_device, steps, monkeypatch
 ):
     before, other = running(), table(seed=1)
-    batches = loader.train_dataset(pairs, one_device, boxes=table())
+    batches = Dataset.open(pairs).train(one_device, boxes=table())
     first = taken(batches, steps)
     time.sleep(0.3)  # batches of the old boxes wait
     closed, ahead, fed = [], batches.batches, batches.feed
@@ -206,21 +209,19 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     rest = taken(batches)
     batches.close()
     assert running() == before and len(first) + len(rest) == pairs.total_steps
-    assert_same(rest, taken(loader.train_dataset(pairs, one_device, steps, boxes=other)))
-    old = taken(loader.train_dataset(pairs, one_device, steps, boxes=table()))
+    assert_same(rest, taken(Dataset.open(pairs).train(one_device, steps, boxes=other)))
+    old = taken(Dataset.open(pairs).train(one_device, steps, boxes=table()))
     assert all((a.id == b.id).all() for a, b in zip(rest, old))
     assert all((a.views[0] != b.views[0]).any() for a, b in zip(rest, old))
     batches.restart(pairs.total_steps - 1, None)
-    assert_same(
-        taken(batches), taken(loader.train_dataset(pairs, one_device, pairs.total_steps - 1))
-    )
+    assert_same(taken(batches), taken(Dataset.open(pairs).train(one_device, pairs.total_steps - 1)))
     batches.restart(pairs.total_steps, other)
     assert taken(batches) == []
 
 
 def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=48))
-    found = taken(loader.whole_dataset(cfg, cfg.data.train_split, one_device))
+    found = taken(Dataset(cfg).whole(cfg.data.train_split, one_device))
     ids, weight = (np.concatenate([getattr(b, x) for b in found]) for x in ("id", "weight"))
     assert ids[:64].tolist() == list(range(64)) and (ids[64:] == -1).all() and len(ids) == 96
     assert weight.sum() == 64 and (weight[:64] == 1).all()
@@ -230,7 +231,7 @@ def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
         image = crops.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
         assert (found[i // 48].views[0][i % 48] == image).all()
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
-    assert_same(found, taken(loader.whole_dataset(cfg, cfg.data.train_split, mesh)))
+    assert_same(found, taken(Dataset(cfg).whole(cfg.data.train_split, mesh)))
 
 
 def test_a_whole_image_has_all_four_corners_whatever_its_shape():
@@ -246,12 +247,12 @@ def test_a_whole_image_has_all_four_corners_whatever_its_shape():
 
 def test_a_table_that_does_not_fit_is_refused(pairs):
     with pytest.raises(SetupError, match=r"uint8 of shape \(63, 4\), but .*train_examples = 64"):
-        loader.training(pairs, ROWS, boxes=table(63))
+        Dataset.open(pairs).train_on_host(ROWS, boxes=table(63))
     with pytest.raises(SetupError, match=r"boxes is int64 of shape \(64, 4\)"):
-        loader.training(pairs, ROWS, boxes=table().astype(int))
+        Dataset.open(pairs).train_on_host(ROWS, boxes=table().astype(int))
     for data in (
         {"crop": "inception"},
         {"contrastive_crop": ContrastiveCropConfig(boxes="centre")},
     ):
         with pytest.raises(SetupError, match="A table of boxes was given"):
-            loader.training(changed(pairs, **data), ROWS, boxes=table())
+            Dataset.open(changed(pairs, **data)).train_on_host(ROWS, boxes=table())

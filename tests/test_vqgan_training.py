@@ -10,6 +10,7 @@ from conftest import make_batch, make_frozen
 from flax import nnx
 
 from supmim_jax import checkpoint, encoder, probe, sharding, tokenizers, train_step, visualize
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     AdversarialConfig,
     MeshConfig,
@@ -18,7 +19,7 @@ from supmim_jax.config import (
     VQGANConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.evals import evaluate
 from supmim_jax.objectives import losses
@@ -183,9 +184,9 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     arrays = tokenizers.arrays(run, tmp_path, built.frozen)
     state = built.init(jax.random.key(0))
     model = nnx.merge(built.graph, state.params, state.moving, arrays)
-    runner = encoder.build_inference(cfg, 16, one_device)
+    runner = encoder.build_encoder(cfg, 16, one_device)
     directory = checkpoint.locate(str(tmp_path / "encoder"))
-    params = checkpoint.restore_params(directory, runner.params)
+    params = Checkpoint.read(directory).restore_params(runner.params)
     batch = make_batch(run)
     images = jnp.asarray(batch.views[0]) / 127.5 - 1.0
 
@@ -217,7 +218,7 @@ def test_several_devices_give_the_losses_of_one(vqgan, one_device, mesh):
     def run(mesh):
         built = train_step.build(cfg, mesh)
         state, found = built.init(jax.random.key(0)), []
-        for batch, _ in zip(loader.train_dataset(cfg, mesh), range(3)):
+        for batch, _ in zip(Dataset.open(cfg).train(mesh), range(3)):
             state, metrics = built.step(state, batch, {})
             found.append([float(metrics[k]) for k in ("loss", "perplexity", "r1")])
         return found
@@ -229,7 +230,7 @@ def test_several_devices_give_the_losses_of_one(vqgan, one_device, mesh):
 def test_a_tokenizer_learns_one_batch(vqgan, one_device):
     cfg = dataclasses.replace(vqgan, batch_size=4, epochs=20)
     built = train_step.build(cfg, one_device)
-    state, batch = built.init(jax.random.key(0)), next(loader.train_dataset(cfg, one_device))
+    state, batch = built.init(jax.random.key(0)), next(Dataset.open(cfg).train(one_device))
     first = None
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, {})
@@ -244,22 +245,20 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
         **whole,
         "seconds": 0,
     }
-    probed = probe.probe(str(tmp_path / "whole"), devices=ONE).results.metrics
+    probed = probe.probe(Checkpoint.open(str(tmp_path / "whole")), devices=ONE).results.metrics
     assert probed == {name: whole[name] for name in ("psnr", "codes_used", "perplexity")}
     target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
     run = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, target=target))
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
     assert results == {} and not (tmp_path / "supmim" / tokenizers.FILE).exists()
     like = train_step.build(run, one_device).frozen
-    stored = checkpoint.restore_params(
-        checkpoint.locate(target.path), {"tokenizer": like["target"]["tokenizer"]}
-    )
+    stored = Checkpoint.open(target.path).restore_params({"tokenizer": like["target"]["tokenizer"]})
     used = tokenizers.arrays(run, tmp_path, like)["target"]["tokenizer"]
     assert tokenizers.digest(used) == tokenizers.digest(stored["tokenizer"])
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), np.uint8)
     for workdir, rows in (("whole", 2), ("supmim", 4)):
         panels = visualize.panels(
-            visualize.restore(str(tmp_path / workdir)), images, jax.random.key(0)
+            visualize.restore(Checkpoint.open(str(tmp_path / workdir))), images, jax.random.key(0)
         )
         assert len(panels) == rows and all(x.shape == (2, 20, 20, 1) for x in panels.values())
     for changes, message in (
@@ -294,7 +293,7 @@ def test_evaluation_counts_by_hand(vqgan, one_device):
 
     cfg = dataclasses.replace(vqgan, eval=dataclasses.replace(vqgan.eval, batch_size=48))
     found = evaluate.reconstruction_measure(Halves(), cfg, "validation[:70]", one_device)
-    images = [b.views[0] for b in loader.eval_dataset(cfg, "validation[:70]", one_device)]
+    images = [b.views[0] for b in Dataset(cfg).eval("validation[:70]", one_device)]
     images = np.concatenate(images)[:70].astype(np.float64)
     bright = images.mean((1, 2, 3)) > 60
     error = (images - np.where(bright, 128, 64)[:, None, None, None]) ** 2

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from supmim_jax.data import loader, worker
+from supmim_jax.data import transforms, worker
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
 
@@ -32,16 +33,18 @@ def test_shared_memory_that_is_too_small_is_told_before_a_worker_starts(cfg, mon
     monkeypatch.setattr(worker, "keep_light", lambda: pytest.fail("it went on"))
     for asked in (busy(cfg, 2), busy(cfg, 1, batch_size=2048)):
         with pytest.raises(SetupError, match=r"data\.workers is \d.*/dev/shm.*0\.1 MB.*shm-size"):
-            loader.training(asked, range(cfg.batch_size))
+            Dataset.open(asked).train_on_host(range(cfg.batch_size))
     with pytest.raises(SetupError, match=r"/dev/shm"):
-        loader.evaluation(busy(cfg, 1), cfg.data.eval_split, range(64))
+        Dataset(busy(cfg, 1)).once_on_host(
+            cfg.data.eval_split, range(64), transforms.EvalExample(busy(cfg, 1).data)
+        )
 
 
 def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeypatch):
     roomy(cfg, monkeypatch, 300_000)
-    loader.training(busy(cfg), range(cfg.batch_size)).close()
+    Dataset.open(busy(cfg)).train_on_host(range(cfg.batch_size)).close()
     with pytest.raises(SetupError, match="/dev/shm"):
-        loader.training(busy(cfg, every=4), range(cfg.batch_size))
+        Dataset.open(busy(cfg, every=4)).train_on_host(range(cfg.batch_size))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeyp
     ],
 )
 def test_a_worker_that_dies_is_explained(number, error, said, cfg):
-    batches = loader.training(busy(cfg), range(cfg.batch_size))
+    batches = Dataset.open(busy(cfg)).train_on_host(range(cfg.batch_size))
     next(batches)
     (child,) = multiprocessing.active_children()
     os.kill(child.pid, number)

@@ -30,7 +30,7 @@ def command() -> Callable[[], None]:
         directory = checkpoint.locate(location.value)
         cfg = checkpoint.read_config(directory)
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        subject = encoder_module.build_inference(cfg, cfg.eval.batch_size, mesh)
+        subject = encoder_module.build_encoder(cfg, cfg.eval.batch_size, mesh)
         encoder = subject.bind(checkpoint.restore_params(directory, subject.params))
         print(report(measure(encoder, cfg, split.value, most.value)))
 

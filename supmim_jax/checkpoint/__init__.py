@@ -1,36 +1,21 @@
 """Checkpoints: plain nested dicts of arrays, beside them the config and the data position.
 
-`saving` writes them, `sums` lists the SHA-256 of their files as they are committed, `damage`
-compares them before anything is read, `restoring` reads, `places` finds them, `keeping` says which
-stay, `room` asks the disk first.
+`save` writes them in the background, `checksums` lists the SHA-256 of their files as they are
+committed and compares them before anything is read, `restore` finds and reads them, `retention`
+says which stay.
 """
 
 from supmim_jax.checkpoint.checksums import verify
-from supmim_jax.checkpoint.restore import (
-    BEGIN,
-    check_params,
-    locate,
-    plain,
-    read_config,
-    read_run,
-    restore_params,
-    split_step,
-    steps,
-    stored_tree,
-)
+from supmim_jax.checkpoint.restore import BEGIN, Checkpoint, locate, plain, split_step, steps
 from supmim_jax.checkpoint.save import Checkpoints
 
 __all__ = [
     "BEGIN",
+    "Checkpoint",
     "Checkpoints",
-    "check_params",
     "locate",
     "plain",
-    "read_config",
-    "read_run",
-    "restore_params",
     "split_step",
     "steps",
-    "stored_tree",
     "verify",
 ]

@@ -23,7 +23,7 @@ class Best(policies.PreservationPolicy):
         self.metric = metric
         self.values = _measured(workdir / "metrics.jsonl", metric) if metric else {}
 
-    def found(self, step: int, results: dict[str, float]) -> None:
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
         """Notes what the evaluation of `step` gave.
 
         Raises:
@@ -31,12 +31,12 @@ class Best(policies.PreservationPolicy):
         """
         if not self.metric:
             return
-        if self.metric not in results:
+        if self.metric not in metrics:
             raise SetupError(
                 f"config.checkpoint.keep_best is {self.metric!r}, but the evaluation gives "
-                f"{', '.join(results) or 'nothing'}. Name one of these, or leave it empty."
+                f"{', '.join(metrics) or 'nothing'}. Name one of these, or leave it empty."
             )
-        self.values[step] = results[self.metric]
+        self.values[step] = metrics[self.metric]
 
     def step(self, among: list[int]) -> int | None:
         """The best of these steps, the newest if equal; None if nothing is known of them."""

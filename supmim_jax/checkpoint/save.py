@@ -1,8 +1,4 @@
-"""The checkpoints of a run that trains: saved in the background, kept by rules, restored.
-
-Whether a checkpoint fits onto the disk, asked before it is begun.
-
-Failures of the file system in a save, told to the user."""
+"""The checkpoints of a run that trains: saved in the background, kept by rules."""
 
 import contextlib
 import itertools
@@ -16,108 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
-from flax import serialization
-from orbax.checkpoint import multihost
+from orbax.checkpoint import multihost as orbax_multihost
 
-from supmim_jax import multihost as multihost_module
-from supmim_jax import storage
+from supmim_jax import multihost, storage
 from supmim_jax.batch import TrainState
-from supmim_jax.checkpoint import checksums, restore, retention
-from supmim_jax.checkpoint.checksums import Damaged, verify
+from supmim_jax.checkpoint import checksums, retention
+from supmim_jax.checkpoint.checksums import Damaged
+from supmim_jax.checkpoint.restore import Checkpoint, Names, plain, steps, unfinished
 from supmim_jax.config import CheckpointConfig, Config
 from supmim_jax.config.configdict import to_configdict
 from supmim_jax.errors import OF_THE_USER, SetupError
 
+NAMES = ("state", "run", "config", "boxes")
 # Beside the arrays: orbax's indices and metadata (1 kB an array), the sums, blocks half filled.
 MARGIN_SHARE, MARGIN = 0.02, 1 << 20
 
-
-def needed(arrays: Any) -> int:
-    """Bytes on disk of a tree of arrays, or of their shapes, as all hosts together write it.
-
-    orbax compresses, by a few per cent for trained weights: this much is not relied on.
-    """
-    leaves = jax.tree.leaves(arrays)
-    size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in map(_array, leaves))
-    return size + int(MARGIN_SHARE * size) + MARGIN
-
-
-def check(directory: epath.Path, arrays: Any, intact: list[int]) -> None:
-    """Raises SetupError if the file system of `directory` has no room for these arrays.
-
-    All hosts write into the one directory, so one process asks, for all of them. What a quota
-    leaves is not known, nor of gs:// anything.
-
-    Args:
-      directory: of the run's checkpoints.
-      arrays: what is to be saved, or its shapes.
-      intact: steps that are saved.
-    """
-    if jax.process_index() != 0:
-        return
-    free, wanted = storage.free_bytes(directory), needed(arrays)
-    if free is not None and free < wanted:
-        raise SetupError(
-            f"{directory} has no room for a checkpoint: {_shown(free)} are free, and it takes "
-            f"{_shown(wanted)}. {state(intact)} Free some room, or move --workdir to a larger "
-            f"disk; the same command then goes on."
-        )
-
-
-def state(intact: list[int]) -> str:
-    """What is left when a checkpoint cannot be saved."""
-    if not intact:
-        return "There is none before it."
-    return f"The one before it, step {intact[-1]}, is intact."
-
-
-def _shown(size: int) -> str:
-    return f"{size} bytes ({size / 2**30:.2f} GiB)"
-
-
-def _array(x: Any) -> Any:
-    return x if hasattr(x, "dtype") else np.asarray(x)
-
-
-@contextlib.contextmanager
-def explained(what: epath.Path, done: str, workdir: epath.Path) -> Iterator[None]:
-    """Explains an error of the file system that a person must fix (OF_THE_USER).
-
-    The message says which checkpoints remain and what to do. Any other error passes unchanged: it
-    may be gone on the next try.
-
-    Args:
-      what: the path being written.
-      done: what was being done to it, as a past participle ("saved").
-      workdir: the run's directory.
-
-    Raises:
-      SetupError: for an error that a person must fix.
-    """
-    try:
-        yield
-    except Exception as error:  # orbax and TensorStore raise many
-        number = _number(error)
-        if isinstance(error, SetupError) or number not in OF_THE_USER:
-            raise
-        raise SetupError(
-            f"{what} could not be {done} ([Errno {number}] {os.strerror(number)}). "
-            f"{state(restore.steps(workdir))} See to the room and the permissions there; the "
-            f"same command then goes on."
-        ) from error
-
-
-def _number(error: Exception) -> int | None:
-    """What the system said; TensorStore has its number at the end of a long text."""
-    if isinstance(error, OSError):
-        return error.errno
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(code[1]) if code else None
-
-
 _times = itertools.count()  # for barriers, whose names are used once
-NAMES = ("state", "run", "config", "boxes")
 
 
 class Checkpoints:
@@ -151,19 +61,28 @@ class Checkpoints:
         self.saving: int | None = None  # the step last begun to be saved
         with self._explained("made"):
             storage.make_directory(self.directory)
-            self.manager = self._open()
+            self.manager = self._open_manager()
 
-    def _open(self) -> ocp.CheckpointManager:
+    @classmethod
+    def open(cls, workdir: str | os.PathLike, cfg: Config) -> "Checkpoints":
+        """Those of a run of `cfg`, which are due by its schedule.
+
+        Raises:
+          SetupError: the directory cannot be made.
+        """
+        return cls(workdir, cfg.checkpoint, cfg.saves_after)
+
+    def _open_manager(self) -> ocp.CheckpointManager:
         # Not by orbax, which does it in the background: two of its managers, one after the other,
         # would remove the same directory.
         if jax.process_index() == 0:
-            for path in restore.unfinished(self.directory):
+            for path in unfinished(self.directory):
                 path.rmtree(missing_ok=True)
-        multihost_module.barrier(f"unfinished saves, {next(_times)}")
+        multihost.barrier(f"unfinished saves, {next(_times)}")
         options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=retention.policy(self.cfg, self.best, self.scheduled),
-            step_name_format=restore.Names(),
+            step_name_format=Names(),
             temporary_path_class=checksums.temporary_path_class(self.directory),
             async_options=ocp.AsyncOptions(
                 barrier_sync_fn=self._barrier,
@@ -178,8 +97,8 @@ class Checkpoints:
         """The newest complete step; whether its files are whole is not looked at."""
         return self.manager.latest_step()
 
-    def newest(self, use_older: bool = False) -> int | None:
-        """The step to go on from, whose files are whole; None: there is no checkpoint.
+    def newest(self, use_older: bool = False) -> Checkpoint | None:
+        """What to go on from; None: there is no checkpoint.
 
         Args:
           use_older: sets damaged ones aside, as `checkpoints/<step>.damaged`, until one is whole.
@@ -189,8 +108,7 @@ class Checkpoints:
         """
         while (step := self.latest()) is not None:
             try:
-                verify(self.directory / str(step))
-                return step
+                return Checkpoint.read(self.directory / str(step))
             except Damaged as error:
                 if not use_older:
                     raise
@@ -206,16 +124,28 @@ class Checkpoints:
                 aside = self.directory / f"{step}.damaged-{count}"
             with self._explained(f"renamed to {aside.name}"):
                 (self.directory / str(step)).rename(aside)
-            left = restore.steps(self.workdir)
+            left = steps(self.workdir)
             then = f"step {left[-1]}" if left else "step 0, as there is no other checkpoint"
             text = f"{problem.partition('. ')[0]}. It is kept as {aside}; going on from {then}."
             print(text, file=sys.stderr, flush=True)
-        multihost_module.barrier(f"set aside {step}")
-        self.manager = self._open()
+        multihost.barrier(f"set aside {step}")
+        self.manager = self._open_manager()
 
-    def check_room(self, state: TrainState) -> None:
-        """Raises SetupError if a checkpoint of this state, or abstract state, has no room."""
-        check(self.directory, restore.plain(state), restore.steps(self.workdir))
+    def check_disk_space(self, *arrays: Any) -> None:
+        """Raises SetupError if the disk has no room for a checkpoint of these trees, or shapes.
+
+        All hosts write into the one directory, so one process asks, for all of them. What a quota
+        leaves is not known, nor of gs:// anything.
+        """
+        if jax.process_index() != 0:
+            return
+        free, needed = storage.free_bytes(self.directory), bytes_on_disk(arrays)
+        if free is not None and free < needed:
+            raise SetupError(
+                f"{self.directory} has no room for a checkpoint: {_gib(free)} are free, and it "
+                f"takes {_gib(needed)}. {self._state()} Free some room, or move --workdir to a "
+                f"larger disk; the same command then goes on."
+            )
 
     def save(
         self, state: TrainState, cfg: Config, run: dict, boxes: np.ndarray | None = None
@@ -232,12 +162,12 @@ class Checkpoints:
           SetupError: there is no room, or it cannot be written, or the save before failed.
         """
         self.wait()
-        step = int(state.step)
+        step, tree = int(state.step), plain(state)
         if self.latest() == step:
             return
-        check(self.directory, (restore.plain(state), boxes), restore.steps(self.workdir))
+        self.check_disk_space(tree, boxes)
         items = {
-            "state": ocp.args.StandardSave(restore.plain(state)),
+            "state": ocp.args.StandardSave(tree),
             "run": ocp.args.JsonSave(run),
             "config": ocp.args.JsonSave(to_configdict(cfg).to_dict()),
         }
@@ -257,20 +187,20 @@ class Checkpoints:
           SetupError: they cannot be removed.
         """
         self.wait()
-        steps = sorted(self.manager.all_steps())
-        newest = max(filter(self.scheduled, steps), default=0)
-        if not newest and steps and any(map(self.scheduled, range(1, steps[0]))):
-            newest = steps[0]  # the schedule is another one now
+        saved = sorted(self.manager.all_steps())
+        newest = max(filter(self.scheduled, saved), default=0)
+        if not newest and saved and any(map(self.scheduled, range(1, saved[0]))):
+            newest = saved[0]  # the schedule is another one now
         self.manager.close()
         if jax.process_index() == 0:
-            for step in steps:
+            for step in saved:
                 if step > newest:
-                    self._take_out(step)
-        multihost_module.barrier(f"back to {newest}, {next(_times)}")
-        self.manager = self._open()
+                    self._remove(step)
+        multihost.barrier(f"back to {newest}, {next(_times)}")
+        self.manager = self._open_manager()
         return newest
 
-    def _take_out(self, step: int) -> None:
+    def _remove(self, step: int) -> None:
         """Removes a checkpoint: first its name, for one that is left of a save that was killed."""
         directory = self.directory / str(step)
         removed = self.directory / f"{step}.removed.orbax-checkpoint-tmp"
@@ -282,13 +212,13 @@ class Checkpoints:
                 (directory / "commit_success.txt").unlink()
                 directory.rmtree()
 
-    def found(self, step: int, results: dict[str, float]) -> None:
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
         """Tells what the evaluation of `step` gave, for config.checkpoint.keep_best.
 
         Raises:
           SetupError: that metric is not among it.
         """
-        self.best.found(step, results)
+        self.best.measured(step, metrics)
 
     def check(self) -> None:
         """Raises SetupError if a save in the background has failed; cheap, for every step."""
@@ -311,34 +241,6 @@ class Checkpoints:
         self.wait()
         self.manager.close()
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict]:
-        """The state of `step`, laid out like the abstract `like`, and its `run` numbers.
-
-        Raises:
-          SetupError: the checkpoint is damaged, or of another step, or holds other paths, shapes
-            or dtypes.
-        """
-        directory = self.directory / str(step)
-        found = restore.restore_item(directory, "state", restore.plain(like))
-        if int(found["step"]) != step:
-            raise SetupError(
-                f"{directory} is damaged: it holds the state of step {int(found['step'])}. "
-                f"{checksums.ANOTHER}"
-            )
-        found = serialization.from_state_dict(like, {"ema": {}} | found)
-        return found, restore.read_run(directory)
-
-    def restore_boxes(self, step: int, cfg: Config) -> np.ndarray | None:
-        """The boxes that the run crops by after `step`, uint8 Nx4; None before the first pass.
-
-        Raises:
-          SetupError: they are missing, or of another number of images.
-        """
-        if not cfg.steps_per_boxes or step < cfg.steps_per_boxes:
-            return None
-        like = {"boxes": np.zeros((cfg.data.train_examples, 4), np.uint8)}
-        return restore.restore_item(self.directory / str(step), "boxes", like)["boxes"]
-
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         """orbax's barrier, which notes a failure first.
 
@@ -346,8 +248,53 @@ class Checkpoints:
         """
         if (error := sys.exc_info()[1]) is not None:
             self.failure = self.failure or error
-        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+        orbax_multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
-    def _explained(self, done: str) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def _explained(self, done: str) -> Iterator[None]:
+        """Explains an error of the file system that a person must fix (OF_THE_USER).
+
+        Any other error passes unchanged: it may be gone on the next try. `done` is what was being
+        done to the checkpoint, as a past participle.
+        """
         what = self.directory if self.saving is None else self.directory / str(self.saving)
-        return explained(what, done, self.workdir)
+        try:
+            yield
+        except Exception as error:  # orbax and TensorStore raise many
+            number = _errno(error)
+            if isinstance(error, SetupError) or number not in OF_THE_USER:
+                raise
+            raise SetupError(
+                f"{what} could not be {done} ([Errno {number}] {os.strerror(number)}). "
+                f"{self._state()} See to the room and the permissions there; the same command "
+                f"then goes on."
+            ) from error
+
+    def _state(self) -> str:
+        """What is left when a checkpoint cannot be saved."""
+        intact = steps(self.workdir)
+        if not intact:
+            return "There is none before it."
+        return f"The one before it, step {intact[-1]}, is intact."
+
+
+def bytes_on_disk(arrays: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes, as all hosts together write it.
+
+    orbax compresses, by a few per cent for trained weights: this much is not relied on.
+    """
+    leaves = (x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(arrays))
+    size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
+    return size + int(MARGIN_SHARE * size) + MARGIN
+
+
+def _gib(size: int) -> str:
+    return f"{size} bytes ({size / 2**30:.2f} GiB)"
+
+
+def _errno(error: Exception) -> int | None:
+    """What the system said; TensorStore has its number at the end of a long text."""
+    if isinstance(error, OSError):
+        return error.errno
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else None

@@ -68,16 +68,17 @@ class Config:
             )
         if self.objective.masks_patches and size == patch:
             raise ConfigError(f"model.patch is {patch}, the whole image: nothing is left to mask.")
-        if self._normalizes_patches and patch**2 * self.data.channels == 1:
+        if self.objective.normalizes_patches and patch**2 * self.data.channels == 1:
             raise ConfigError(
                 "model.patch is 1 with data.channels = 1: a patch of one value has no deviation to "
                 "be normalised by. Take larger patches."
             )
-        if self.objective.name == "vqgan" and size % self.objective.tokenizer.downsampling:
+        _, side = self.objective.tokenizer_for(patch)
+        if size % side:
             raise ConfigError(
-                f"data.image_size is {size}, but {len(self.objective.tokenizer.multipliers)} "
-                f"objective.tokenizer.multipliers make tokens of "
-                f"{self.objective.tokenizer.downsampling} pixels; it must be a multiple of that."
+                f"data.image_size is {size}, but objective.tokenizer makes tokens of {side} "
+                f"pixels, with one halving between two of its multipliers; the size must be a "
+                f"multiple of that."
             )
 
     def _check_schedule(self) -> None:
@@ -177,16 +178,9 @@ class Config:
         return tuple(name for name in self.eval.metrics if name != "top1" or classifies)
 
     @property
-    def _normalizes_patches(self) -> bool:
-        """Whether the target is the pixels of each patch, by their own deviation."""
-        if self.objective.name == "supmim":
-            return self.objective.target.name == "pixels"
-        return self.objective.leaves == "encoder" and self.objective.normalize_patches
-
-    @property
     def has_tokens(self) -> bool:
         """Whether image tokens are the target."""
-        return self.objective.name == "supmim" and self.objective.target.name != "pixels"
+        return self.objective.token_target is not None
 
     @property
     def needs_masks(self) -> bool:
@@ -194,15 +188,15 @@ class Config:
         return self.objective.leaves == "segmenter"
 
     @property
+    def evaluates_masks(self) -> bool:
+        """Whether an evaluation reads a class per pixel."""
+        return bool({"segmentation", "miou"} & set(self.eval.which))
+
+    @property
     def needs_target(self) -> bool:
         """Whether the step needs each image as it was before colour augmentation, too."""
         plain = self.data.augment == "none"
-        return self.objective.name == "supmim" and not plain and not self.tokens.cache
-
-    @property
-    def crops_per_example(self) -> int:
-        """Crops of an image that one step sees: the length of `types.Batch.views`."""
-        return 2 if self.objective.name == "cmae" and self.objective.contrastive.weight else 1
+        return self.objective.plain_target and not plain and not self.tokens.cache
 
     @property
     def steps_per_boxes(self) -> int:

@@ -1,9 +1,7 @@
 """The training methods, one section each, picked by `name`.
 
-What the rest of the code must know of a method is said once, in its class:
-  leaves: what there is at inference, "classifier", "encoder", "segmenter" or "tokenizer";
-  is_mean: the loss is a mean over examples, so that micro-batches add up to the batch;
-  masks_patches: part of the patches is hidden.
+What the rest of the code must know of a method it reads from its section, as attributes of
+`Objective`: no other file mentions a method by name.
 """
 
 from dataclasses import dataclass
@@ -12,6 +10,44 @@ from typing import ClassVar, Literal
 from supmim_jax.config.fields import INF, path_field, within
 from supmim_jax.config.model import DecoderConfig, PatchCodesConfig, PixelsConfig, VQGANConfig
 from supmim_jax.errors import ConfigError
+
+
+class Objective:
+    """What an objective says of itself; sections override what is not so for them."""
+
+    leaves: ClassVar[str]  # at inference: "classifier", "encoder", "segmenter" or "tokenizer"
+    is_mean: ClassVar[bool] = True  # a mean over examples: micro-batches add up to the batch
+    masks_patches: ClassVar[bool] = False  # part of the patches is hidden
+    terms: ClassVar[tuple[str, ...]] = ("loss", "accuracy")  # of the metrics, for the terminal
+
+    @property
+    def crops(self) -> int:
+        """Crops of an image that one step sees: the length of `Batch.views`."""
+        return 1
+
+    @property
+    def token_target(self) -> "PatchCodesConfig | VQGANConfig | None":
+        """The tokenizer whose ids are predicted, if that is the task."""
+        return None
+
+    @property
+    def plain_target(self) -> bool:
+        """Whether the target is of the image before colour augmentation."""
+        return False
+
+    @property
+    def normalizes_patches(self) -> bool:
+        """Whether the target is each patch's pixels, by their own deviation."""
+        return False
+
+    @property
+    def frozen_encoder(self) -> str:
+        """A checkpoint whose encoder the loss uses as it is; "": none."""
+        return ""
+
+    def tokenizer_for(self, patch: int) -> "tuple[PatchCodesConfig | VQGANConfig, int]":
+        """The section of the tokenizer that is trained or predicted, and a token's pixels."""
+        return self.token_target, patch
 
 
 @dataclass(frozen=True)
@@ -35,20 +71,18 @@ class ClassificationConfig:
 
 
 @dataclass(frozen=True)
-class SupervisedConfig:
+class SupervisedConfig(Objective):
     leaves: ClassVar[str] = "classifier"
-    is_mean: ClassVar[bool] = True
-    masks_patches: ClassVar[bool] = False
 
     name: Literal["supervised"] = "supervised"
     classification: ClassificationConfig = ClassificationConfig()
 
 
 @dataclass(frozen=True)
-class SupMIMConfig:
+class SupMIMConfig(Objective):
     leaves: ClassVar[str] = "classifier"
-    is_mean: ClassVar[bool] = True
     masks_patches: ClassVar[bool] = True
+    terms: ClassVar[tuple[str, ...]] = ("loss", "ce", "mim", "accuracy")
 
     name: Literal["supmim"] = "supmim"
     classification: ClassificationConfig = ClassificationConfig()
@@ -58,20 +92,32 @@ class SupMIMConfig:
     mim_weight: float = within(1.0, 0.0, INF)
     decoder: DecoderConfig = DecoderConfig()
     target: PatchCodesConfig | VQGANConfig | PixelsConfig = PatchCodesConfig()
+    plain_target: ClassVar[bool] = True
+
+    @property
+    def token_target(self) -> PatchCodesConfig | VQGANConfig | None:
+        return None if self.normalizes_patches else self.target
+
+    @property
+    def normalizes_patches(self) -> bool:
+        return isinstance(self.target, PixelsConfig)
 
 
 @dataclass(frozen=True)
-class MAEConfig:
+class MAEConfig(Objective):
     """Masked autoencoder (arXiv 2111.06377); its encoder sees the kept patches only."""
 
     leaves: ClassVar[str] = "encoder"
-    is_mean: ClassVar[bool] = True
     masks_patches: ClassVar[bool] = True
 
     name: Literal["mae"] = "mae"
     mask_ratio: float = within(0.75, 0.01, 0.99)  # share of the patches that are masked; paper
     normalize_patches: bool = True  # the target's, by their own mean and deviation
     decoder: DecoderConfig = DecoderConfig()
+
+    @property
+    def normalizes_patches(self) -> bool:
+        return self.normalize_patches
 
 
 @dataclass(frozen=True)
@@ -101,12 +147,13 @@ class PositionConfig:
 
 
 @dataclass(frozen=True)
-class CMAEConfig:
+class CMAEConfig(Objective):
     """MAE with a smaller decoder and two more tasks of the encoder (arXiv 2205.10546)."""
 
     leaves: ClassVar[str] = "encoder"
     is_mean: ClassVar[bool] = False
     masks_patches: ClassVar[bool] = True
+    terms: ClassVar[tuple[str, ...]] = ("loss", "reconstruction", "position", "contrastive")
 
     name: Literal["cmae"] = "cmae"
     mask_ratio: float = within(0.75, 0.01, 0.99)
@@ -115,12 +162,19 @@ class CMAEConfig:
     contrastive: ContrastiveConfig = ContrastiveConfig()
     position: PositionConfig = PositionConfig()
 
+    @property
+    def crops(self) -> int:
+        return 2 if self.contrastive.weight else 1
+
+    @property
+    def normalizes_patches(self) -> bool:
+        return self.normalize_patches
+
 
 @dataclass(frozen=True)
-class SegmentationObjectiveConfig:
+class SegmentationObjectiveConfig(Objective):
     leaves: ClassVar[str] = "segmenter"
     is_mean: ClassVar[bool] = False
-    masks_patches: ClassVar[bool] = False
 
     name: Literal["segmentation"] = "segmentation"
     head: Literal["linear", "conv"] = "conv"
@@ -146,10 +200,10 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True)
-class VQGANObjectiveConfig:
+class VQGANObjectiveConfig(Objective):
     leaves: ClassVar[str] = "tokenizer"
     is_mean: ClassVar[bool] = False
-    masks_patches: ClassVar[bool] = False
+    terms: ClassVar[tuple[str, ...]] = ("loss", "psnr", "code_usage")
 
     name: Literal["vqgan"] = "vqgan"
     tokenizer: VQGANConfig = VQGANConfig()
@@ -173,3 +227,10 @@ class VQGANObjectiveConfig:
             )
         if self.tokenizer.path:
             raise ConfigError("tokenizer.path must be empty: this run trains the tokenizer.")
+
+    @property
+    def frozen_encoder(self) -> str:
+        return self.perceptual.checkpoint if self.perceptual.weight else ""
+
+    def tokenizer_for(self, patch: int) -> tuple[VQGANConfig, int]:
+        return self.tokenizer, self.tokenizer.downsampling

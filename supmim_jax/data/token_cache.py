@@ -6,8 +6,7 @@ ids in row order and a CRC-32, little-endian. The checksum is of the ids and of 
 this cache, this record and the file of this image. So tokens that were swapped, or are of images
 that changed since, are found when they are read. A shard has its name when it is complete.
 
-
-What a token cache consists of: `manifest.json`."""
+"""
 
 import concurrent.futures
 import dataclasses
@@ -174,6 +173,46 @@ class TokenCache:
         self.plain_alone = "shown" not in plan.fingerprint
         self.readers = source.Readers([str(plan.path(directory, i)) for i in range(plan.shards)])
 
+    @classmethod
+    def open(cls, cfg: Config) -> "TokenCache":
+        """The cache that config.tokens names, every shard of it.
+
+        Its seed, crops, data and tokenizer must be those of `cfg`; of the tokenizer's arrays, see
+        `check_tokenizer`.
+
+        Raises:
+          SetupError: it belongs to another run, has too few views, or a shard is missing or cut.
+        """
+        directory = epath.Path(cfg.tokens.cache)
+        cache = cls(directory, read_plan(directory))
+        wanted = fingerprint(cfg, cache.tokenizer_digest)
+        if cache.plain_alone:
+            del wanted["shown"]
+        check_same(cache.plan.fingerprint, wanted, directory)
+        if cache.plan.views < cfg.num_views:
+            raise SetupError(
+                f"The token cache {directory} has {cache.plan.views} views of each image, and the "
+                f"run wants {cfg.num_views}. Set config.tokens.views={cache.plan.views} to cycle "
+                f"through them, or write {cfg.num_views} into another directory: `python -m "
+                f"supmim_jax.cache_tokens --epochs {cfg.num_views} --cache <directory>`."
+            )
+        _check_shards(directory, cache.plan)
+        return cache
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the arrays of the tokenizer that made it."""
+        return self.plan.fingerprint["tokenizer_sha256"]
+
+    def check_tokenizer(self, digest: str, what: str) -> None:
+        """Raises SetupError unless the tokenizer of this digest made the cache; `what` names it."""
+        if digest != self.tokenizer_digest:
+            raise SetupError(
+                f"{what} is not the tokenizer that made the token cache {self.directory}: its "
+                f"SHA-256 is {digest[:12]}..., and the cache's is {self.tokenizer_digest[:12]}... "
+                f"Name that tokenizer, copy the cache again, or write another one."
+            )
+
     def __getstate__(self) -> tuple[epath.Path, Plan]:
         return self.directory, self.plan
 
@@ -217,34 +256,6 @@ class TokenCache:
                 f"delete the file and run supmim_jax.cache_tokens again; else write another cache."
             )
         return np.frombuffer(encoded, "<u2")
-
-
-def open_cache(cfg: Config, tokenizer_digest: str | None = None) -> TokenCache:
-    """The cache that config.tokens names, every shard of it.
-
-    Args:
-      cfg: the run; its seed, crops, data and tokenizer must be those of the cache.
-      tokenizer_digest: of the tokenizer's arrays, where they are at hand.
-
-    Raises:
-      SetupError: it belongs to another run, has too few views, or a shard is missing or cut.
-    """
-    directory = epath.Path(cfg.tokens.cache)
-    plan = read_plan(directory)
-    digest = tokenizer_digest or plan.fingerprint["tokenizer_sha256"]
-    wanted = fingerprint(cfg, digest)
-    if "shown" not in plan.fingerprint:
-        del wanted["shown"]
-    check_same(plan.fingerprint, wanted, directory)
-    if plan.views < cfg.num_views:
-        raise SetupError(
-            f"The token cache {directory} has {plan.views} views of each image, and the run wants "
-            f"{cfg.num_views}. Set config.tokens.views={plan.views} to cycle through them, or "
-            f"write {cfg.num_views} into another directory: `python -m supmim_jax.cache_tokens "
-            f"--epochs {cfg.num_views} --cache <directory>`."
-        )
-    _check_shards(directory, plan)
-    return TokenCache(directory, plan)
 
 
 def _check_shards(directory: epath.Path, plan: Plan) -> None:

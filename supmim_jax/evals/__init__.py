@@ -3,7 +3,7 @@
 from jax.sharding import Mesh
 
 from supmim_jax.batch import Encoder, Tokenizer
-from supmim_jax.config import Config
+from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import evaluate
 from supmim_jax.evals.evaluate import check
 from supmim_jax.evals.features import ERRORS, Results
@@ -20,12 +20,12 @@ def told(errors: dict[str, str], where: str) -> str:
     )
 
 
-def run_all(model: Encoder | Tokenizer, cfg: Config, split: str, mesh: Mesh) -> Results:
-    """What a run of `cfg` is judged by on `split`, with every example counted once, on any mesh.
+def run_all(model: Encoder | Tokenizer, dataset: Dataset, split: str, mesh: Mesh) -> Results:
+    """What a run is judged by on `split`, with every example counted once, on any mesh.
 
     Raises:
-      SetupError: the data are not what an evaluation of `cfg.eval.which` needs.
+      SetupError: the data are not what an evaluation of `config.eval.which` needs.
     """
-    if cfg.objective.name == "vqgan":
-        return Results(evaluate.reconstruction_measure(model, cfg, split, mesh), {})
-    return evaluate.measure(model, cfg, split, mesh)
+    if dataset.cfg.objective.leaves == "tokenizer":
+        return Results(evaluate.reconstruction_measure(model, dataset, split, mesh), {})
+    return evaluate.measure(model, dataset, split, mesh)

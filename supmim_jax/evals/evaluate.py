@@ -19,9 +19,8 @@ from jax.sharding import Mesh
 
 from supmim_jax.batch import Encoder, Tokenizer
 from supmim_jax.config import Config
-from supmim_jax.data import loader
-from supmim_jax.data import source as source_module
 from supmim_jax.data.decode import BrokenRecord
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import features, few_shot, knn, linear_probe, retrieval, segmentation
 from supmim_jax.evals import segmentation as heads
@@ -33,7 +32,7 @@ THREADS = 16
 TRAINING = {"knn", "linear", "few_shot"}  # also learn from the training split
 
 
-def check(cfg: Config, split: str) -> None:
+def check(dataset: Dataset, split: str) -> None:
     """Returns if nothing is known that an evaluation of `cfg` on `split` would fail by.
 
     No image is decoded. In a split of more than COUNTED records, whose labels would take long to
@@ -42,14 +41,15 @@ def check(cfg: Config, split: str) -> None:
     Raises:
       SetupError: a split is empty or has no labels or masks, or a class has too few examples.
     """
-    if cfg.objective.name == "vqgan":
+    cfg = dataset.cfg
+    if cfg.objective.leaves == "tokenizer":
         return
     which = set(cfg.eval.which)
     if "segmentation" in which:
-        source_module.open_masks(cfg.data, cfg.data.train_split)
+        dataset.records(cfg.data.train_split, masks=True)
     if not which - {"segmentation", "miou"}:
         return
-    counts = _counts(cfg, split, "retrieval" in which)
+    counts = _counts(dataset, split, "retrieval" in which)
     if counts is not None and counts.max() < 2:
         raise SetupError(
             f"config.eval.which has 'retrieval', but no two examples of {split!r} share a label: "
@@ -58,7 +58,7 @@ def check(cfg: Config, split: str) -> None:
     if not which & TRAINING:
         return
     train, shots = cfg.data.train_split, cfg.eval.few_shot.shots
-    counts = _counts(cfg, train, bool(which & {"linear", "few_shot"}))
+    counts = _counts(dataset, train, bool(which & {"linear", "few_shot"}))
     if "linear" in which and counts is not None and counts.max() < 2:
         raise SetupError(
             f"config.eval.which has 'linear', but no two examples of {train!r} share a label, and "
@@ -72,7 +72,7 @@ def check(cfg: Config, split: str) -> None:
             f"{counts.min()} examples in {train!r}. Set it to {counts.min()} or fewer, or leave "
             f"'few_shot' out of config.eval.which."
         )
-    examples, classes = len(source_module.open_source(cfg.data, train)), cfg.data.num_classes
+    examples, classes = len(dataset.records(train)), cfg.data.num_classes
     if examples < shots * classes:
         raise SetupError(
             f"config.eval.few_shot.shots is {shots}, but {train!r} has {examples} examples of "
@@ -80,13 +80,13 @@ def check(cfg: Config, split: str) -> None:
         )
 
 
-def _counts(cfg: Config, split: str, wanted: bool) -> np.ndarray | None:
+def _counts(dataset: Dataset, split: str, wanted: bool) -> np.ndarray | None:
     """Examples of each class, if wanted and the split is small; some labels are looked at anyway.
 
     Raises:
       SetupError: the split is empty, or a label is no class.
     """
-    source = source_module.open_source(cfg.data, split)
+    cfg, source = dataset.cfg, dataset.records(split)
     whole = wanted and len(source) <= COUNTED
 
     def label(index: int) -> int | None:
@@ -109,7 +109,7 @@ def _counts(cfg: Config, split: str, wanted: bool) -> np.ndarray | None:
 
 
 def reconstruction_measure(
-    tokenizer: Tokenizer, cfg: Config, split: str, mesh: Mesh
+    tokenizer: Tokenizer, dataset: Dataset, split: str, mesh: Mesh
 ) -> dict[str, float]:
     """PSNR in dB (mean over images), per cent of the codes that occur, and perplexity on `split`.
 
@@ -117,7 +117,7 @@ def reconstruction_measure(
     saved. Perplexity is exp of the entropy of the codes' shares.
     """
     psnr, counts = [], np.zeros(tokenizer.num_codes, np.int64)
-    for batch in loader.eval_dataset(cfg, split, mesh):
+    for batch in dataset.eval(split, mesh):
         ids = tokenizer.encode(batch.views[0])
         images, ids, weight, again = on_host(
             (batch.views[0], ids, batch.weight, _uint8(tokenizer.decode(ids)))
@@ -148,9 +148,13 @@ class Subject:
     """An encoder with the data to judge it by; features are extracted when first asked for."""
 
     encoder: Encoder
-    cfg: Config
+    dataset: Dataset
     split: str
     mesh: Mesh
+
+    @property
+    def cfg(self) -> Config:
+        return self.dataset.cfg
 
     @functools.cached_property
     def train(self) -> features.Extracted:
@@ -161,22 +165,22 @@ class Subject:
         return self._extracted(self.split)
 
     def _extracted(self, split: str) -> features.Extracted:
-        return features.extract(self.encoder, loader.eval_dataset(self.cfg, split, self.mesh))
+        return features.extract(self.encoder, self.dataset.eval(split, self.mesh))
 
     def masked(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens float16 NxHxWxD and masks NxYxX of classes or IGNORED, batch by batch."""
-        batches = loader.masked_dataset(self.cfg, split, self.mesh)
+        batches = self.dataset.masked(split, self.mesh)
         for tokens, masks in features.extract_tokens(self.encoder, batches):
             if not np.isfinite(tokens).all():
                 raise CannotEvaluate(f"Tokens of {split!r} have NaN or infinity. Has it diverged?")
             yield tokens, masks
 
 
-def measure(encoder: Encoder, cfg: Config, split: str, mesh: Mesh) -> Results:
+def measure(encoder: Encoder, dataset: Dataset, split: str, mesh: Mesh) -> Results:
     """All evaluations of `cfg.eval.which`; one that cannot be made leaves the others alone."""
-    subject = Subject(encoder, cfg, split, mesh)
+    subject = Subject(encoder, dataset, split, mesh)
     metrics, details, errors = {}, {}, {}
-    for name in cfg.eval.which:
+    for name in dataset.cfg.eval.which:
         try:
             found = EVALUATIONS[name](subject)
         except CannotEvaluate as error:
@@ -253,7 +257,7 @@ def own_masks(subject: Subject) -> Results:
     """Of the head that was trained with the encoder; nothing where there is none."""
     classes = subject.cfg.data.masks.num_classes
     matrix = np.zeros((classes, classes), np.int64)
-    for batch in loader.masked_dataset(subject.cfg, subject.split, subject.mesh):
+    for batch in subject.dataset.masked(subject.split, subject.mesh):
         predicted = subject.encoder.features(batch.views[0]).masks
         if predicted is None:
             return Results({}, {})

@@ -71,6 +71,11 @@ class PatchCodes(nnx.Module):
         return jnp.broadcast_to(images, (*images.shape[:3], self.channels))
 
 
+def is_fitted(cfg: PatchCodesConfig | VQGANConfig) -> bool:
+    """Whether the tokenizer is one that a run fits for itself."""
+    return isinstance(cfg, PatchCodesConfig)
+
+
 def shape(cfg: PatchCodesConfig, patch: int, channels: int) -> tuple[int, int]:
     """Of the codes: their number, and the values that describe a patch."""
     return cfg.codes, patch * patch * (channels if cfg.normalize == "raw" else 1)

@@ -72,7 +72,7 @@ def train(cfg: Config) -> dict[str, Work]:
 def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict[str, Work]:
     """MAE and CMAE: every view's kept patches through the encoder, all through the decoder, and
     the masked ones out of it."""
-    model, objective, views = cfg.model, cfg.objective, cfg.crops_per_example
+    model, objective, views = cfg.model, cfg.objective, cfg.objective.crops
     kept = patches - num_masked(patches, objective.mask_ratio)
     encoder = _stack(model, [kept + prefix] * views, model.remat)
     embedding = 2 * views * kept * pixels * model.width

@@ -6,7 +6,8 @@ import jax
 from absl import flags
 from etils import epath
 
-from supmim_jax import checkpoint, cli, environment, storage
+from supmim_jax import cli, environment, storage
+from supmim_jax.checkpoint import Checkpoint, locate
 from supmim_jax.errors import SetupError
 from supmim_jax.report import files
 from supmim_jax.report.images import measure
@@ -24,21 +25,21 @@ def gather(location: str, split: str = "", data_dir: str = "") -> Report:
     Raises:
       SetupError: the checkpoint, the data or a file of the workdir is missing or not of its form.
     """
-    directory = checkpoint.locate(location)
-    workdir, cfg = directory.parent.parent, checkpoint.read_config(directory)
+    checkpoint = Checkpoint.open(location)
+    workdir, cfg = checkpoint.workdir, checkpoint.config
     data = dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir)
     split = split or cfg.data.eval_split
     return Report(
         name=workdir.name,
         cfg=cfg,
-        step=int(directory.name),
-        run=checkpoint.read_run(directory),
+        step=checkpoint.step,
+        run=checkpoint.run,
         split=split,
         curves=files.curves(workdir),
         evaluations=files.evaluations(workdir),
         trained_on=files.environments(workdir),
         made_on=environment.collect(jax.devices()),
-        measured=measure(location, dataclasses.replace(cfg, data=data), split),
+        measured=measure(checkpoint, dataclasses.replace(cfg, data=data), split),
     )
 
 
@@ -48,7 +49,7 @@ def write(location: str, split: str = "", data_dir: str = "", out: str = "") -> 
     Raises:
       SetupError: as `gather`, or the page cannot be written.
     """
-    path = epath.Path(out) if out else checkpoint.locate(location).parent.parent / "report.html"
+    path = epath.Path(out) if out else locate(location).parent.parent / "report.html"
     if storage.is_local(path) and not path.parent.is_dir():
         raise SetupError(f"--out {path} is in no directory: make {path.parent} first.")
     files.write(path, render(gather(location, split, data_dir)))

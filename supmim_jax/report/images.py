@@ -13,14 +13,15 @@ from typing import NamedTuple
 import cv2
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from supmim_jax import checkpoint, sharding, visualize
 from supmim_jax import encoder as encoder_module
+from supmim_jax import sharding, visualize
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import IGNORED, Config, MeshConfig
-from supmim_jax.data import loader, transforms
 from supmim_jax.data import source as source_module
+from supmim_jax.data import transforms
+from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import evaluate, features, knn
 from supmim_jax.evals import segmentation as segmentation_module
 from supmim_jax.report.markup import Markup, Section, element, join, note, section, table
@@ -65,12 +66,12 @@ class Measured(NamedTuple):
     segmented: Segmented | None = None  # of data sets with masks
 
 
-def measure(location: str, cfg: Config, split: str) -> Measured:
-    """Everything for the page from the checkpoint at `location`, on the devices that there are.
+def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
+    """Everything for the page from a checkpoint, on the devices that there are.
 
     Args:
-      location: workdir or workdir@step.
-      cfg: the config beside it, with the data directory of this machine.
+      checkpoint: of any run.
+      cfg: its config, with the data directory of this machine.
       split: where the examples are from.
 
     Raises:
@@ -79,65 +80,62 @@ def measure(location: str, cfg: Config, split: str) -> Measured:
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
-    read = loader.masked_dataset if cfg.needs_masks else loader.eval_dataset
-    batch = next(read(cfg, split, mesh))
+    dataset = Dataset(cfg)
+    batch = next((dataset.masked if cfg.needs_masks else dataset.eval)(split, mesh))
     images, labels, weight = features.on_host((batch.views[0], batch.label, batch.weight))
     shown = Examples(*(x[weight > 0][:SHOWN] for x in (images, labels)))
     if cfg.needs_masks:
         shown = shown._replace(labels=np.arange(len(shown.images), dtype=np.int32))
-    found = Measured(class_names(cfg, split), shown)
-    if cfg.objective.name != "vqgan":
-        encoder = restored(checkpoint.locate(location), cfg, mesh)
+    found = Measured(class_names(dataset, split), shown)
+    if cfg.objective.leaves != "tokenizer":
+        encoder = encoder_module.restore(checkpoint, mesh, batch_size)
         of_batch = encoder.features(batch.views[0])
         pooled, tokens = features.on_host((of_batch.pooled, of_batch.tokens))
         found = found._replace(tokens=tokens[: len(shown.images)])
         if not cfg.needs_masks:
-            near = neighbourhood(encoder, pooled[: len(shown.images)], cfg, mesh)
+            near = neighbourhood(encoder, pooled[: len(shown.images)], dataset, mesh)
             found = found._replace(neighbours=near)
         if cfg.data.masks.field in source_module.feature_names(
             cfg.data
         ):  # else there is no picture
-            found = found._replace(segmented=segmented(encoder, cfg, split, mesh))
+            found = found._replace(segmented=segmented(encoder, dataset, split, mesh))
     if visualize.shows(cfg):
-        found = found._replace(panels=panels(location, shown.images, cfg.seed))
+        found = found._replace(panels=panels(checkpoint, shown.images))
     return found
 
 
-def class_names(cfg: Config, split: str) -> list[str]:
+def class_names(dataset: Dataset, split: str) -> list[str]:
     """Those of the data set; a class that is only a number is called "class 7".
 
     Without labels, each of the images that are shown is a class of its own.
     """
+    cfg = dataset.cfg
     if cfg.needs_masks:
         return [f"image {i + 1}" for i in range(SHOWN)]
-    names = source_module.open_source(cfg.data, split).features[cfg.data.label_field].names
+    names = dataset.records(split).features[cfg.data.label_field].names
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
 
-def restored(directory: epath.Path, cfg: Config, mesh: Mesh) -> encoder_module.BoundEncoder:
-    runner = encoder_module.build_inference(cfg, cfg.eval.batch_size, mesh)
-    return encoder_module.BoundEncoder(runner, checkpoint.restore_params(directory, runner.params))
-
-
 def neighbourhood(
-    encoder: encoder_module.BoundEncoder, queries_BxD: np.ndarray, cfg: Config, mesh: Mesh
+    encoder: encoder_module.BoundEncoder, queries_BxD: np.ndarray, dataset: Dataset, mesh: Mesh
 ) -> Neighbourhood:
     """The nearest images of the training split, exactly."""
-    bank = features.extract(encoder, loader.eval_dataset(cfg, cfg.data.train_split, mesh))
+    bank = features.extract(encoder, dataset.eval(dataset.cfg.data.train_split, mesh))
     nearest = min(NEIGHBOURS, len(bank.label))
     similarity, index = knn.neighbours(queries_BxD, bank.pooled, nearest, mesh=mesh)
-    source = source_module.open_source(cfg.data, cfg.data.train_split)
-    make = transforms.EvalExample(cfg.data)
+    source = dataset.records(dataset.cfg.data.train_split)
+    make = transforms.EvalExample(dataset.cfg.data)
     ids = bank.id[index]
     images = np.stack([[make((int(i), source[i]))["image"] for i in row] for row in ids])
     return Neighbourhood(images, bank.label[index], similarity)
 
 
 def segmented(
-    encoder: encoder_module.BoundEncoder, cfg: Config, split: str, mesh: Mesh
+    encoder: encoder_module.BoundEncoder, dataset: Dataset, split: str, mesh: Mesh
 ) -> Segmented:
     """The first images with masks, and what a head makes of them: the run's, or one fitted now."""
-    batch = next(loader.masked_dataset(cfg, split, mesh))
+    cfg = dataset.cfg
+    batch = next(dataset.masked(split, mesh))
     found = encoder.features(batch.views[0])
     images, masks, tokens, weight = (
         x[:SHOWN] for x in features.on_host((*batch.views, batch.masks, found.tokens, batch.weight))
@@ -147,7 +145,7 @@ def segmented(
         head = "the head that was trained with the encoder"
     else:
         name = cfg.eval.segmentation.heads[-1]
-        subject = evaluate.Subject(encoder, cfg, split, mesh)
+        subject = evaluate.Subject(encoder, dataset, split, mesh)
         segmenters, count = evaluate.fitted(subject, (name,))
         predictions = segmentation_module.predict(segmenters[name], tokens, masks.shape[1:], SHOWN)
         head = f"a {name} head, fitted to the frozen tokens of {count} training images,"
@@ -157,10 +155,10 @@ def segmented(
     return Segmented(images[real], masks[real], predictions[:SHOWN][real], names, head)
 
 
-def panels(location: str, images_uint8: np.ndarray, seed: int) -> Panels:
+def panels(checkpoint: Checkpoint, images_uint8: np.ndarray) -> Panels:
     """Images, masked twins and what is predicted for them, as `picture` has them."""
-    restored = visualize.restore(location)
-    rows = visualize.panels(restored, jax.numpy.asarray(images_uint8), jax.random.key(seed))
+    restored, key = visualize.restore(checkpoint), jax.random.key(checkpoint.config.seed)
+    rows = visualize.panels(restored, jax.numpy.asarray(images_uint8), key)
     return {title: np.round((row + 1) * 127.5).astype(np.uint8) for title, row in rows.items()}
 
 
