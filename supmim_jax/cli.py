@@ -272,7 +272,7 @@ def join() -> None:
     if given.distributed or given.coordinator:
         numbers = (given.num_processes, given.process_id)
         where = multihost.place(given.coordinator, *numbers, os.environ)
-        multihost(where, given.join_timeout)
+        multihost.join(where, given.join_timeout)
 
 
 def agree(cfg: Config, command: dict) -> None:

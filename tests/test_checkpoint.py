@@ -55,7 +55,7 @@ def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_devic
     for _ in range(5):
         state, _ = built.step(state, make_batch(cfg), make_frozen(cfg))
     checkpoints.close()
-    restored, _ = restored(tmp_path, 0, built.state)
+    loaded, _ = restored(tmp_path, 0, built.state)
     assert same(jax.tree.map(np.array, checkpoint.plain(restored)), before)
     assert not same(restored.params, state.params)
 
