@@ -223,7 +223,7 @@ def start(run: Callable[[], None]) -> None:
             fail(f"{type(error).__name__}: {reason}", multihost.EXIT_TRY_AGAIN)
         if lost := display_lost():
             fail(f"stdout has not all of what was printed: {lost}. Print elsewhere.", EXIT_SETUP)
-        multihost.end()
+        multihost.end_watch()
 
     guard()
     environment.rely()

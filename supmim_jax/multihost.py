@@ -1,27 +1,17 @@
-"""Several processes as one run: how they find each other, agree, and fail together.
-
-The key-value store of JAX's coordination service, which process 0 of a run keeps.
-
-It has no public API; this module is the one place that uses it.
-
-How the processes of one run agree.
+"""Several processes as one run: how they find each other, agree, end and fail together.
 
 What must be the same everywhere is compared before the first collective: one that only some
-processes reach hangs.
+processes reach hangs. A process that fails says so by `leave`, and each of the others watches for
+that, as one that waits in a collective cannot be told in any other way. They talk through the
+key-value store of JAX's coordination service, which process 0 keeps. It has no public API; this
+module is the one place that uses it.
 
-How the processes of one run fail together.
-
-A process that fails says so by `leave`, and each of the others watches for that, as one that waits
-in a collective cannot be told in any other way.
-
-How the processes of one run find each other.
-
-SIGTERM, Ctrl-C, SIGHUP: how a command ends when its machine or terminal is wanted back.
-
-Steps that no checkpoint holds are saved first, see `told_to_stop`. At any other moment (start-up,
-compilation, evaluation, a command that keeps its work in complete files) there is nothing to lose,
-and the process ends at once, from a thread: Python alone would run a signal's handler only when the
-compilation or collective that the main thread is in returns."""
+SIGTERM, Ctrl-C and SIGHUP end a command, one process or many, once nothing would be lost: steps
+that no checkpoint holds are saved first, see `told_to_stop`. At any other moment (start-up,
+compilation, evaluation, a command that keeps its work in complete files) the process ends at once,
+from a thread: Python alone would run a signal's handler only when the compilation or collective
+that the main thread is in returns.
+"""
 
 import contextlib
 import dataclasses
@@ -42,250 +32,22 @@ from jax.experimental import multihost_utils
 from supmim_jax.config.configdict import differences
 from supmim_jax.errors import SetupError
 
+EXIT_TRY_AGAIN = 1  # a process is missing or died; the same command may work the next time
+EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
+HEARTBEAT = 20  # seconds of silence after which JAX's own service takes a process for dead
 PATIENCE = 300  # seconds for what another process, which is there, is about to say
+PULSE = 2.0  # seconds between signs of life, and between looks at whether somebody failed
 MOST = 5  # differences shown for a process, and processes shown
 ROOT = "supmim_jax"  # of all keys
-
-store_hosts: dict[int, str] = {}  # by process, once all have joined
-
-
-def active() -> bool:
-    """Whether this process has joined others."""
-    return coordination.global_state.client is not None
-
-
-def store_state():
-    """What JAX knows of this process's place among others."""
-    return coordination.global_state
-
-
-def store_me() -> int:
-    """The number of this process."""
-    return coordination.global_state.process_id
-
-
-def client():
-    """The store, as this process reaches it; None before it has joined."""
-    return coordination.global_state.client
-
-
-def store_name(process: int) -> str:
-    """A process as a person finds it."""
-    host = store_hosts.get(process)
-    return f"process {process}" + (f" on {host}" if host else "")
-
-
-def heard(key: str, process: int, patience: float = PATIENCE) -> str:
-    """The value of `key`, which `process` sets.
-
-    Raises:
-      SetupError: it does not.
-    """
-    try:
-        return client().blocking_key_value_get(key, int(1000 * patience))
-    except jax.errors.JaxRuntimeError:
-        raise SetupError(
-            f"{store_name(process)} has joined, but said nothing for {patience:.0f} s. Its own "
-            f"output may say why."
-        ) from None
-
-
-def few(texts: list[str]) -> list[str]:
-    """The first of them, and how many more there are."""
-    rest = len(texts) - MOST
-    return texts[:MOST] + ([f"and {rest} more"] if rest > 0 else [])
-
-
-def agree(topic: str, here: dict[str, dict]) -> None:
-    """Returns if `here`, sections of plain values, is the same on all processes.
-
-    Raises:
-      SetupError: on every process, naming those that differ from process 0, their hosts, and what.
-    """
-    if not active():
-        return
-    me, key, values = store_me(), f"{ROOT}/agree/{topic}", client()
-    here = json.loads(json.dumps(here))
-    if me == 0:
-        values.key_value_set(f"{key}/wanted", json.dumps(here))
-    wanted = json.loads(heard(f"{key}/wanted", 0))
-    found = [x for name in here for x in differences(wanted[name], here[name], name)]
-    values.key_value_set(f"{key}/{me}", "; ".join(few(found)))
-    if me == 0:
-        said = {i: heard(f"{key}/{i}", i) for i in store_hosts}
-        odd = [f"{store_name(i)}: {text}" for i, text in said.items() if text]
-        values.key_value_set(f"{key}/verdict", "\n  ".join(few(odd)))
-    if verdict := heard(f"{key}/verdict", 0):
-        raise SetupError(
-            f"The processes of this run have different {topic} ({store_name(0)}; the one named):\n"
-            f"  {verdict}\nStart all of them with the same."
-        )
-
-
-def barrier(name: str) -> None:
-    """Waits for all processes, which must come at about the same time."""
-    if active():
-        client().wait_at_barrier(f"{ROOT}/{name}", 1000 * PATIENCE)
-
-
-def gather(topic: str, here: str, patience: float = PATIENCE) -> list[str]:
-    """What each process says about `topic`, a name used once; all must call it."""
-    key = f"{ROOT}/gather/{topic}"
-    client().key_value_set(f"{key}/{store_me()}", here)
-    count = store_state().num_processes
-    return [heard(f"{key}/{i}", i, patience) for i in range(count)]
-
-
-EXIT_TRY_AGAIN = 1  # a process is missing or died; the same command may work the next time
-PULSE = 2.0  # seconds between signs of life, and between looks at whether somebody failed
 FAILED, ALIVE = f"{ROOT}/failed", f"{ROOT}/alive"
 PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # of XLA's preemption_sync_manager.cc
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+TWICE = 0.5  # seconds: a wrapper that passes Ctrl-C on sends it again at once; no person does
+
+hosts: dict[int, str] = {}  # by process, once all have joined
 
 
-def on_preemption(end: Callable[[], None]) -> None:
-    """`end` is called on every process, in a thread, soon after one of them was sent SIGTERM."""
-    watch.on_preemption = end
-
-
-def reached(step: int) -> None:
-    """Notes how far this process is, for `behind`."""
-    watch.step = step
-
-
-def behind() -> str:
-    """The processes that have reached fewer steps than others; "" for none, or where none joined.
-
-    What they have said of themselves may be PULSE seconds old.
-    """
-    if not active():
-        return ""
-    try:
-        said = dict(client().key_value_dir_get(ALIVE))
-    except jax.errors.JaxRuntimeError:
-        return store_name(0)  # whom nobody can ask
-    steps = {int(key.rpartition("/")[2]): int(text.split()[1]) for key, text in said.items()}
-    most = max(steps.values())
-    late = [f"{store_name(i)} at step {n}" for i, n in sorted(steps.items()) if n < most]
-    return ", ".join(few(late))
-
-
-def begin() -> None:
-    """Learns the hosts of the others and starts to watch."""
-    state = store_state()
-    client().key_value_set(f"{ROOT}/host/{store_me()}", socket.gethostname())
-    for i in range(state.num_processes):
-        store_hosts[i] = heard(f"{ROOT}/host/{i}", i)
-    if store_me() == 0:  # an abort by JAX names a process by its number alone
-        hosts = ", ".join(f"{i} on {host}" for i, host in store_hosts.items())
-        print(f"{state.num_processes} processes: {hosts}.", file=sys.stderr, flush=True)
-    watch.start()
-
-
-def end() -> None:
-    """Stops watching, before the processes end one after the other."""
-    if active():
-        watch.ending.set()
-        watch.join()
-
-
-def leave(message: str, code: int) -> None:
-    """Ends this process, and soon the others, with `message` and `code`; does not return.
-
-    Any thread may call it. Python's own exit would wait for the others at a barrier, while they may
-    wait for this one. An error with EXIT_TRY_AGAIN may only follow from the end of another process:
-    then that is named.
-    """
-    if not active():
-        _exit(message, code)
-    said = watch.failure() if code == EXIT_TRY_AGAIN else None
-    if said is None:
-        dead = watch.silent() if code == EXIT_TRY_AGAIN else []
-        if dead:
-            names = " and ".join(few([store_name(i) for i in dead]))
-            message = f"{names} died: killed, out of memory or preempted. {message}"
-        said = watch.publish(message, code)
-    if code == EXIT_TRY_AGAIN:
-        message, code = said["message"], said["code"]
-    _exit(message, code)
-
-
-class Watch(threading.Thread):
-    """Gives signs of life, and ends this process soon after another one failed."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.step = 0
-        self.on_preemption: Callable[[], None] | None = None
-        self.ending = threading.Event()
-
-    def run(self) -> None:
-        pulse = 0
-        while not self.ending.wait(PULSE):
-            pulse += 1
-            try:
-                sign = f"{pulse} {self.step}"
-                client().key_value_set(f"{ALIVE}/{store_me()}", sign, allow_overwrite=True)
-            except jax.errors.JaxRuntimeError:
-                continue  # process 0 is gone: JAX's own client ends this one, and says so
-            said = self.failure()
-            if said and not self.ending.is_set():
-                _exit(said["message"], said["code"])
-            if self.on_preemption and _preempted():
-                threading.Thread(target=self.on_preemption, daemon=True).start()
-                self.on_preemption = None
-
-    def failure(self) -> dict | None:
-        """What the first process that failed has said."""
-        try:
-            return json.loads(client().key_value_try_get(FAILED))
-        except jax.errors.JaxRuntimeError:  # nothing yet, or nobody to ask
-            return None
-
-    def publish(self, message: str, code: int) -> dict:
-        """Says that this process failed, unless another one was faster; returns what was said."""
-        said = {"message": f"{store_name(store_me())}: {message}", "code": code}
-        try:
-            client().key_value_set(FAILED, json.dumps(said))
-        except jax.errors.JaxRuntimeError:
-            return self.failure() or said
-        return said
-
-    def silent(self) -> list[int]:
-        """Processes that give no sign of life; process 0 if nobody can be asked."""
-        try:
-            before = dict(client().key_value_dir_get(ALIVE))
-            time.sleep(4 * PULSE)
-            after = dict(client().key_value_dir_get(ALIVE))
-        except jax.errors.JaxRuntimeError:
-            return [0]
-        others = {i: f"{ALIVE}/{i}" for i in store_hosts if i != store_me()}
-        return [i for i, key in others.items() if before.get(key) == after.get(key)]
-
-
-watch = Watch()
-_exiting = threading.Lock()  # of two threads that find a failure, one reports it
-
-
-def _exit(message: str, code: int) -> None:
-    _exiting.acquire()
-    print(f"\nerror: {message}", file=sys.stderr, flush=True)
-    for child in multiprocessing.active_children():  # which os._exit would leave behind
-        child.kill()
-    if active() and store_me() == 0:
-        time.sleep(3 * PULSE)  # the others read from this process why it fails
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _preempted() -> bool:
-    """Whether one of the processes was sent SIGTERM, as JAX's preemption service tells all."""
-    try:
-        return bool(client().key_value_try_get(PREEMPTED))
-    except jax.errors.JaxRuntimeError:
-        return False
-
-
-HEARTBEAT = 20  # seconds of silence after which JAX's own service takes a process for dead
+# --- finding each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,10 +57,6 @@ class Place:
     coordinator: str = ""  # host:port
     processes: int = 0
     process: int = -1
-
-    @property
-    def given(self) -> bool:
-        return bool(self.coordinator)
 
 
 def place(coordinator: str, processes: int, process: int, env: Mapping[str, str]) -> Place:
@@ -311,23 +69,23 @@ def place(coordinator: str, processes: int, process: int, env: Mapping[str, str]
     """
     number = env.get("JAX_PROCESS_ID", env.get("JOB_COMPLETION_INDEX", "-1"))
     try:
-        found = Place(
+        where = Place(
             coordinator or env.get("JAX_COORDINATOR_ADDRESS", ""),
             processes or int(env.get("JAX_NUM_PROCESSES", "0")),
             process if process >= 0 else int(number),
         )
     except ValueError as error:
         raise SetupError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers: {error}") from None
-    if not found.coordinator and not processes and process < 0:
+    if not where.coordinator and not processes and process < 0:
         return Place()
-    if ":" not in found.coordinator or not 0 <= found.process < found.processes:
+    if ":" not in where.coordinator or not 0 <= where.process < where.processes:
         raise SetupError(
-            f"This is process {found.process} of {found.processes} with the coordinator "
-            f"{found.coordinator!r}. Give each process --coordinator=<host of the first>:<port>, "
+            f"This is process {where.process} of {where.processes} with the coordinator "
+            f"{where.coordinator!r}. Give each process --coordinator=<host of the first>:<port>, "
             f"--num_processes=<n> and --process_id=<0 to n-1>, or JAX_COORDINATOR_ADDRESS, "
             f"JAX_NUM_PROCESSES and JAX_PROCESS_ID; none of them on a TPU VM or in a Slurm job."
         )
-    return found
+    return where
 
 
 def join(where: Place, timeout: int) -> None:
@@ -337,9 +95,9 @@ def join(where: Place, timeout: int) -> None:
       SetupError: nothing tells which process this is, or the first one cannot listen.
     """
     joined = threading.Event()
-    threading.Thread(target=_wait, args=(where, timeout, joined), daemon=True).start()
+    threading.Thread(target=_give_up_in_time, args=(where, timeout, joined), daemon=True).start()
     options = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": HEARTBEAT}
-    if where.given:  # else a Slurm job or TPU would still be asked for what is missing
+    if where.coordinator:  # else a Slurm job or TPU would still be asked for what is missing
         options |= {
             "coordinator_address": where.coordinator,
             "num_processes": where.processes,
@@ -349,7 +107,7 @@ def join(where: Place, timeout: int) -> None:
     try:
         jax.distributed.initialize(shutdown_timeout_seconds=60, **options)
     except (ValueError, RuntimeError) as error:
-        if where.given:
+        if where.coordinator:
             raise SetupError(f"Process {where.process} cannot join the others: {error}") from None
         raise SetupError(
             f"--distributed found no TPU VM or Slurm job: {error} Elsewhere, give each process "
@@ -357,45 +115,39 @@ def join(where: Place, timeout: int) -> None:
         ) from None
     finally:
         joined.set()
-    begin()
+    state = coordination.global_state
+    state.client.key_value_set(f"{ROOT}/host/{state.process_id}", socket.gethostname())
+    for i in range(state.num_processes):
+        hosts[i] = _heard(f"{ROOT}/host/{i}", i)
+    if state.process_id == 0:  # an abort by JAX names a process by its number alone
+        names = ", ".join(f"{i} on {host}" for i, host in hosts.items())
+        print(f"{state.num_processes} processes: {names}.", file=sys.stderr, flush=True)
+    _watch.start()
 
 
-def _wait(where: Place, timeout: int, joined: threading.Event) -> None:
-    """Gives up before JAX does, which would abort with a stack trace that names no process.
+def _give_up_in_time(where: Place, timeout: int, joined: threading.Event) -> None:
+    """Ends this process before JAX does, which would abort with a stack trace without a cause.
 
     The first process may give up a moment earlier, so whether it was there is asked all along.
     """
-    until, there = time.monotonic() + 0.8 * timeout, False
+    until, answered, state = time.monotonic() + 0.8 * timeout, False, coordination.global_state
     while not joined.wait(min(1.0, timeout / 10)):
-        if store_state().service is None:
-            there = there or _answers(_address(where))
-        if time.monotonic() >= until:
-            _give_up(where, timeout, there)
-
-
-def _address(where: Place) -> str:
-    return store_state().coordinator_address or where.coordinator
-
-
-def _give_up(where: Place, timeout: int, there: bool) -> None:
-    """Says which process is missing."""
-    state, address = store_state(), _address(where) or "the first process"
-    me = f"Process {state.process_id} on {socket.gethostname()}"
-    if state.service is not None:
-        missing = "others did not come"
-        came = sorted(_callers(int(address.rpartition(":")[2])))
-        seen = f"; connected are {', '.join(came)}" if came else "; nobody is connected"
-    else:
-        missing = "others did not come" if there else "process 0 did not come"
-        seen = f"; {address} {'answered' if there else 'did not answer'}"
-    print(
-        f"\nerror: {me} waited {0.8 * timeout:.0f} s, and {missing}{seen}. Start the same command "
-        f"on every host within that time, and look at the output of those that are missing. "
-        f"--join_timeout gives them longer.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_TRY_AGAIN)
+        address = state.coordinator_address or where.coordinator
+        first = state.service is not None
+        answered = answered or (not first and _answers(address))
+        if time.monotonic() < until:
+            continue
+        missing = "others did not come" if first or answered else "process 0 did not come"
+        seen = "" if first else f"; {address} {'answered' if answered else 'did not answer'}"
+        print(
+            f"\nerror: Process {state.process_id} on {socket.gethostname()} waited "
+            f"{0.8 * timeout:.0f} s, and {missing}{seen}. Start the same command on every host "
+            f"within that time, and look at the output of those that are missing. --join_timeout "
+            f"gives them longer.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_TRY_AGAIN)
 
 
 def _answers(address: str) -> bool:
@@ -407,26 +159,216 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _callers(port: int) -> set[str]:
-    """Addresses with a connection to this port, where the system is Linux."""
-    found = set()
-    for table, family in (("/proc/net/tcp", socket.AF_INET), ("/proc/net/tcp6", socket.AF_INET6)):
+# --- agreeing
+
+
+def active() -> bool:
+    """Whether this process has joined others."""
+    return coordination.global_state.client is not None
+
+
+def agree(topic: str, here: dict[str, dict]) -> None:
+    """Returns if `here`, sections of plain values, is the same on all processes.
+
+    Raises:
+      SetupError: on every process, naming those that differ from process 0, their hosts, and what.
+    """
+    if not active():
+        return
+    me, key, store = _me(), f"{ROOT}/agree/{topic}", _store()
+    here = json.loads(json.dumps(here))
+    if me == 0:
+        store.key_value_set(f"{key}/wanted", json.dumps(here))
+    wanted = json.loads(_heard(f"{key}/wanted", 0))
+    changed = [x for name in here for x in differences(wanted[name], here[name], name)]
+    store.key_value_set(f"{key}/{me}", "; ".join(_few(changed)))
+    if me == 0:
+        said = {i: _heard(f"{key}/{i}", i) for i in hosts}
+        odd = [f"{_name(i)}: {text}" for i, text in said.items() if text]
+        store.key_value_set(f"{key}/verdict", "\n  ".join(_few(odd)))
+    if verdict := _heard(f"{key}/verdict", 0):
+        raise SetupError(
+            f"The processes of this run have different {topic} ({_name(0)}; the one named):\n"
+            f"  {verdict}\nStart all of them with the same."
+        )
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes, which must come at about the same time."""
+    if active():
+        _store().wait_at_barrier(f"{ROOT}/{name}", 1000 * PATIENCE)
+
+
+def gather(topic: str, here: str, patience: float = PATIENCE) -> list[str]:
+    """What each process says about `topic`, a name used once; all must call it."""
+    key = f"{ROOT}/gather/{topic}"
+    _store().key_value_set(f"{key}/{_me()}", here)
+    return [_heard(f"{key}/{i}", i, patience) for i in hosts]
+
+
+def _store():
+    """The key-value store, as this process reaches it."""
+    return coordination.global_state.client
+
+
+def _me() -> int:
+    return coordination.global_state.process_id
+
+
+def _name(process: int) -> str:
+    """A process as a person finds it."""
+    host = hosts.get(process)
+    return f"process {process}" + (f" on {host}" if host else "")
+
+
+def _heard(key: str, process: int, patience: float = PATIENCE) -> str:
+    """The value of `key`, which `process` sets.
+
+    Raises:
+      SetupError: it does not.
+    """
+    try:
+        return _store().blocking_key_value_get(key, int(1000 * patience))
+    except jax.errors.JaxRuntimeError:
+        raise SetupError(
+            f"{_name(process)} has joined, but said nothing for {patience:.0f} s. Its own output "
+            f"may say why."
+        ) from None
+
+
+def _few(texts: list[str]) -> list[str]:
+    """The first of them, and how many more there are."""
+    rest = len(texts) - MOST
+    return texts[:MOST] + ([f"and {rest} more"] if rest > 0 else [])
+
+
+# --- failing together
+
+
+def reached(step: int) -> None:
+    """Notes how far this process is, for `behind`."""
+    _watch.step = step
+
+
+def behind() -> str:
+    """The processes that have reached fewer steps than others; "" for none, or where none joined.
+
+    What they have said of themselves may be PULSE seconds old.
+    """
+    if not active():
+        return ""
+    try:
+        said = dict(_store().key_value_dir_get(ALIVE))
+    except jax.errors.JaxRuntimeError:
+        return _name(0)  # whom nobody can ask
+    steps = {int(key.rpartition("/")[2]): int(text.split()[1]) for key, text in said.items()}
+    late = [f"{_name(i)} at step {n}" for i, n in sorted(steps.items()) if n < max(steps.values())]
+    return ", ".join(_few(late))
+
+
+def end_watch() -> None:
+    """Stops watching, before the processes end one after the other."""
+    if active():
+        _watch.ending.set()
+        _watch.join()
+
+
+def leave(message: str, code: int) -> None:
+    """Ends this process, and soon the others, with `message` and `code`; does not return.
+
+    Any thread may call it. Python's own exit would wait for the others at a barrier, while they may
+    wait for this one. An error with EXIT_TRY_AGAIN may only follow from the end of another process:
+    then that is named.
+    """
+    if active():
+        said = _watch.failure() if code == EXIT_TRY_AGAIN else None
+        if said is None:
+            if code == EXIT_TRY_AGAIN and (dead := _watch.silent()):
+                names = " and ".join(_few([_name(i) for i in dead]))
+                message = f"{names} died: killed, out of memory or preempted. {message}"
+            said = _watch.publish(message, code)
+        if code == EXIT_TRY_AGAIN:
+            message, code = said["message"], said["code"]
+    _exit(message, code)
+
+
+class _Watch(threading.Thread):
+    """Gives signs of life, and ends this process soon after another one failed."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.step, self.ending, self.preempted = 0, threading.Event(), False
+
+    def run(self) -> None:
+        pulse = 0
+        while not self.ending.wait(PULSE):
+            pulse += 1
+            try:
+                sign = f"{pulse} {self.step}"
+                _store().key_value_set(f"{ALIVE}/{_me()}", sign, allow_overwrite=True)
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is gone: JAX's own client ends this one, and says so
+            said = self.failure()
+            if said and not self.ending.is_set():
+                _exit(said["message"], said["code"])
+            if not self.preempted and _read(PREEMPTED):
+                self.preempted = True
+                threading.Thread(target=_end_when_saved, daemon=True).start()
+
+    def failure(self) -> dict | None:
+        """What the first process that failed has said; None: nothing yet, or nobody to ask."""
+        said = _read(FAILED)
+        return json.loads(said) if said else None
+
+    def publish(self, message: str, code: int) -> dict:
+        """Says that this process failed, unless another one was faster; returns what was said."""
+        said = {"message": f"{_name(_me())}: {message}", "code": code}
         try:
-            with open(table) as file:
-                lines = [line.split() for line in file.readlines()[1:]]
-        except OSError:
-            continue
-        for here, there, state in (line[1:4] for line in lines):
-            if state == "01" and int(here.rpartition(":")[2], 16) == port:
-                words = bytes.fromhex(there.rpartition(":")[0])
-                packed = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                found.add(socket.inet_ntop(family, packed).removeprefix("::ffff:"))
-    return found
+            _store().key_value_set(FAILED, json.dumps(said))
+        except jax.errors.JaxRuntimeError:
+            return self.failure() or said
+        return said
+
+    def silent(self) -> list[int]:
+        """Processes that give no sign of life; process 0 if nobody can be asked."""
+        try:
+            before = dict(_store().key_value_dir_get(ALIVE))
+            time.sleep(4 * PULSE)
+            after = dict(_store().key_value_dir_get(ALIVE))
+        except jax.errors.JaxRuntimeError:
+            return [0]
+        others = {i: f"{ALIVE}/{i}" for i in hosts if i != _me()}
+        return [i for i, key in others.items() if before.get(key) == after.get(key)]
 
 
-EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-TWICE = 0.5  # seconds: a wrapper that passes Ctrl-C on sends it again at once; no person does
+_watch = _Watch()
+_exiting = threading.Lock()  # of two threads that find a failure, one reports it
+
+
+def _read(key: str) -> str:
+    """A value of the store; "" where there is none, or nobody can be asked."""
+    try:
+        return _store().key_value_try_get(key)
+    except jax.errors.JaxRuntimeError:
+        return ""
+
+
+def _exit(message: str, code: int) -> None:
+    _exiting.acquire()
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
+    _kill_children()
+    if active() and _me() == 0:
+        time.sleep(3 * PULSE)  # the others read from this process why it fails
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _kill_children() -> None:
+    for child in multiprocessing.active_children():  # which os._exit would leave behind
+        child.kill()
+
+
+# --- ending at a signal
 
 
 class _Unsaved:
@@ -454,8 +396,7 @@ def listen() -> None:
     for number in SIGNALS:
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
-    threading.Thread(target=_preemption_wait, args=(read,), name="preemption", daemon=True).start()
-    on_preemption(preemption_end)
+    threading.Thread(target=_act_on_signals, args=(read,), daemon=True).start()
 
 
 def stopped() -> tuple[str, int]:
@@ -507,7 +448,7 @@ def released(finish: Callable[[], None]) -> Iterator[None]:
         _unsaved.finish = None
 
 
-def preemption_end() -> None:
+def _end_when_saved() -> None:
     """Ends this process once nothing would be lost."""
     _told.set()
     with _unsaved.lock:
@@ -521,7 +462,7 @@ def preemption_end() -> None:
         leave(*stopped())
 
 
-def _preemption_wait(read: int) -> None:
+def _act_on_signals(read: int) -> None:
     """Acts on the signals that come through the pipe."""
     since = 0.0
     while True:
@@ -532,18 +473,13 @@ def _preemption_wait(read: int) -> None:
                 _first.append(number)
                 since = time.monotonic()
             elif number == signal.SIGINT and time.monotonic() - since > TWICE:
-                _end_at_once()
+                _kill_children()  # whoever presses Ctrl-C twice will not wait
+                text = "\nerror: Ended at once; steps since the newest checkpoint are lost."
+                print(text, file=sys.stderr)
+                os._exit(128 + signal.SIGINT)
             if number != signal.SIGTERM and active():
                 os.kill(os.getpid(), signal.SIGTERM)  # which JAX's service tells to all
                 continue
             if number == signal.SIGINT and _unsaved.held and not _told.is_set():
                 print("\nSaving the step under way; Ctrl-C again ends at once.", file=sys.stderr)
-            threading.Thread(target=preemption_end, daemon=True).start()
-
-
-def _end_at_once() -> None:
-    """A second Ctrl-C: whoever presses it will not wait."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    print("\nerror: Ended at once; steps since the newest checkpoint are lost.", file=sys.stderr)
-    os._exit(128 + signal.SIGINT)
+            threading.Thread(target=_end_when_saved, daemon=True).start()

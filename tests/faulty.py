@@ -18,7 +18,7 @@ import time
 import numpy as np
 from orbax.checkpoint._src.path import atomicity
 
-from supmim_jax import checkpoint, storage, train, workdir
+from supmim_jax import checkpoint, storage, workdir
 from supmim_jax.data import fractals, loader
 from supmim_jax.metrics import MetricsWriter
 from supmim_jax.models import kmeans
@@ -129,15 +129,15 @@ def main() -> None:
     loader.Training.__next__ = batches(loader.Training.__next__)
     Watchdog.beat = beat(Watchdog.beat)
     MetricsWriter.write = write(MetricsWriter.write)
-    loader.eval_dataset = evaluation(loader.eval_dataset)
+    loader.Dataset.eval = evaluation(loader.Dataset.eval)
     for temporary in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
         temporary.finalize = commit(temporary.finalize)
     before(checkpoint.Checkpoints, "save", "save")
-    before(checkpoint.Checkpoints, "restore", "restore")
+    before(checkpoint.Checkpoint, "restore_state", "restore")
     before(fractals, "render", "render")
     before(kmeans, "fit", "fit")
-    before(workdir, "make", "make")
-    before(train.Loop, "to", "loop")
+    before(workdir.Workdir, "claimed", "make")
+    before(Watchdog, "__enter__", "loop")
     runpy.run_module("supmim_jax.train", run_name="__main__")
 
 

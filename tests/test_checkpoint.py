@@ -56,8 +56,8 @@ def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_devic
         state, _ = built.step(state, make_batch(cfg), make_frozen(cfg))
     checkpoints.close()
     loaded, _ = restored(tmp_path, 0, built.state)
-    assert same(jax.tree.map(np.array, checkpoint.plain(restored)), before)
-    assert not same(restored.params, state.params)
+    assert same(jax.tree.map(np.array, checkpoint.plain(loaded)), before)
+    assert not same(loaded.params, state.params)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_ones_own_file_may_build_on_the_checkouts(own, tmp_path, monkeypatch):
 
 COMMANDS = [
     ["train", "--workdir=run"],
-    ["tokenize", "--cache=run", "--epochs=1"],
+    ["cache_tokens", "--cache=run", "--epochs=1"],
     ["probe", "--checkpoint=run"],
     ["rehearse", "--topology=v5e:2x2"],
     ["bench", "step"],

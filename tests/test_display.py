@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 COMMAND = """
 import os, sys
 from absl import logging
-from supmim_jax import commands
+from supmim_jax import cli
 from supmim_jax.data.prepare import progress
 
 def run():
@@ -26,7 +26,7 @@ def run():
         sys.stdout.flush()
         file.write(f"done {file.fileno() > 2}")
 
-commands.start(run)
+cli.start(run)
 """
 
 

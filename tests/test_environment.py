@@ -174,12 +174,12 @@ def test_what_the_code_relies_on_is_so_whatever_the_environment_says(data_dir, t
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "tpu", "nonsense"])
-@pytest.mark.parametrize("command", ["train", "tokenize"])
+@pytest.mark.parametrize("command", ["train", "cache_tokens"])
 def test_a_device_that_is_not_there(command, platforms, tmp_path):
     if platforms in {x.platform for x in jax.devices()}:
         pytest.skip("it is there")
     flags = ["--config=configs/debug.py", f"--workdir={tmp_path}/run"]
-    if command == "tokenize":
+    if command == "cache_tokens":
         flags = [flags[0], f"--cache={tmp_path}/run", "--epochs=1"]
     out = run("-m", f"supmim_jax.{command}", *flags, JAX_PLATFORMS=platforms)
     assert out.returncode == 2 and "Traceback" not in out.stderr
@@ -190,11 +190,11 @@ def test_a_device_that_another_process_has_may_be_there_the_next_time():
     code = (
         "import jax\n"
         "from jax._src import xla_bridge\n"
-        "from supmim_jax import commands\n"
+        "from supmim_jax import cli\n"
         "def busy():\n"
         "    raise RuntimeError('The TPU is already in use by process with pid 7')\n"
         "xla_bridge.register_backend_factory('busy', busy)\n"
-        "commands.start(jax.devices)\n"
+        "cli.start(jax.devices)\n"
     )
     out = run("-c", code, JAX_PLATFORMS="busy")
     assert out.returncode == 1 and "pid 7" in out.stderr and "Traceback" not in out.stderr

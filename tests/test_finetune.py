@@ -153,9 +153,8 @@ REFUSED = [  # of a run whose checkpoint has the defaults of `cfg`
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_is_not_the_same_encoder_is_refused_first(
-    supervised, source, tmp_path, monkeypatch, changes, message
+    supervised, source, tmp_path, changes, message
 ):
-    monkeypatch.setattr("supmim_jax.data.loader.check", lambda cfg: None)  # not its turn
     cfg = changed(changed(supervised, init={"checkpoint": source[0]}), **changes)
     with pytest.raises(SetupError, match=message):
         train(cfg, tmp_path / "run", devices=ONE)

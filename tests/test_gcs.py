@@ -243,7 +243,7 @@ def test_each_command_of_the_readme_in_a_bucket(photos, here, tmp_path):
     overrides += ["--config.batch_size=12", "--config.epochs=3", "--config.eval.batch_size=9"]
     overrides += ["--config.checkpoint.every=3", "--config.checkpoint.keep=2"]
     overrides += ["--config.objective.target.fit_images=36", "--config.objective.target.codes=16"]
-    command("tokenize", config, *overrides, "--epochs=3", f"--cache={here / 'tokens'}")
+    command("cache_tokens", config, *overrides, "--epochs=3", f"--cache={here / 'tokens'}")
     overrides += [f"--config.tokens.cache={here / 'tokens'}"]
     train = "train", config, *overrides
     command(*train, f"--workdir={run}")
@@ -252,6 +252,6 @@ def test_each_command_of_the_readme_in_a_bucket(photos, here, tmp_path):
     assert (run / "evals" / "run-9.json").exists()
     command("export", f"--checkpoint={run}@9", "--to=transformers", f"--out={here / 'exported'}")
     command("report", f"--checkpoint={run}")
-    command("picture", f"--checkpoint={run}")
+    command("visualize", f"--checkpoint={run}")
     assert (run / "tokens.png").read_bytes().startswith(b"\x89PNG")
     command(*train, f"--workdir={here / 'second'}", f"--config.init.checkpoint={run}")

@@ -109,8 +109,8 @@ def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
     """A signal's handler would run only when C code returns to Python; here it never does."""
     code = (
         "import hashlib, os, threading\n"
-        "from supmim_jax import preemption\n"
-        "preemption.listen()\n"
+        "from supmim_jax import multihost\n"
+        "multihost.listen()\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()\n"
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
     )
@@ -128,8 +128,8 @@ def test_who_is_behind_is_named(monkeypatch):
             return [(f"{key}/0", "9 41"), (f"{key}/1", "8 40"), (f"{key}/2", "9 41")]
 
     monkeypatch.setattr(multihost, "active", lambda: True)
-    monkeypatch.setattr(multihost, "client", Store)
-    monkeypatch.setitem(multihost.store_hosts, 1, socket.gethostname())
+    monkeypatch.setattr(multihost, "_store", Store)
+    monkeypatch.setitem(multihost.hosts, 1, socket.gethostname())
     assert multihost.behind() == f"process 1 on {socket.gethostname()} at step 40"
 
 
@@ -151,11 +151,11 @@ def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(number, data_d
 
 def python(code: str, ignored: tuple = ()) -> subprocess.Popen:
     """A process with `code` after it has begun to listen; a parent may have it ignore signals."""
-    start = "import os, signal, sys, time\nfrom supmim_jax import preemption\n"
+    start = "import os, signal, sys, time\nfrom supmim_jax import multihost\n"
     before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
     try:
         return subprocess.Popen(
-            [sys.executable, "-c", f"{start}preemption.listen()\n{code}"],
+            [sys.executable, "-c", f"{start}multihost.listen()\n{code}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,7 +169,7 @@ def python(code: str, ignored: tuple = ()) -> subprocess.Popen:
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_second_ctrl_c_ends_at_once(first):
     """Not the one that a wrapper passes on in the same moment."""
-    code = f"preemption.hold()\nos.kill(os.getpid(), {first:d})\nos.kill(os.getpid(), 2)\n"
+    code = f"multihost.hold()\nos.kill(os.getpid(), {first:d})\nos.kill(os.getpid(), 2)\n"
     code += "time.sleep(1)\nprint('waits', flush=True)\nos.kill(os.getpid(), 2)\ntime.sleep(99)"
     out, err = (process := python(code)).communicate(timeout=60)
     assert process.returncode == 130 and out == "waits\n" and "Traceback" not in err

@@ -121,13 +121,13 @@ def many(tmp_path_factory):
 FEW = """
 import dataclasses, os, resource, sys
 from supmim_jax.config import Config, DataConfig, SupervisedConfig
-from supmim_jax.data import feed
+from supmim_jax.data.loader import Dataset
 resource.setrlimit(resource.RLIMIT_NOFILE, (96, 256))
 if __name__ == "__main__":
     data = DataConfig(name="many", data_dir=sys.argv[1], train_examples=90, num_classes=3,
                       channels=3, image_size=8, eval_resize=8, workers=int(sys.argv[2]))
     cfg = Config(data=data, objective=SupervisedConfig(), batch_size=30, epochs=4)
-    fed = feed.training(cfg, range(30))
+    fed = Dataset(cfg).train_on_host(range(30))
     batches = [next(fed)]
     # The workers have their limit. This process holds files of the memory that it shares with them.
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))

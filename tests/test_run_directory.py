@@ -75,9 +75,9 @@ def test_a_workdir_that_is_read_only_is_named(cfg, mounted):
 def test_a_file_system_that_fails_is_told_apart_from_one_that_is_full(number, code):
     """No space and read-only are for the user to change; an I/O error may not come again."""
     script = (
-        "from supmim_jax import commands\n"
+        "from supmim_jax import cli\n"
         f"def run(): raise OSError({number}, 'the reason', 'metrics.jsonl')\n"
-        "commands.start(run)"
+        "cli.start(run)"
     )
     out = subprocess.run(
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True

@@ -79,11 +79,11 @@ def test_only_what_may_pass_is_worth_another_try(raised, code):
     """Launchers start a command that exits with 1 again, and leave 2 to a person."""
     text = (
         "import errno\n"
-        "from supmim_jax import commands, config\n"
+        "from supmim_jax import cli, errors\n"
         "def run():\n"
         f"    try: raise {raised}\n"
-        "    except Exception as error: raise config.SetupError(f'no: {error}') from None\n"
-        "commands.start(run)"
+        "    except Exception as error: raise errors.SetupError(f'no: {error}') from None\n"
+        "cli.start(run)"
     )
     out = subprocess.run(
         [sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True
