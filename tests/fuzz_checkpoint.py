@@ -50,7 +50,7 @@ class Saved:
 
     workdir: Path
     cfg: Config
-    built: train_step.Program
+    built: train_step.TrainStep
     state: dict
     run: dict
 

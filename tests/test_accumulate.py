@@ -66,7 +66,7 @@ def test_micro_batches_give_the_step_of_the_large_batch(cfg, one_device, objecti
 
 def test_every_example_is_in_one_micro_batch_with_its_mirror(cfg):
     batch = make_batch(dataclasses.replace(cfg, batch_size=24))
-    dealt = train_step.split(batch, 3)
+    dealt = train_step.micro_batches(batch, 3)
     assert dealt.micro.tolist() == [0, 1, 2]
     assert sorted(dealt.id.reshape(-1).tolist()) == list(range(24))
     for ids in dealt.id:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from supmim_jax.data.loader import Ahead
+from supmim_jax.data.loader import Prefetch
 
 
 def counted(log):
@@ -30,7 +30,7 @@ def threads():
 
 
 def test_all_items_come_in_order_and_then_the_end():
-    items = Ahead(iter(range(100)), 2)
+    items = Prefetch(iter(range(100)), 2)
     assert list(items) == list(range(100))
     assert list(items) == []
     items.close()
@@ -38,7 +38,7 @@ def test_all_items_come_in_order_and_then_the_end():
 
 def test_no_more_are_made_than_wait_and_one():
     log = []
-    items = Ahead(counted(log), 2)
+    items = Prefetch(counted(log), 2)
     assert settled(log) == [0, 1, 2]
     assert next(items) == 0
     assert settled(log) == [0, 1, 2, 3]
@@ -51,7 +51,7 @@ def test_an_exception_comes_in_its_place_and_again():
         yield 2
         raise ValueError("the third")
 
-    items = Ahead(broken(), 2)
+    items = Prefetch(broken(), 2)
     assert (next(items), next(items)) == (1, 2)
     for _ in range(2):
         with pytest.raises(ValueError, match="the third"):
@@ -61,7 +61,7 @@ def test_an_exception_comes_in_its_place_and_again():
 
 def test_closing_ends_the_thread_and_the_items():
     log, before = [], len(threads())
-    items = Ahead(counted(log), 2)
+    items = Prefetch(counted(log), 2)
     settled(log)
     assert len(threads()) == before + 1
     items.close()
@@ -72,7 +72,7 @@ def test_closing_ends_the_thread_and_the_items():
 
 def test_a_thread_ends_when_nobody_holds_its_items_any_more():
     log, before = [], len(threads())
-    items = Ahead(counted(log), 2)
+    items = Prefetch(counted(log), 2)
     settled(log)
     del items
     gc.collect()

@@ -167,7 +167,7 @@ def test_directories_that_were_swapped_are_refused(saved, newest):
     (newest.parent / "x").rename(newest.parent / "4")
     for step, position in ((4, 128), (8, 64)):
         with pytest.raises(SetupError, match=rf"saved after {position} examples .* step {step}:"):
-            Checkpoint.read(newest.parent / str(step)).run
+            Checkpoint.read(newest.parent / str(step))
     with pytest.raises(SetupError, match="directories were renamed"):
         checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest()
 

@@ -267,5 +267,5 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
         checkpoint.locate(f"{ways['plain']}@ema")
     tuned = dataclasses.replace(plain, init=InitConfig(checkpoint=str(ways["whole"])))
     built = train_step.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
-    begun = init_from.state(tuned, built).params["encoder"]
+    begun = init_from.InitialState.open(tuned, built).make().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, begun, found["ema"]["encoder"])

@@ -15,7 +15,6 @@ from etils import epath
 
 from supmim_jax import environment as environment_module
 from supmim_jax import sharding, train, train_step
-from supmim_jax import workdir as workdir_module
 from supmim_jax.config import (
     CMAEConfig,
     PixelsConfig,
@@ -24,6 +23,7 @@ from supmim_jax.config import (
     VQGANObjectiveConfig,
 )
 from supmim_jax.errors import SetupError
+from supmim_jax.workdir import Workdir
 
 
 def test_it_names_versions_devices_and_processes():
@@ -70,13 +70,13 @@ def test_parts_are_noted_where_the_environment_changes_and_no_later():
 def test_training_notes_what_it_runs_on(cfg, tmp_path):
     train.train(cfg, tmp_path, stop_at=1, devices=jax.devices()[:1])
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:2])
-    workdir_module.record_environment(epath.Path(tmp_path), 1, mesh)
+    Workdir(epath.Path(tmp_path), cfg).record_environment(1, mesh)
     parts = json.loads((tmp_path / "environment.json").read_text())
     found = [(part["from_step"], part["devices"]) for part in parts]
     assert found == [(0, "1 x cpu"), (1, "2 x cpu")]
     (tmp_path / "environment.json").write_text("[")
     with pytest.raises(SetupError, match=r"environment\.json cannot be read.*Remove it"):
-        workdir_module.record_environment(epath.Path(tmp_path), 1, mesh)
+        Workdir(epath.Path(tmp_path), cfg).record_environment(1, mesh)
 
 
 @pytest.fixture
@@ -105,20 +105,20 @@ CHANGED = [
 def test_a_run_does_not_go_on_with_other_settings_of_jax(name, value, cfg, tmp_path, jax_setting):
     workdir, mesh = epath.Path(tmp_path), sharding.make_mesh(cfg.mesh)
     before = getattr(jax.config, name)
-    workdir_module.record_environment(workdir, 0, mesh)
+    Workdir(workdir, cfg).record_environment(0, mesh)
     noted = (tmp_path / "environment.json").read_text()
     jax_setting(name, value)
     with pytest.raises(SetupError, match=f"{name.upper()}: {before}; {value}"):
-        workdir_module.record_environment(workdir, 3, mesh)
+        Workdir(workdir, cfg).record_environment(3, mesh)
     assert (tmp_path / "environment.json").read_text() == noted
-    workdir_module.record_environment(workdir, 0, mesh)  # nothing was done before
-    workdir_module.record_environment(workdir, 5, mesh)
+    Workdir(workdir, cfg).record_environment(0, mesh)  # nothing was done before
+    Workdir(workdir, cfg).record_environment(5, mesh)
     assert json.loads((tmp_path / "environment.json").read_text())[0][name] == str(value)
 
 
 def test_a_run_that_noted_no_settings_goes_on(cfg, tmp_path):
     (tmp_path / "environment.json").write_text(json.dumps([{"from_step": 0, "jax": "0.1"}]))
-    workdir_module.record_environment(epath.Path(tmp_path), 3, sharding.make_mesh(cfg.mesh))
+    Workdir(epath.Path(tmp_path), cfg).record_environment(3, sharding.make_mesh(cfg.mesh))
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
 
 

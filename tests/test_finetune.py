@@ -61,7 +61,10 @@ def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
     base = {"supervised": supervised, "supmim": cfg}[objective]
     cfg = changed(base, init={"checkpoint": workdir, "head": head})
     prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    state, fresh = init_from.state(cfg, prog), prog.init(jax.random.key(cfg.seed))
+    state, fresh = (
+        init_from.InitialState.open(cfg, prog).make(),
+        prog.init(jax.random.key(cfg.seed)),
+    )
     kept = {"encoder", "head"} if head == "keep" else {"encoder"}
     assert set(state.params) == set(fresh.params) == set(prog.state.params)
     for name in state.params:
@@ -77,7 +80,7 @@ def test_features_and_logits_are_those_of_the_checkpoint(cfg, supervised, source
     images = make_batch(cfg).views[0]
     cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
     runner = encoder_module.build_encoder(cfg, 16, one_device)
-    state = init_from.state(cfg, train_step.build(cfg, one_device))
+    state = init_from.InitialState.open(cfg, train_step.build(cfg, one_device)).make()
     ours = runner.bind(state.params).features(images)
     before = runner.features({name: theirs[name] for name in runner.params}, images)
     assert same(ours, before) and np.ptp(ours.logits) > 0
@@ -103,7 +106,9 @@ def test_another_image_size_changes_the_positions_only(supervised, source, one_d
     cfg = changed(supervised, init={"checkpoint": workdir}, data=data)
     encoders = []
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        encoders.append(init_from.state(cfg, train_step.build(cfg, mesh)).params["encoder"])
+        encoders.append(
+            init_from.InitialState.open(cfg, train_step.build(cfg, mesh)).make().params["encoder"]
+        )
     expected = init_from.resized(theirs["encoder"]["positions"], size // 4)
     assert expected.shape == ((size // 4) ** 2, 32)
     for encoder in encoders:
@@ -171,7 +176,7 @@ def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, 
     ):
         cfg = changed(base, init={"checkpoint": workdir})
         with pytest.raises(SetupError, match=message):
-            init_from.check(cfg, train_step.build(cfg, one_device).state.params)
+            init_from.InitialState.open(cfg, train_step.build(cfg, one_device))
     with pytest.raises(ConfigError, match="names no run"):
         InitConfig(head="keep")
     with pytest.raises(ConfigError, match="layer_decay must be 1 with objective 'vqgan'"):
@@ -182,10 +187,10 @@ def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_
     cfg = changed(cfg, model={"positions": "sincos2d"})
     written(cfg, tmp_path)
     cfg = changed(cfg, init={"checkpoint": str(tmp_path)}, data={"image_size": 24})
-    params = train_step.build(cfg, one_device).state.params
+    step_fn = train_step.build(cfg, one_device)
     with pytest.raises(SetupError, match=r"config\.model\.position_grid: 5; 6"):
-        init_from.check(cfg, params)
-    init_from.check(changed(cfg, model={"position_grid": 5}), params)
+        init_from.InitialState.open(cfg, step_fn)
+    init_from.InitialState.open(changed(cfg, model={"position_grid": 5}), step_fn)
     with pytest.raises(ConfigError, match="must be 0 with learned positions"):
         changed(cfg, model={"positions": "learned", "position_grid": 5})
 
@@ -193,7 +198,7 @@ def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_
 def test_how_the_encoder_is_trained_may_differ(supervised, source, one_device):
     model = {"drop_path": 0.3, "dtype": "bfloat16", "remat": "full"}
     cfg = changed(supervised, init={"checkpoint": source[0]}, model=model)
-    init_from.check(cfg, train_step.build(cfg, one_device).state.params)
+    init_from.InitialState.open(cfg, train_step.build(cfg, one_device))
 
 
 def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
@@ -225,7 +230,10 @@ def test_eight_devices_start_and_step_as_one(supervised, source, one_device):
     losses = []
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         prog = train_step.build(cfg, mesh)
-        state, batch = init_from.state(cfg, prog), sharding.put(make_batch(cfg), prog.batch)
+        state, batch = (
+            init_from.InitialState.open(cfg, prog).make(),
+            sharding.put(make_batch(cfg), prog.batch),
+        )
         for _ in range(2):
             state, metrics = prog.step(state, batch, make_frozen(cfg))
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])

@@ -14,19 +14,23 @@ from conftest import REPOSITORY
 from etils import epath
 from test_end_to_end import ONE, final_state
 
-from supmim_jax import checkpoint, multihost, workdir
+from supmim_jax import checkpoint, multihost
 from supmim_jax.config import WatchConfig
 from supmim_jax.errors import SetupError
+from supmim_jax.tokenizers import Frozen
 from supmim_jax.train import train
+from supmim_jax.workdir import Workdir
+
+NOTHING = Frozen({}, "")
 
 
 def test_a_second_run_on_one_workdir_is_refused(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=2, devices=ONE)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with workdir.taken(epath.Path(tmp_path), cfg):
+    with Workdir.open(tmp_path, cfg).claimed(NOTHING):
         with pytest.raises(SetupError, match=r"belongs to a run that goes on: process \d+ on "):
             train(cfg, tmp_path, devices=ONE)
-        again = workdir.taken(epath.Path(tmp_path), cfg)
+        again = Workdir(epath.Path(tmp_path), cfg).claimed(NOTHING)
         with pytest.raises(SetupError, match="belongs to a run that goes on"), again:
             pass
     del before[tmp_path / "lock"]
@@ -37,7 +41,7 @@ def test_a_second_run_on_one_workdir_is_refused(cfg, tmp_path):
 def test_a_run_that_began_meanwhile_is_not_gone_on_with(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=2, devices=ONE)
     other = dataclasses.replace(cfg, seed=1)
-    taken = workdir.taken(epath.Path(tmp_path), other)
+    taken = Workdir(epath.Path(tmp_path), other).claimed(NOTHING)
     with pytest.raises(SetupError, match=r"another config: config\.seed"), taken:
         pass
 
@@ -49,8 +53,8 @@ def test_a_file_system_without_locks_is_trained_on(cfg, tmp_path, monkeypatch, n
 
     monkeypatch.setattr(fcntl, "flock", without)
     for _ in range(2):
-        workdir.check(epath.Path(tmp_path), cfg)
-        with workdir.taken(epath.Path(tmp_path), cfg):
+        Workdir.open(tmp_path, cfg)
+        with Workdir.open(tmp_path, cfg).claimed(NOTHING):
             pass
 
 

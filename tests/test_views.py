@@ -203,7 +203,7 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     first = taken(batches, steps)
     time.sleep(0.3)  # batches of the old boxes wait
     closed, ahead, fed = [], batches.batches, batches.feed
-    monkeypatch.setattr(fed, "close", lambda: closed.append(loader.Feed.close(fed)))
+    monkeypatch.setattr(fed, "close", lambda: closed.append(loader.HostBatches.close(fed)))
     batches.restart(steps, other)
     assert not ahead.thread.is_alive() and len(closed) == 1 and running() == before + 1
     rest = taken(batches)
