@@ -16,30 +16,18 @@ with its leak and the threshold of the boxes were chosen on the validation split
 rest was not searched.
 """
 
-import dataclasses
-
-from configs import base, mae_fractals
-from supmim_jax.config import (
-    CMAEConfig,
-    Config,
-    ContrastiveCropConfig,
-    DecoderConfig,
-    PositionConfig,
-)
+from configs import mae_fractals
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    mae = mae_fractals.experiment()
-    boxes = ContrastiveCropConfig(alpha=0.6, threshold=0.5, every_epochs=12.8)  # a fifth of the run
-    return dataclasses.replace(
-        mae,
-        data=dataclasses.replace(mae.data, crop="contrastive", contrastive_crop=boxes),
-        objective=CMAEConfig(
-            decoder=DecoderConfig(depth=1, width=16, mlp_dim=64, heads=2),
-            position=PositionConfig(leak_free=False),
+def experiment() -> c.Config:
+    # New boxes after each fifth of the run.
+    boxes = c.ContrastiveCropConfig(alpha=0.6, threshold=0.5, every_epochs=12.8)
+    return c.changed(
+        mae_fractals.experiment(),
+        data={"crop": "contrastive", "contrastive_crop": boxes},
+        objective=c.CMAEConfig(
+            decoder=c.DecoderConfig(depth=1, width=16, mlp_dim=64, heads=2),
+            position=c.PositionConfig(leak_free=False),
         ),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -14,32 +14,18 @@ and so are its leak and the threshold of our heat map, as they did better on the
 names.
 """
 
-import dataclasses
-
-from configs import base, mae_vit_b_tiny_imagenet
-from supmim_jax.config import (
-    CMAEConfig,
-    Config,
-    ContrastiveConfig,
-    ContrastiveCropConfig,
-    DecoderConfig,
-    PositionConfig,
-)
+from configs import mae_vit_b_tiny_imagenet
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    mae = mae_vit_b_tiny_imagenet.experiment()
-    boxes = ContrastiveCropConfig(alpha=0.1, threshold=0.5, every_epochs=60)
-    return dataclasses.replace(
-        mae,
-        data=dataclasses.replace(mae.data, crop="contrastive", contrastive_crop=boxes),
-        objective=CMAEConfig(
-            decoder=DecoderConfig(depth=1, width=128, mlp_dim=512, heads=4),
-            contrastive=ContrastiveConfig(weight=0.1, hidden=2048, dim=256),
-            position=PositionConfig(leak_free=False),
+def experiment() -> c.Config:
+    boxes = c.ContrastiveCropConfig(alpha=0.1, threshold=0.5, every_epochs=60)
+    return c.changed(
+        mae_vit_b_tiny_imagenet.experiment(),
+        data={"crop": "contrastive", "contrastive_crop": boxes},
+        objective=c.CMAEConfig(
+            decoder=c.DecoderConfig(depth=1, width=128, mlp_dim=512, heads=4),
+            contrastive=c.ContrastiveConfig(weight=0.1, hidden=2048, dim=256),
+            position=c.PositionConfig(leak_free=False),
         ),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -20,7 +20,3 @@ MASKED_BRANCH = SupMIMConfig(
 
 def experiment() -> Config:
     return base.with_masked_branch(debug_supervised.experiment(), MASKED_BRANCH)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

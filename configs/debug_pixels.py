@@ -5,17 +5,9 @@
 Hardware: 2 CPU cores.
 """
 
-import dataclasses
-
-from configs import base, debug
-from supmim_jax.config import Config, PixelsConfig
+from configs import debug
+from supmim_jax.config import Config, PixelsConfig, changed
 
 
 def experiment() -> Config:
-    config = debug.experiment()
-    objective = dataclasses.replace(config.objective, target=PixelsConfig())
-    return dataclasses.replace(config, objective=objective)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)
+    return changed(debug.experiment(), objective={"target": PixelsConfig()})

@@ -14,18 +14,7 @@ def experiment() -> Config:
         batch_size=64,
         epochs=640,  # 2400 steps
         data=base.FRACTALS,
-        model=ViTConfig(
-            patch=4,
-            width=64,
-            depth=4,
-            mlp_dim=256,
-            heads=2,
-            positions="sincos2d",
-        ),
+        model=ViTConfig(patch=4, width=64, depth=4, mlp_dim=256, heads=2, positions="sincos2d"),
         objective=SupervisedConfig(classification=ClassificationConfig(label_smoothing=0.1)),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -7,17 +7,9 @@
 Hardware: 2 CPU cores.
 """
 
-import dataclasses
-
-from configs import base, debug, vqgan_debug
-from supmim_jax.config import Config
+from configs import debug, vqgan_debug
+from supmim_jax.config import Config, changed
 
 
 def experiment() -> Config:
-    config = debug.experiment()
-    objective = dataclasses.replace(config.objective, target=vqgan_debug.TOKENIZER)
-    return dataclasses.replace(config, objective=objective)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)
+    return changed(debug.experiment(), objective={"target": vqgan_debug.TOKENIZER})

@@ -9,33 +9,19 @@ README_revenge.md), and MAE's decay of the learning rate by layer (arXiv 2111.06
 value is our choice; not measured.
 """
 
-from dataclasses import replace
-
 from configs import base, supervised_b14_imagenet1k_deit3
-from supmim_jax.config import ClassificationConfig, Config, InitConfig, OptimConfig
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    start = supervised_b14_imagenet1k_deit3.experiment()
-    mixed = ClassificationConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
-    return replace(
-        start,
+def experiment() -> c.Config:
+    mixed = c.ClassificationConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    return c.changed(
+        supervised_b14_imagenet1k_deit3.experiment(),
         batch_size=512,
         epochs=20,
-        data=replace(
-            start.data,
-            image_size=392,
-            eval_resize=392,
-            augment="timm_rand_augment",
-            augment_layers=2,
-            augment_magnitude=9.0,
-        ),
-        model=replace(start.model, position_grid=16, drop_path=0.2),
-        objective=replace(start.objective, classification=mixed),
-        init=InitConfig(checkpoint="runs/supmim_b14_imagenet1k_deit3", head="keep"),
-        optim=OptimConfig(lr=5e-5, weight_decay=0.1, warmup_epochs=2, layer_decay=0.75),
+        data={"image_size": 392, "eval_resize": 392, **base.TIMM_RAND_AUGMENT},
+        model={"position_grid": 16, "drop_path": 0.2},
+        objective={"classification": mixed},
+        init=c.InitConfig(checkpoint="runs/supmim_b14_imagenet1k_deit3", head="keep"),
+        optim=c.OptimConfig(lr=5e-5, weight_decay=0.1, warmup_epochs=2, layer_decay=0.75),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

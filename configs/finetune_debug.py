@@ -7,23 +7,16 @@ Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workd
 All values are our choices, made without a search.
 """
 
-import dataclasses
-
-from configs import base, debug_supervised
-from supmim_jax.config import Config, InitConfig, OptimConfig
+from configs import debug_supervised
+from supmim_jax.config import Config, InitConfig, OptimConfig, changed
 
 
 def experiment() -> Config:
-    config = debug_supervised.experiment()
-    return dataclasses.replace(
-        config,
+    return changed(
+        debug_supervised.experiment(),
         epochs=64,  # 240 steps
-        data=dataclasses.replace(config.data, image_size=24),
-        model=dataclasses.replace(config.model, position_grid=5),  # of 20 px in patches of 4
+        data={"image_size": 24},
+        model={"position_grid": 5},  # of 20 px in patches of 4
         init=InitConfig(checkpoint="runs/supmim", head="keep"),
         optim=OptimConfig(lr=2e-4, weight_decay=0.05, warmup_epochs=5, layer_decay=0.75),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -9,16 +9,9 @@ paper's appendix A.1 and, where that gives a range, its code's README for ViT-B,
 token: our choice.
 """
 
-import dataclasses
-
 from configs import base, mae_b16_imagenet1k
-from supmim_jax.config import Config, InitConfig
+from supmim_jax.config import Config
 
 
 def experiment() -> Config:
-    config = base.fine_tuned(mae_b16_imagenet1k.experiment(), InitConfig("runs/mae_b16_imagenet1k"))
-    return dataclasses.replace(config, batch_size=1024, epochs=100)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)
+    return base.fine_tuned(mae_b16_imagenet1k.experiment(), "runs/mae_b16_imagenet1k")

@@ -8,34 +8,21 @@ one, as a baseline: --config.init.checkpoint= --config.optim.layer_decay=1. All 
 choices, made without a search.
 """
 
-import dataclasses
-
-from configs import base, mae_fractals
-from supmim_jax.config import (
-    ClassificationConfig,
-    Config,
-    EvalConfig,
-    InitConfig,
-    OptimConfig,
-    SupervisedConfig,
-)
+from configs import mae_fractals
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    config = mae_fractals.experiment()
-    return dataclasses.replace(
-        config,
+def experiment() -> c.Config:
+    smoothed = c.ClassificationConfig(label_smoothing=0.1)
+    return c.changed(
+        mae_fractals.experiment(),
         epochs=160,  # 600 steps
-        data=dataclasses.replace(
-            config.data, train_split="train", train_examples=240, eval_split="validation"
+        data={"train_split": "train", "train_examples": 240, "eval_split": "validation"},
+        model={"drop_path": 0.1},
+        objective=c.SupervisedConfig(classification=smoothed),
+        init=c.InitConfig(checkpoint="runs/mae"),
+        optim=c.OptimConfig(
+            lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25, layer_decay=0.75
         ),
-        model=dataclasses.replace(config.model, drop_path=0.1),
-        objective=SupervisedConfig(classification=ClassificationConfig(label_smoothing=0.1)),
-        init=InitConfig(checkpoint="runs/mae"),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25, layer_decay=0.75),
-        eval=EvalConfig(),
+        eval=c.EvalConfig(),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -8,16 +8,9 @@ Top-1: 62.95 % from MAE, 65.84 % from CMAE (paper: arXiv 2205.10546); not measur
 that of configs/finetune_mae_b16_imagenet1k.py, our choice.
 """
 
-import dataclasses
-
 from configs import base, mae_vit_b_tiny_imagenet
-from supmim_jax.config import Config, InitConfig
+from supmim_jax.config import Config
 
 
 def experiment() -> Config:
-    config = base.fine_tuned(mae_vit_b_tiny_imagenet.experiment(), InitConfig("runs/mae_b_tiny"))
-    return dataclasses.replace(config, batch_size=1024, epochs=100)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)
+    return base.fine_tuned(mae_vit_b_tiny_imagenet.experiment(), "runs/mae_b_tiny")

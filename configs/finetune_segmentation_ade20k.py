@@ -8,32 +8,22 @@ The classes are the 100 of the instance challenge (see probes/segmentation_ade20
 is our choice; not measured.
 """
 
-from dataclasses import replace
-
-from configs import base, supmim_b14_imagenet1k
-from supmim_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    InitConfig,
-    MasksConfig,
-    OptimConfig,
-    SegmentationObjectiveConfig,
-)
+from configs import supmim_b14_imagenet1k
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
+def experiment() -> c.Config:
     start = supmim_b14_imagenet1k.experiment()
     grid = start.data.image_size // start.model.patch
-    return replace(
+    return c.changed(
         start,
         batch_size=64,
         epochs=64,
-        data=DataConfig(
+        data=c.DataConfig(
             name="scene_parse150",
             eval_split="test",
             train_examples=20_210,
-            masks=MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
+            masks=c.MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
             image_size=448,
             eval_resize=448,
             channels=3,
@@ -43,17 +33,9 @@ def experiment() -> Config:
             augment="three_augment",
             workers=start.data.workers,
         ),
-        model=replace(
-            start.model,
-            drop_path=0.1,
-            position_grid=grid if start.model.positions == "sincos2d" else 0,
-        ),
-        objective=SegmentationObjectiveConfig(head="conv"),
-        init=InitConfig(checkpoint="runs/supmim_b14_imagenet1k"),
-        optim=OptimConfig(lr=1e-4, weight_decay=0.05, warmup_epochs=5, layer_decay=0.75),
-        eval=EvalConfig(batch_size=64, which=("miou",)),
+        model={"drop_path": 0.1, "position_grid": grid},
+        objective=c.SegmentationObjectiveConfig(head="conv"),
+        init=c.InitConfig(checkpoint="runs/supmim_b14_imagenet1k"),
+        optim=c.OptimConfig(lr=1e-4, weight_decay=0.05, warmup_epochs=5, layer_decay=0.75),
+        eval=c.EvalConfig(batch_size=64, which=("miou",)),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -9,22 +9,15 @@ learning rate of 2e-4, 1e-3 and 3e-3 (one run each; a convolutional head on its 
 36.2 %, by configs/probes/fractals.py). The other values are our choices, made without a search.
 """
 
-import dataclasses
-
-from configs import base, finetune_debug
-from supmim_jax.config import Config, EvalConfig, InitConfig, SegmentationObjectiveConfig
+from configs import finetune_debug
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    config = finetune_debug.experiment()
-    return dataclasses.replace(
-        config,
-        objective=SegmentationObjectiveConfig(head="conv"),
-        init=InitConfig(checkpoint="runs/supmim"),
-        optim=dataclasses.replace(config.optim, lr=3e-3),
-        eval=EvalConfig(which=("miou",)),
+def experiment() -> c.Config:
+    return c.changed(
+        finetune_debug.experiment(),
+        objective=c.SegmentationObjectiveConfig(head="conv"),
+        init=c.InitConfig(checkpoint="runs/supmim"),
+        optim={"lr": 3e-3},
+        eval=c.EvalConfig(which=("miou",)),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -7,25 +7,17 @@ Fine-tuned top-1 with ViT-B after 1600 epochs: 83.6 % (paper); not measured here
 paper's appendix A.1, for 800 epochs, the default of its ablations.
 """
 
-import dataclasses
-
 from configs import base
-from supmim_jax.config import Config, DecoderConfig, MAEConfig, ViTConfig
+from supmim_jax.config import Config, MAEConfig, ViTConfig, changed
 
 
 def experiment() -> Config:
     return Config(
         batch_size=4096,
         epochs=800,
-        data=dataclasses.replace(
-            base.IMAGENET_1K, crop="inception", min_crop_area=0.2, augment="none"
-        ),
+        data=changed(base.IMAGENET_1K, crop="inception", min_crop_area=0.2, augment="none"),
         model=ViTConfig.variant("B", patch=16, pooling="cls", **base.AT_SCALE),
-        objective=MAEConfig(decoder=DecoderConfig(depth=8, width=512, mlp_dim=2048, heads=16)),
+        objective=MAEConfig(decoder=base.MAE_DECODER),
         optim=base.MAE_OPTIM,
         eval=base.EVAL_WITHOUT_LABELS,
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -8,31 +8,23 @@ worth is measured on the test split (docs/results.md). The decoder is to the enc
 layers and 512 channels is to ViT-B, roughly. All values are our choices, made without a search.
 """
 
-import dataclasses
-
-from configs import base
-from supmim_jax.config import Config, DecoderConfig, EvalConfig, MAEConfig, OptimConfig, ViTConfig
+from configs import debug_supervised
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    return Config(
-        batch_size=64,
+def experiment() -> c.Config:
+    return c.changed(
+        debug_supervised.experiment(),
         epochs=64,  # 1200 steps
-        data=dataclasses.replace(
-            base.FRACTALS,
-            train_split="validation",
-            train_examples=1200,
-            eval_split="train",
-            image_size=24,
-            crop="inception",
-            min_crop_area=0.2,  # MAE's
-        ),
-        model=ViTConfig(patch=4, width=64, depth=4, mlp_dim=256, heads=2, positions="sincos2d"),
-        objective=MAEConfig(decoder=DecoderConfig(depth=3, width=48, mlp_dim=192, heads=2)),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.95, warmup_epochs=5),
-        eval=EvalConfig(which=("knn",)),
+        data={
+            "train_split": "validation",
+            "train_examples": 1200,
+            "eval_split": "train",
+            "image_size": 24,
+            "crop": "inception",
+            "min_crop_area": 0.2,  # MAE's
+        },
+        objective=c.MAEConfig(decoder=c.DecoderConfig(depth=3, width=48, mlp_dim=192, heads=2)),
+        optim=c.OptimConfig(lr=2e-3, weight_decay=0.05, b2=0.95, warmup_epochs=5),
+        eval=c.EvalConfig(which=("knn",)),
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -11,21 +11,15 @@ nothing of it. That makes 64 tokens, 16 of them visible; patches of 16 would lea
 and patches of 4 cost four times as much.
 """
 
-from configs import base
-from supmim_jax.config import Config, DecoderConfig, MAEConfig, ViTConfig
+from configs import base, mae_b16_imagenet1k
+from supmim_jax.config import Config, changed
 
 
 def experiment() -> Config:
-    return Config(
+    return changed(
+        mae_b16_imagenet1k.experiment(),
         batch_size=1024,
         epochs=300,
         data=base.TINY_IMAGENET,
-        model=ViTConfig.variant("B", patch=8, pooling="cls", **base.AT_SCALE),
-        objective=MAEConfig(decoder=DecoderConfig(depth=8, width=512, mlp_dim=2048, heads=16)),
-        optim=base.MAE_OPTIM,
-        eval=base.EVAL_WITHOUT_LABELS,
+        model={"patch": 8},
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

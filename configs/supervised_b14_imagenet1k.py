@@ -23,7 +23,3 @@ def experiment() -> Config:
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=32),  # 10,000 steps
         eval=base.EVAL_AT_SCALE,
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -38,7 +38,3 @@ def experiment() -> Config:
         ),
         eval=base.EVAL_AT_SCALE,
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -9,22 +9,10 @@ and num_classes to what it holds (14,197,122 images in 21,841 classes: Ridnik et
 2104.10972). The recipe is our choice, after AugReg (arXiv 2106.10270).
 """
 
-from configs import base
-from supmim_jax.config import ClassificationConfig, Config, OptimConfig, SupervisedConfig, ViTConfig
+from configs import base, supervised_l14_imagenet21k
+from supmim_jax.config import Config, ViTConfig, changed
 
 
 def experiment() -> Config:
-    classification = ClassificationConfig(loss="sigmoid", mixup=0.2, mixup_larger=True)
-    return Config(
-        batch_size=4096,
-        epochs=90,
-        data=base.IMAGENET_21K,
-        model=ViTConfig.variant("g", patch=14, drop_path=0.1, **base.AT_SCALE),
-        objective=SupervisedConfig(classification=classification),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=3),
-        eval=base.EVAL_AT_SCALE,
-    )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)
+    model = ViTConfig.variant("g", patch=14, drop_path=0.1, **base.AT_SCALE)
+    return changed(supervised_l14_imagenet21k.experiment(), model=model)

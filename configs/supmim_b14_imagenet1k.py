@@ -18,7 +18,3 @@ from supmim_jax.config import Config
 
 def experiment() -> Config:
     return base.with_masked_branch(supervised_b14_imagenet1k.experiment(), base.SUPMIM)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

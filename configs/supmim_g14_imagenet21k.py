@@ -15,7 +15,3 @@ from supmim_jax.config import Config
 
 def experiment() -> Config:
     return base.with_masked_branch(supervised_g14_imagenet21k.experiment(), base.SUPMIM)
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -8,34 +8,15 @@ Not trained by us. The perceptual checkpoint is a run with this config's `model`
 supervised for instance; with perceptual.weight=0 none is needed, and images come back softer.
 """
 
-import dataclasses
-
 from configs import base
-from supmim_jax.config import (
-    AdversarialConfig,
-    Config,
-    OptimConfig,
-    PerceptualConfig,
-    ViTConfig,
-    VQGANConfig,
-    VQGANObjectiveConfig,
-)
-
-# Network, losses and optimizer are those of MaskGIT's published vqgan_config.py, beside which
-# docs/recipes.md puts each value. Its R1 penalty of 10 is on the squared gradient; ours is on half
-# of that.
-OBJECTIVE = VQGANObjectiveConfig(
-    tokenizer=VQGANConfig(),
-    perceptual=PerceptualConfig(weight=0.1, checkpoint="PATH OF A RUN"),
-    adversarial=AdversarialConfig(weight=0.1, r1_weight=20.0, start=0.25),
-)
+from supmim_jax import config as c
 
 
-def experiment() -> Config:
-    return Config(
+def experiment() -> c.Config:
+    return c.Config(
         batch_size=256,
         epochs=200,
-        data=dataclasses.replace(
+        data=c.changed(
             base.IMAGENET_1K,
             image_size=256,
             crop="inception",
@@ -43,14 +24,17 @@ def experiment() -> Config:
             augment="none",
             eval_resize=256,
         ),
-        model=ViTConfig.variant("B", patch=16, **base.AT_SCALE),
-        objective=OBJECTIVE,
-        optim=OptimConfig(
+        model=c.ViTConfig.variant("B", patch=16, **base.AT_SCALE),
+        # Network, losses and optimizer are those of MaskGIT's published vqgan_config.py, beside
+        # which docs/recipes.md puts each value. Its R1 penalty of 10 is on the squared gradient;
+        # ours is on half of that.
+        objective=c.VQGANObjectiveConfig(
+            tokenizer=c.VQGANConfig(),
+            perceptual=c.PerceptualConfig(weight=0.1, checkpoint="PATH OF A RUN"),
+            adversarial=c.AdversarialConfig(weight=0.1, r1_weight=20.0, start=0.25),
+        ),
+        optim=c.OptimConfig(
             lr=1e-4, b1=0.0, b2=0.99, weight_decay=0.0, warmup_epochs=1, clip=1.0, ema=0.999
         ),
         eval=base.EVAL_AT_SCALE,
     )
-
-
-def get_config(arg: str = ""):
-    return base.finish(experiment(), arg)

@@ -26,10 +26,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import environment, multihost, storage
-from supmim_jax.config import Config
-from supmim_jax.config.configdict import section
+from supmim_jax.config import Config, ProbeConfig, debug
+from supmim_jax.config.configdict import section, to_configdict
 from supmim_jax.data import source
-from supmim_jax.errors import OF_THE_USER, SetupError
+from supmim_jax.errors import OF_THE_USER, ConfigError, SetupError
 from supmim_jax.multihost import EXIT_SETUP
 from supmim_jax.nan_guard import Diverged
 
@@ -104,7 +104,7 @@ def define(text: str) -> flags.FlagHolder:
 
 
 def load(given: str) -> ConfigDict:
-    """What get_config() of `path` or `path:argument` returns.
+    """The ConfigDict of `path` or `path:argument`: see the module.
 
     Raises:
       SetupError: the file is missing, cannot be run, or returns something else; the message names
@@ -125,7 +125,10 @@ def load(given: str) -> ConfigDict:
         spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        config = module.get_config(*[argument] * bool(colon))
+        if hasattr(module, "get_config"):
+            config = module.get_config(*[argument] * bool(colon))
+        else:
+            config = _finished(module.experiment(), argument)
     except BaseException as error:  # the file may raise anything, SystemExit too
         said = " ".join(str(error).split())[:LONGEST]
         kind = "" if isinstance(error, SetupError) else f"{type(error).__name__}: "
@@ -133,9 +136,20 @@ def load(given: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise SetupError(
             f"{path}: get_config() returns {type(config).__name__}; it must return the ConfigDict "
-            f"that supmim_jax.config.configdict.to_configdict makes of a Config or ProbeConfig."
+            f"that supmim_jax.config.configdict.to_configdict makes of a Config or ProbeConfig. Or "
+            f"the file may have a function experiment() that returns one of these."
         )
     return config
+
+
+def _finished(config: Config | ProbeConfig, argument: str) -> ConfigDict:
+    """What experiment() of a file gives, in small with the argument "debug"."""
+    known = ("", "debug") if isinstance(config, Config) else ("",)
+    if argument not in known:
+        raise ConfigError(
+            f"the config argument {argument!r} is unknown; known are {', '.join(map(repr, known))}."
+        )
+    return to_configdict(debug(config) if argument else config)
 
 
 class _Parser(flags.ArgumentParser):

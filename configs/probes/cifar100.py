@@ -9,7 +9,7 @@ from configs.probes import base
 from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig
 
 
-def get_config(arg: str = ""):
+def experiment() -> ProbeConfig:
     data = ProbeDataConfig(
         name="cifar100",
         train_split="train",
@@ -18,4 +18,4 @@ def get_config(arg: str = ""):
         label_field="label",
     )
     evaluations = EvalConfig(which=("top1", "knn", "linear", "few_shot"), knn=base.KNN_SWEEP)
-    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)
+    return ProbeConfig(data=data, eval=evaluations)

@@ -7,6 +7,7 @@ Hardware: 2 CPU cores. `fractals.py:small` takes another variant of the data tha
 
 from configs.probes import base
 from supmim_jax.config import EvalConfig, FewShotConfig, MasksConfig, ProbeConfig, ProbeDataConfig
+from supmim_jax.config.configdict import to_configdict
 from supmim_jax.data.fractals import SPECS
 from supmim_jax.errors import ConfigError
 
@@ -29,4 +30,4 @@ def get_config(arg: str = ""):
         knn=base.KNN_SWEEP,
         few_shot=FewShotConfig(shots=5),  # tiny has 8 images of a class
     )
-    return base.finish(ProbeConfig(data=data, eval=evaluations), "")
+    return to_configdict(ProbeConfig(data=data, eval=evaluations))

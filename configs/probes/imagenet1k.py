@@ -10,7 +10,7 @@ from configs.probes import base
 from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig
 
 
-def get_config(arg: str = ""):
+def experiment() -> ProbeConfig:
     data = ProbeDataConfig(
         name="imagenet2012",
         train_split="train",
@@ -22,4 +22,4 @@ def get_config(arg: str = ""):
     )
     which = ("top1", "knn", "retrieval", "linear", "few_shot")
     evaluations = EvalConfig(batch_size=2048, which=which, knn=base.KNN_SWEEP)
-    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)
+    return ProbeConfig(data=data, eval=evaluations)

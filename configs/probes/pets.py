@@ -7,30 +7,23 @@ The masks have 1 for the animal, 2 for the ground and 3 for the border between; 
 """
 
 from configs.probes import base
-from supmim_jax.config import (
-    EvalConfig,
-    HeadTrainingConfig,
-    MasksConfig,
-    ProbeConfig,
-    ProbeDataConfig,
-    SegmentationConfig,
-)
+from supmim_jax import config as c
 
 
-def get_config(arg: str = ""):
-    data = ProbeDataConfig(
+def experiment() -> c.ProbeConfig:
+    data = c.ProbeDataConfig(
         name="oxford_iiit_pet",
         train_split="train",
         eval_split="test",
         num_classes=37,
         label_field="label",
-        masks=MasksConfig(field="segmentation_mask", num_classes=3, offset=-1),
+        masks=c.MasksConfig(field="segmentation_mask", num_classes=3, offset=-1),
     )
-    evaluations = EvalConfig(
+    evaluations = c.EvalConfig(
         which=("top1", "knn", "linear", "few_shot", "segmentation"),
         knn=base.KNN_SWEEP,
-        segmentation=SegmentationConfig(
-            training=HeadTrainingConfig(steps=2300),  # 20 epochs; our choice
+        segmentation=c.SegmentationConfig(
+            training=c.HeadTrainingConfig(steps=2300)  # 20 epochs; our choice
         ),
     )
-    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)
+    return c.ProbeConfig(data=data, eval=evaluations)

@@ -9,27 +9,19 @@ that of the 150 classes of scene parsing. For those, name a data set with their 
 num_classes=150.
 """
 
-from configs.probes import base
-from supmim_jax.config import (
-    EvalConfig,
-    HeadTrainingConfig,
-    MasksConfig,
-    ProbeConfig,
-    ProbeDataConfig,
-    SegmentationConfig,
-)
+from supmim_jax import config as c
 
 
-def get_config(arg: str = ""):
-    data = ProbeDataConfig(
+def experiment() -> c.ProbeConfig:
+    data = c.ProbeDataConfig(
         name="scene_parse150",
         train_split="train",
         eval_split="test",
-        masks=MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
+        masks=c.MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
     )
-    segmentation = SegmentationConfig(
+    segmentation = c.SegmentationConfig(
         max_examples=20_210,  # all
-        training=HeadTrainingConfig(steps=12_640),  # 20 epochs; our choice
+        training=c.HeadTrainingConfig(steps=12_640),  # 20 epochs; our choice
     )
-    evaluations = EvalConfig(which=("segmentation",), segmentation=segmentation)
-    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)
+    evaluations = c.EvalConfig(which=("segmentation",), segmentation=segmentation)
+    return c.ProbeConfig(data=data, eval=evaluations)

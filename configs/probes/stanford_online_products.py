@@ -7,11 +7,10 @@ Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --nam
 stanford_online_products`. The test split's 11,316 products search each other.
 """
 
-from configs.probes import base
 from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig, RetrievalConfig
 
 
-def get_config(arg: str = ""):
+def experiment() -> ProbeConfig:
     data = ProbeDataConfig(
         name="stanford_online_products",
         train_split="train",
@@ -22,4 +21,4 @@ def get_config(arg: str = ""):
     evaluations = EvalConfig(
         which=("retrieval",), retrieval=RetrievalConfig(recalls=(1, 10, 100, 1000))
     )
-    return base.finish(ProbeConfig(data=data, eval=evaluations), arg)
+    return ProbeConfig(data=data, eval=evaluations)

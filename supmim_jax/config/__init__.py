@@ -11,6 +11,7 @@ from supmim_jax.config.data import (
     MasksConfig,
     ProbeDataConfig,
 )
+from supmim_jax.config.debug import debug
 from supmim_jax.config.evaluation import (
     EvalConfig,
     FewShotConfig,
@@ -21,7 +22,7 @@ from supmim_jax.config.evaluation import (
     RetrievalConfig,
     SegmentationConfig,
 )
-from supmim_jax.config.experiment import Config
+from supmim_jax.config.experiment import Config, changed
 from supmim_jax.config.fields import INF, within
 from supmim_jax.config.model import (
     VARIANTS,
@@ -94,5 +95,7 @@ __all__ = [
     "VQGANObjectiveConfig",
     "ViTConfig",
     "WatchConfig",
+    "changed",
+    "debug",
     "within",
 ]

@@ -1,7 +1,8 @@
 """A whole experiment, and what its sections must have in common."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from supmim_jax.config.data import DataConfig
 from supmim_jax.config.evaluation import EvalConfig
@@ -241,3 +242,14 @@ class Config:
     def peak_lr(self) -> float:
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
         return self.optim.lr * scale
+
+
+def changed(config: Any, **fields: Any) -> Any:
+    """`config` with these fields; of a section a dict names the fields that change, and so on."""
+    return replace(
+        config,
+        **{
+            name: changed(getattr(config, name), **value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+        },
+    )
