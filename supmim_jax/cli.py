@@ -1,15 +1,15 @@
-"""How the commands start and how they fail.
+"""How the commands start, read --config, talk and fail.
 
-What a person sees of a command: a fault of the terminal, pipe or file never ends the work.
+A config file is Python: its `experiment()` returns a Config or ProbeConfig, or its
+`get_config(argument)` a ConfigDict. Such files import each other as parts of `configs`: the
+directory of this name above the file, wherever the command runs and whatever else is called so
+there; what that lacks is looked for in the working directory's and in that of the checkout which
+this package is part of.
 
-The reader of `2>&1 | head` goes away, a terminal hangs up, the disk of a log fills, a shell closes
-stderr (2>&-), an encoding lacks a letter. What cannot be shown is left out, and the work goes on.
-
---config: a Python file whose get_config() returns the ConfigDict of an experiment or a probe.
-
-Such files import each other as parts of `configs`. That is the directory of this name above the
-file, wherever the command runs and whatever else is called `configs` there; what it lacks is looked
-for in the working directory's, and in that of the checkout which this package is part of."""
+A fault of the terminal, pipe or file that a person watches never ends the work: the reader of
+`2>&1 | head` goes away, a terminal hangs up, the disk of a log fills, a shell closes stderr (2>&-),
+an encoding lacks a letter. What cannot be shown is left out, and the work goes on.
+"""
 
 import importlib.util
 import os
@@ -33,67 +33,136 @@ from supmim_jax.errors import OF_THE_USER, ConfigError, SetupError
 from supmim_jax.multihost import EXIT_SETUP
 from supmim_jax.nan_guard import Diverged
 
-
-class Shown:
-    """A stream of text that drops what it cannot write, and remembers the last reason."""
-
-    def __init__(self, stream):
-        self.stream, self.fault = stream, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
-        return len(text)
-
-    def writelines(self, lines) -> None:
-        self.write("".join(lines))
-
-    def flush(self) -> None:
-        self._try(self.stream.flush)
-
-    def _try(self, do: Callable, *values) -> None:
-        try:
-            do(*values)
-        except (OSError, ValueError) as error:  # ValueError: it was closed
-            self.fault = error
-
-
-def guard() -> None:
-    """From now on stdout and stderr are Shown.
-
-    Where they are closed, they become /dev/null: the next file that is opened would get their
-    number, and be written to by whatever prints.
-    """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, Shown(stream))
-
-
-def display_lost() -> OSError | None:
-    """Why what was printed on stdout is not complete; not that its reader went, who had enough."""
-    sys.stdout.flush()
-    fault = getattr(sys.stdout, "fault", None)
-    return fault if isinstance(fault, OSError) and fault.errno in OF_THE_USER else None
-
-
-def end() -> None:
-    """What could not be written is given up, or Python would complain of it as it ends."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        if getattr(stream, "fault", None):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 PACKAGE = "configs"
 HERE = Path(__file__).resolve().parent
 LONGEST = 500  # characters of what an error in a file says
+
+
+EXIT_DIVERGED = 3  # training met NaN or infinity
+
+# Of config.data: where and how a host reads; all else must be the same on every host.
+PER_HOST = ("data_dir", "workers", "threads", "prefetch")
+
+# In what JAX says of a device that it cannot use: another process has it, or it is not ready.
+MAY_PASS = ("in use", "OUT_OF_MEMORY", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+
+# What absl and ml_collections raise for a wrong flag, key or value.
+MISTAKES = (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError)
+
+
+def start(run: Callable[[], None]) -> None:
+    """Parses the flags and runs; what the user can fix is a paragraph on stderr, no traceback."""
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
+        logging.set_verbosity(logging.ERROR)
+        source.allow_many_files()
+        try:
+            run()
+        except SetupError as error:
+            # What was being handled as it was raised: a disk or network that failed for a moment.
+            passes = storage.may_pass(error.__context__)
+            fail(str(error), multihost.EXIT_TRY_AGAIN if passes else EXIT_SETUP)
+        except Diverged as error:
+            fail(str(error), EXIT_DIVERGED)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in OF_THE_USER:
+                fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
+            if refused := storage.denied(error):
+                fail(refused, EXIT_SETUP)
+            if no_device := environment.no_device(error):
+                busy = any(word in no_device for word in MAY_PASS)
+                fail(no_device, multihost.EXIT_TRY_AGAIN if busy else EXIT_SETUP)
+            if isinstance(error, ChildProcessError):
+                fail(str(error), multihost.EXIT_TRY_AGAIN)
+            if not multihost.active():
+                raise
+            traceback.print_exc()
+            reason = str(error).strip().partition("\n")[0]
+            fail(f"{type(error).__name__}: {reason}", multihost.EXIT_TRY_AGAIN)
+        if lost := _lost_output():
+            fail(f"stdout has not all of what was printed: {lost}. Print elsewhere.", EXIT_SETUP)
+        multihost.end_watch()
+
+    _guard_output()
+    environment.rely()
+    multihost.listen()
+    # All drawing goes to files. What a notebook left here is for its own windows, and matplotlib
+    # cannot even be imported where it knows no such backend.
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        app.run(main, flags_parser=parse)
+    finally:
+        _end_output()
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
+    try:
+        return flags.FLAGS(argv)
+    except SetupError as error:  # of the config file
+        return fail(str(error), EXIT_SETUP)
+    except MISTAKES as error:
+        return fail(f"{error} (in the command line)", EXIT_SETUP)
+
+
+def define_process_flags() -> None:
+    """The flags that `join` reads."""
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes; a TPU VM or Slurm tell it which."
+    )
+    flags.DEFINE_string(
+        "coordinator", "", "host:port of process 0, where neither does [JAX_COORDINATOR_ADDRESS]."
+    )
+    flags.DEFINE_integer("num_processes", 0, "How many [JAX_NUM_PROCESSES].", lower_bound=0)
+    flags.DEFINE_integer(
+        "process_id", -1, "Which one, from 0 [JAX_PROCESS_ID, JOB_COMPLETION_INDEX]."
+    )
+    flags.DEFINE_integer("join_timeout", 60, "Seconds until all must have come.", lower_bound=5)
+
+
+def join() -> None:
+    """Joins the other processes of this run, if the flags say that there are any.
+
+    Raises:
+      SetupError: nothing tells which process this is.
+    """
+    given = flags.FLAGS
+    if given.distributed or given.coordinator:
+        numbers = (given.num_processes, given.process_id)
+        where = multihost.place(given.coordinator, *numbers, os.environ)
+        multihost.join(where, given.join_timeout)
+
+
+def agree(cfg: Config, command: dict) -> None:
+    """Returns if all processes run the same config, command, code, versions and devices.
+
+    Raises:
+      SetupError: on every process, naming those that differ from process 0, and in what.
+    """
+    if not multihost.active():
+        return
+    config = section(cfg)
+    config["data"] = {k: v for k, v in config["data"].items() if k not in PER_HOST}
+    versions = environment.versions() | environment.flags()
+    same = {"config": config, "command": command, "versions": versions}
+    multihost.agree("settings or code", same | {"code": environment.sources()})
+    # Only now: to ask for its devices, JAX has all processes exchange theirs.
+    devices = jax.local_devices()
+    local = {"kind": devices[0].device_kind, "count": len(devices)}
+    multihost.agree("devices", {"devices": local})
+
+
+def fail(message: str, code: int):
+    """Ends the command; of several processes, all of them."""
+    if multihost.active():
+        multihost.leave(message, code)
+    print(f"\nerror: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# --- config files
 
 
 def define(text: str) -> flags.FlagHolder:
@@ -192,125 +261,61 @@ def _place(error: BaseException, path: Path) -> str:
     return str(path)
 
 
-EXIT_DIVERGED = 3  # training met NaN or infinity
-
-# Of config.data: where and how a host reads; all else must be the same on every host.
-PER_HOST = ("data_dir", "workers", "threads", "prefetch")
-
-# In what JAX says of a device that it cannot use: another process has it, or it is not ready.
-MAY_PASS = ("in use", "OUT_OF_MEMORY", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
-
-# What absl and ml_collections raise for a wrong flag, key or value.
-MISTAKES = (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError)
+# --- what a person sees
 
 
-def start(run: Callable[[], None]) -> None:
-    """Parses the flags and runs; what the user can fix is a paragraph on stderr, no traceback."""
+class _Stream:
+    """A stream of text that drops what it cannot write, and remembers the last reason."""
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            fail(f"Unknown argument {argv[1]!r}; flags begin with --.", EXIT_SETUP)
-        logging.set_verbosity(logging.ERROR)
-        source.allow_many_files()
+    def __init__(self, stream):
+        self.stream, self.fault = stream, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def writelines(self, lines) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do: Callable, *values) -> None:
         try:
-            run()
-        except SetupError as error:
-            # What was being handled as it was raised: a disk or network that failed for a moment.
-            passes = storage.may_pass(error.__context__)
-            fail(str(error), multihost.EXIT_TRY_AGAIN if passes else EXIT_SETUP)
-        except Diverged as error:
-            fail(str(error), EXIT_DIVERGED)
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in OF_THE_USER:
-                fail(f"{error}. The same command goes on once that is changed.", EXIT_SETUP)
-            if refused := storage.denied(error):
-                fail(refused, EXIT_SETUP)
-            if no_device := environment.no_device(error):
-                busy = any(word in no_device for word in MAY_PASS)
-                fail(no_device, multihost.EXIT_TRY_AGAIN if busy else EXIT_SETUP)
-            if isinstance(error, ChildProcessError):
-                fail(str(error), multihost.EXIT_TRY_AGAIN)
-            if not multihost.active():
-                raise
-            traceback.print_exc()
-            reason = str(error).strip().partition("\n")[0]
-            fail(f"{type(error).__name__}: {reason}", multihost.EXIT_TRY_AGAIN)
-        if lost := display_lost():
-            fail(f"stdout has not all of what was printed: {lost}. Print elsewhere.", EXIT_SETUP)
-        multihost.end_watch()
-
-    guard()
-    environment.rely()
-    multihost.listen()
-    # All drawing goes to files. What a notebook left here is for its own windows, and matplotlib
-    # cannot even be imported where it knows no such backend.
-    os.environ["MPLBACKEND"] = "agg"
-    try:
-        app.run(main, flags_parser=parse)
-    finally:
-        end()
+            do(*values)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.fault = error
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
-    try:
-        return flags.FLAGS(argv)
-    except SetupError as error:  # of the config file
-        return fail(str(error), EXIT_SETUP)
-    except MISTAKES as error:
-        return fail(f"{error} (in the command line)", EXIT_SETUP)
+def _guard_output() -> None:
+    """From now on stdout and stderr drop what they cannot write.
 
-
-def define_process_flags() -> None:
-    """The flags that `join` reads."""
-    flags.DEFINE_bool(
-        "distributed", False, "One of several processes; a TPU VM or Slurm tell it which."
-    )
-    flags.DEFINE_string(
-        "coordinator", "", "host:port of process 0, where neither does [JAX_COORDINATOR_ADDRESS]."
-    )
-    flags.DEFINE_integer("num_processes", 0, "How many [JAX_NUM_PROCESSES].", lower_bound=0)
-    flags.DEFINE_integer(
-        "process_id", -1, "Which one, from 0 [JAX_PROCESS_ID, JOB_COMPLETION_INDEX]."
-    )
-    flags.DEFINE_integer("join_timeout", 60, "Seconds until all must have come.", lower_bound=5)
-
-
-def join() -> None:
-    """Joins the other processes of this run, if the flags say that there are any.
-
-    Raises:
-      SetupError: nothing tells which process this is.
+    Where they are closed, they become /dev/null: the next file that is opened would get their
+    number, and be written to by whatever prints.
     """
-    given = flags.FLAGS
-    if given.distributed or given.coordinator:
-        numbers = (given.num_processes, given.process_id)
-        where = multihost.place(given.coordinator, *numbers, os.environ)
-        multihost.join(where, given.join_timeout)
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name) or os.fdopen(number, "w", closefd=False)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Stream(stream))
 
 
-def agree(cfg: Config, command: dict) -> None:
-    """Returns if all processes run the same config, command, code, versions and devices.
-
-    Raises:
-      SetupError: on every process, naming those that differ from process 0, and in what.
-    """
-    if not multihost.active():
-        return
-    config = section(cfg)
-    config["data"] = {k: v for k, v in config["data"].items() if k not in PER_HOST}
-    versions = environment.versions() | environment.flags()
-    same = {"config": config, "command": command, "versions": versions}
-    multihost.agree("settings or code", same | {"code": environment.sources()})
-    # Only now: to ask for its devices, JAX has all processes exchange theirs.
-    devices = jax.local_devices()
-    local = {"kind": devices[0].device_kind, "count": len(devices)}
-    multihost.agree("devices", {"devices": local})
+def _lost_output() -> OSError | None:
+    """Why what was printed on stdout is not complete; not that its reader went, who had enough."""
+    sys.stdout.flush()
+    fault = getattr(sys.stdout, "fault", None)
+    return fault if isinstance(fault, OSError) and fault.errno in OF_THE_USER else None
 
 
-def fail(message: str, code: int):
-    """Ends the command; of several processes, all of them."""
-    if multihost.active():
-        multihost.leave(message, code)
-    print(f"\nerror: {message}", file=sys.stderr)
-    sys.exit(code)
+def _end_output() -> None:
+    """What could not be written is given up, or Python would complain of it as it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        if getattr(stream, "fault", None):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
