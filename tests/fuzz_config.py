@@ -10,7 +10,6 @@ sizes that only a tracer's patience would notice are accepted and not traced.
 
 import argparse
 import copy
-import importlib
 import math
 import os
 import sys
@@ -75,7 +74,7 @@ class Outcomes:
 
 
 def load(name: str, arg: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config(arg)
+    return cli.load(f"{REPOSITORY}/configs/{name}.py:{arg}")
 
 
 def leaves(kind: type, path: str = "") -> dict[str, Any]:

@@ -2,22 +2,21 @@
 
 import ast
 import dataclasses
-import importlib
 from pathlib import Path
 
 import jax
 import pytest
 from conftest import REPOSITORY, make_batch, make_frozen
 
-from supmim_jax import config, train_step
+from supmim_jax import cli, config, train_step
 from supmim_jax.config import Config, SupervisedConfig, SupMIMConfig, configdict
 from supmim_jax.errors import ConfigError
 
-NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs").glob("*.py"))
+NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs").glob("*.py") if p.stem != "base")
 
 
 def load(name: str, arg: str = "") -> Config:
-    return configdict.from_configdict(importlib.import_module(f"configs.{name}").get_config(arg))
+    return configdict.from_configdict(cli.load(f"{REPOSITORY}/configs/{name}.py:{arg}"))
 
 
 @pytest.mark.parametrize("objective", [SupervisedConfig(), SupMIMConfig()])

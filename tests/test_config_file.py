@@ -55,7 +55,7 @@ def test_a_mistake_is_told_by_file_and_line(text, line, tmp_path):
 def test_a_file_that_gives_no_config_is_told(text, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(text)
-    with pytest.raises(SetupError, match=r"get_config|callable") as caught:
+    with pytest.raises(SetupError, match=r"get_config|experiment|callable") as caught:
         cli.load(str(file))
     assert str(file) in str(caught.value)
 

@@ -1,7 +1,6 @@
 """`probe` against training, on 1 and 8 devices; its files, its configs and its mistakes."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from conftest import REPOSITORY
 
-from supmim_jax import probe
+from supmim_jax import cli, probe
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     EvalConfig,
@@ -206,7 +205,7 @@ def test_only_training_evaluates_again():
 def test_every_probe_config_fits_its_data_set_and_any_run(name, cfg):
     source = Path(REPOSITORY, "configs/probes", f"{name}.py").read_text()
     assert f"configs/probes/{name}.py" in source and "Hardware:" in source
-    loaded = importlib.import_module(f"configs.probes.{name}").get_config()
+    loaded = cli.load(f"{REPOSITORY}/configs/probes/{name}.py")
     asked = from_configdict(loaded, ProbeConfig)
     assert loaded.is_locked and from_configdict(to_configdict(asked), ProbeConfig) == asked
     data = asked.data.over(cfg.data)

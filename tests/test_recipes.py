@@ -1,12 +1,13 @@
 """docs/recipes.md says of each config what it is."""
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+
+from supmim_jax import cli
 
 PAGE = Path(REPOSITORY, "docs", "recipes.md").read_text()
 SECTIONS = re.findall(
@@ -16,7 +17,7 @@ SECTIONS = re.findall(
 
 @pytest.mark.parametrize(("config", "text"), SECTIONS, ids=[name for name, _ in SECTIONS])
 def test_the_column_of_ours_is_the_config(config, text):
-    values = importlib.import_module(config.replace("/", ".")).get_config().to_dict()
+    values = cli.load(f"{REPOSITORY}/{config}.py").to_dict()
     rows = re.findall(r"^\| `([\w.]+)` \|[^|]*\| `([^`|]+)` \|", text, re.MULTILINE)
     assert len(rows) == text.count("\n| `") >= 15
     for field, ours in rows:
