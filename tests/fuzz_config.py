@@ -33,6 +33,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
+from conftest import REPOSITORY
+
 from supmim_jax import cli, encoder, optim, sharding, train_step
 from supmim_jax.config import INF, Config, VQGANConfig
 from supmim_jax.config.configdict import from_configdict
