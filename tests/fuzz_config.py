@@ -29,11 +29,10 @@ if __name__ == "__main__":
 
 import jax
 from absl import flags
+from conftest import REPOSITORY
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
-
-from conftest import REPOSITORY
 
 from supmim_jax import cli, encoder, optim, sharding, train_step
 from supmim_jax.config import INF, Config, VQGANConfig

@@ -9,18 +9,10 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from rivals import data, data_plan, data_rates, photographs, processes, reference, tfdata_reference
+from rivals.data_report import report
+from rivals.data_stages import STAGES
 
-from supmim_jax.bench import (
-    data,
-    data_plan,
-    data_rates,
-    photographs,
-    processes,
-    reference,
-    tfdata_reference,
-)
-from supmim_jax.bench.data_report import report
-from supmim_jax.bench.data_stages import STAGES
 from supmim_jax.data import crops, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.errors import SetupError
@@ -144,19 +136,6 @@ def test_tfdata_makes_the_same_images(directory):
 def test_a_rival_that_ends_says_why():
     with pytest.raises(RuntimeError, match=r"(?s)exited with 1: .*Error"):
         tfdata_reference.Rival([b"no"], np.zeros((1, 3)), 224, 1, cores="many")
-
-
-def test_memory_of_workers_and_what_they_import(directory):
-    before = set(processes.workers())
-    found = data.measure(small(workers=1, soak=64), directory)["soak"]
-    assert found["images"] == 64 and set(found["begin"]) == {"main", "worker 0"}
-    worker, main = found["end"]["worker 0"], found["end"]["main"]
-    assert worker["rss"] > worker["pss"] > 10 and main["pid"] == os.getpid()
-    assert "cv2" in worker["libraries"] and "tensorflow" not in worker["libraries"]
-    assert "jax" not in worker["libraries"] and "jax" in main["libraries"]
-    growth = worker["rss"] - found["begin"]["worker 0"]["rss"]
-    assert np.isclose(found["growth_mb"]["worker 0"], growth)
-    assert set(processes.workers()) == before  # it is gone with the pipeline
 
 
 def test_command(tmp_path):

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from rivals import torch_rival
 
 from supmim_jax import train_step
-from supmim_jax.bench import step, step_data, step_report, step_timing, step_where, torch_rival
+from supmim_jax.bench import step
 from supmim_jax.config import (
     ClassificationConfig,
     MAEConfig,
@@ -25,6 +26,7 @@ from supmim_jax.config import (
     SupervisedConfig,
 )
 from supmim_jax.errors import SetupError
+from supmim_jax.rehearse import flops, hlo
 from supmim_jax.rehearse.hlo import parse
 
 PLAN = step.Plan(rounds=2, steps=1)
@@ -49,7 +51,7 @@ def test_fields_and_tables(cfg):
     parts = {"attention", "MLP", "decoder", "optimizer", "patch embedding", "tokenizer", "masks"}
     assert parts <= set(result["where"])
     assert sum(result["where"].values()) == pytest.approx(1.0)
-    text = step_report.report(result)
+    text = step.report(result)
     assert "| attention | " in text and "| images/s | " in text and "PyTorch" not in text
     assert "data wait" not in text.split("Time is by")[0]
 
@@ -62,27 +64,27 @@ def test_the_share_of_time_that_waits_for_data(cfg, monkeypatch):
     found = result["data"]
     assert found["steps"] == 4 and 0 <= found["wait_s"] < found["step_s"]
     assert found["wait_share"] == pytest.approx(found["wait_s"] / found["step_s"])
-    assert f"| data wait | {found['wait_share']:.1%} of that" in step_report.report(result)
+    assert f"| data wait | {found['wait_share']:.1%} of that" in step.report(result)
 
-    def slow(cfg, mesh):
+    def slow(dataset, mesh):
         for _ in range(cfg.total_steps):
             time.sleep(0.2)
             yield like
 
     prog = types.SimpleNamespace(state={}, fixed={}, compiled=lambda s, b, f: (s, b))
     like = jax.numpy.zeros(())
-    monkeypatch.setattr(step_data.pipeline, "train_dataset", slow)
-    found = step_data.measure(cfg, None, prog, 3)
+    monkeypatch.setattr(step.Dataset, "train", slow)
+    found = step.fed_by_pipeline(cfg, None, prog, 3)
     assert found["wait_share"] > 0.9 and 0.2 <= found["wait_s"] < 0.4
     with pytest.raises(SetupError, match="takes 13 steps, and a run of this config has 12: give"):
-        step_data.measure(cfg, None, prog, 11)
+        step.fed_by_pipeline(cfg, None, prog, 11)
     with pytest.raises(SetupError, match="measure one at a time"):
         step.measure(cfg, dataclasses.replace(plan, rival=True))
 
 
 def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="bfloat16"))
-    found = step_timing.matmul_peak(cfg, jax.devices()[0])
+    found = step.matmul_peak(cfg, jax.devices()[0])
     rows = cfg.batch_size * 25
     assert {"512x512x512", f"{rows}x32x64", f"{rows}x64x32"} <= set(found)
     assert all(rate > 0 for rate in found.values())
@@ -91,7 +93,7 @@ def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
 def test_random_batches_have_ids_of_the_codebook(cfg, one_device):
     cfg = cached(cfg)
     like = train_step.build(cfg, one_device).batch
-    batch = step_timing.random_batch(cfg, like, np.random.default_rng(0))
+    batch = step.random_batch(cfg, like, np.random.default_rng(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), like
     )
@@ -103,17 +105,17 @@ def test_turns_alternate():
     order = []
 
     def runner(name: str, seconds: float):
-        turn = step_timing.Turn(seconds, 2 * seconds)
+        turn = step.Turn(seconds, 2 * seconds)
         return lambda steps: order.append((name, steps)) or turn
 
-    turns = step_timing.by_turns({"a": runner("a", 1.0), "b": runner("b", 3.0)}, 2, 7)
+    turns = step.by_turns({"a": runner("a", 1.0), "b": runner("b", 3.0)}, 2, 7)
     assert order == [("a", 7), ("b", 7)] * 2
     assert turns == {"a": [(1.0, 2.0)] * 2, "b": [(3.0, 6.0)] * 2}
 
 
 def test_ratios_are_of_rounds():
     def turns(*pairs):
-        return [step_timing.Turn(*pair) for pair in pairs]
+        return [step.Turn(*pair) for pair in pairs]
 
     found = step.compared(
         {step.OURS: turns((1, 1), (2, 2), (1, 4)), "eager": turns((3, 1), (2, 2), (2, 2))}
@@ -130,21 +132,21 @@ def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
     parts = {}
     for computation in module.computations.values():
         for name, instruction in computation.instructions.items():
-            parts.setdefault(step_where.part_of(instruction, module), []).append(name)
-    expected = {part for _, part in step_where.TIMED} - {"contrastive"}  # mixing: one-hot labels
-    assert expected | {step_where.LOSS_AND_HEAD, step_where.UNNAMED} == set(parts)
-    spent = step_where.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
-    assert spent == {"attention": 3, "MLP": 5, step_where.UNNAMED: 2}
+            parts.setdefault(step.part_of(instruction, module), []).append(name)
+    expected = {part for _, part in step.TIMED} - {"contrastive"}  # mixing: one-hot labels
+    assert expected | {step.LOSS_AND_HEAD, step.UNNAMED} == set(parts)
+    spent = step.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
+    assert spent == {"attention": 3, "MLP": 5, step.UNNAMED: 2}
     loops = [x.name for c in module.computations.values() for x in c.instructions.values()
              if x.opcode == "while"]  # fmt: skip
-    assert not step_where.by_part(text, [(loops[0], 9)])  # its body is counted
+    assert not step.by_part(text, [(loops[0], 9)])  # its body is counted
 
 
 def test_a_program_that_cannot_be_counted_is_still_timed(cfg, one_device, monkeypatch):
     def fails(*_):
-        raise step.hlo.UnknownCost("a kernel")
+        raise hlo.UnknownCost("a kernel")
 
-    monkeypatch.setattr(step.flops, "counted", fails)
+    monkeypatch.setattr(flops, "counted", fails)
     found = step.counts(cfg, one_device, None)
     assert found["uncounted"] == "a kernel" and found["model_flops"] > 1e6
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_params
+from rivals import boxes as bench
 
 from supmim_jax import checkpoint, contrastive_boxes, sharding
 from supmim_jax import encoder as encoder_module
 from supmim_jax.batch import Features
-from supmim_jax.bench import boxes as bench
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,

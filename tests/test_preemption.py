@@ -14,7 +14,8 @@ from conftest import REPOSITORY
 from etils import epath
 from test_processes import command, ended, places, started
 
-from supmim_jax import checkpoint, multihost
+from supmim_jax import checkpoint
+from supmim_jax import multihost as multihost_module
 from supmim_jax.data import fractals
 
 
@@ -91,7 +92,7 @@ def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path)
         run, env = faulty(workdir, fault, "--config.epochs=9", *evaluates, *flags)
         processes += started([run], env=env)
     for process in ended(processes, within=90):
-        assert process.code == 143 and multihost.stopped()[0] in process.err
+        assert process.code == 143 and multihost_module.stopped()[0] in process.err
     assert checkpoint.steps(workdir) == [3]
 
 
@@ -117,7 +118,7 @@ def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=40
     )
-    assert out.returncode == 143 and multihost.stopped()[0] in out.stderr
+    assert out.returncode == 143 and multihost_module.stopped()[0] in out.stderr
 
 
 def test_who_is_behind_is_named(monkeypatch):

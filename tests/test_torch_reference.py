@@ -8,9 +8,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from supmim_jax import train_step  # noqa: E402
-from supmim_jax.bench import step, step_report, torch_reference, torch_rival  # noqa: E402
-from supmim_jax.config import ClassificationConfig  # noqa: E402
+from rivals import torch_reference, torch_rival
+
+from supmim_jax import train_step
+from supmim_jax.bench import step
+from supmim_jax.config import ClassificationConfig
 
 
 def variants(cfg, name: str):
@@ -93,7 +95,7 @@ def test_by_turns_in_another_process(cfg, one_device):
     assert result["rival"]["threads"] == result["threads"]
     for median, least, most in map(result["rival"]["times"]["eager"].get, ("ratio", "cpu_ratio")):
         assert 0 < least <= median <= most
-    text = step_report.report(result)
+    text = step.report(result)
     assert "| PyTorch 2" in text and "--nocompile_rival" in text
     assert jax.default_backend() == "cpu"
 

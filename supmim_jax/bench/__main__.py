@@ -1,21 +1,21 @@
-"""Measures: python -m supmim_jax.bench boxes|data|flops|knn|step|tokens; --help lists flags."""
+"""Measures: python -m supmim_jax.bench step|flops|tokens; with a checkout also boxes|data|knn.
 
+`boxes` judges ContrastiveCrop's boxes by masks, `data` compares the input pipeline with tf.data and
+`knn` the exact search with faiss; they are in tests/rivals of a checkout. --help behind a name
+lists its flags.
+"""
+
+import importlib
 import sys
 
 from absl import flags
 
 from supmim_jax import cli, multihost
-from supmim_jax.bench import boxes, data, knn, step, tokens
-from supmim_jax.rehearse import flops as flops_
+from supmim_jax.bench import rivals_of_checkout, step, tokens
+from supmim_jax.rehearse import flops
 
-BENCHES = {
-    "boxes": boxes,
-    "data": data,
-    "flops": flops_,
-    "knn": knn,
-    "step": step,
-    "tokens": tokens,
-}
+BENCHES = {"flops": flops, "step": step, "tokens": tokens}
+WITH_CHECKOUT = ("boxes", "data", "knn")
 
 
 def main() -> None:
@@ -23,11 +23,18 @@ def main() -> None:
     if name == "--help":
         print(__doc__)
         return
-    if name not in BENCHES:
-        known = ", ".join(BENCHES)
-        cli.fail(f"There is no bench {name!r}; known are {known}.", multihost.EXIT_SETUP)
-    run = BENCHES[name].command()
-    flags.adopt_module_key_flags(BENCHES[name])  # --help lists those of the main module
+    if name in WITH_CHECKOUT and rivals_of_checkout():
+        bench = importlib.import_module(f"rivals.{name}")
+    elif name in BENCHES:
+        bench = BENCHES[name]
+    else:
+        known = ", ".join((*BENCHES, *WITH_CHECKOUT))
+        missing = f" {', '.join(WITH_CHECKOUT)} need a checkout of the repository."
+        cli.fail(
+            f"There is no bench {name!r} here; known are {known}.{missing}", multihost.EXIT_SETUP
+        )
+    run = bench.command()
+    flags.adopt_module_key_flags(bench)  # --help lists those of the main module
     cli.start(run)
 
 

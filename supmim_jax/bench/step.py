@@ -1,25 +1,347 @@
-"""The train step on this machine: speed, share of its matmul peak, memory, where time goes."""
+"""The train step on this machine: speed, share of its matmul peak, memory, where time goes.
 
+Times of a step on this process's devices, and what they are measured against.
+
+The step fed by the run's own input pipeline: what share of the time waits for data.
+
+Where a step's time goes: a profile of it, each operation given to the part that traced it.
+
+The profiler (jax.profiler, read without TensorFlow) names operations as the compiled program does,
+whose text has the Python functions that traced each.
+
+The result of the bench of the train step as tables for people."""
+
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from supmim_jax import cli, sharding, storage, train_step
-from supmim_jax.bench import step_data, step_timing, step_where, torch_rival
-from supmim_jax.bench.step_report import report
+from supmim_jax.batch import Batch
+from supmim_jax.bench import rivals_of_checkout
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
+from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import flops, hlo
+from supmim_jax.rehearse.hlo import Instruction, Module
+from supmim_jax.train_step import TrainStep
+
+WARM_UP = 2  # steps before the first round
+REPEATS = 5  # of each matmul; the fastest counts
+
+
+class Turn(NamedTuple):
+    """Seconds of a step: of wall clock, and of CPU by all threads of its process."""
+
+    wall: float
+    cpu: float
+
+
+class Ours:
+    """A compiled step on random weights and one random batch that stays on the devices."""
+
+    def __init__(self, cfg: Config, prog: TrainStep, compiled: Callable):
+        self.compiled = compiled
+        self.state = prog.init(jax.random.key(cfg.seed))
+        random = np.random.default_rng(cfg.seed)
+        self.batch = random_batch(cfg, prog.batch, random)
+        self.fixed = placed(
+            lambda x: random.uniform(-1, 1, x.shape).astype(np.float32), prog.frozen
+        )
+        self.run(WARM_UP)
+
+    def run(self, steps: int) -> Turn:
+        """Of `steps` one after the other; the devices are done at the end."""
+        begin, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self.state, metrics = self.compiled(self.state, self.batch, self.fixed)
+        jax.block_until_ready((self.state, metrics))
+        spent = time.perf_counter() - begin, time.process_time() - cpu
+        return Turn(*(seconds / steps for seconds in spent))
+
+
+def random_batch(cfg: Config, like: Batch, random: np.random.Generator) -> Batch:
+    """A batch of noise, laid out like the abstract one."""
+    highest = {jnp.uint8.dtype: 256, jnp.uint16.dtype: 1}
+    if cfg.tokens.cache:
+        highest[jnp.uint16.dtype] = cfg.objective.target.codes
+
+    def draw(x):
+        if x.dtype == jnp.float32:
+            return np.ones(x.shape, np.float32)
+        return random.integers(0, highest.get(x.dtype, cfg.data.num_classes), x.shape, x.dtype)
+
+    return placed(draw, like)
+
+
+def placed(draw: Callable, like):
+    """What `draw` gives for each abstract array, on the devices."""
+    return jax.tree.map(lambda x: jax.device_put(draw(x).astype(x.dtype), x.sharding), like)
+
+
+def by_turns(
+    runners: dict[str, Callable[[int], Turn]], rounds: int, steps: int
+) -> dict[str, list[Turn]]:
+    """What a step took in each round; in a round every runner has a turn of `steps`."""
+    turns = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            turns[name].append(run(steps))
+    return turns
+
+
+def matmul_peak(cfg: Config, device: jax.Device) -> dict[str, float]:
+    """FLOP/s of matmuls in the step's own dtype on one device, by shape "MxKxN".
+
+    Squares, and the two of the MLP at the step's size. The step's rate is to be judged by the best.
+    """
+    model, cpu = cfg.model, device.platform == "cpu"
+    rows = min(cfg.batch_size * (cfg.data.image_size // model.patch) ** 2, 1 << (12 if cpu else 18))
+    shapes = [(n, n, n) for n in ((512, 1024, 2048) if cpu else (2048, 4096, 8192))]
+    shapes += [(rows, model.width, model.mlp_dim), (rows, model.mlp_dim, model.width)]
+    found = {}
+    with jax.default_device(device):
+        for m, k, n in shapes:
+            x, y = (jnp.full(shape, 0.5, model.dtype) for shape in ((m, k), (k, n)))
+            calls = 1 if cpu else 10  # to hide the time of starting one
+            jax.block_until_ready(MATMUL(x, y))
+            best = min(_seconds(x, y, calls) for _ in range(REPEATS))
+            found[f"{m}x{k}x{n}"] = 2 * m * k * n / best
+    return found
+
+
+MATMUL = jax.jit(jnp.matmul)
+
+
+def _seconds(x, y, calls: int) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready([MATMUL(x, y) for _ in range(calls)])
+    return (time.perf_counter() - begin) / calls
+
+
+def memory(compiled, device: jax.Device) -> dict:
+    """Peak bytes of one device, and whether it or the compiler says so."""
+    if stats := device.memory_stats():
+        return {"bytes": stats["peak_bytes_in_use"], "by": "the device"}
+    found = compiled.memory_analysis()
+    total = found.argument_size_in_bytes + found.temp_size_in_bytes
+    total += found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"bytes": total, "by": "the compiler"}
+
+
+def fed_by_pipeline(
+    cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int
+) -> dict[str, float]:
+    """Seconds of a step as `train` feeds it, and of these the seconds that nothing was there.
+
+    As in training the host is one step ahead of the devices, so what was made while they computed
+    is not waited for. The first steps, which start threads and fill buffers, do not count.
+
+    Raises:
+      SetupError: the data are missing, or a run of this config has too few steps.
+    """
+    if cfg.total_steps < WARM_UP + steps:
+        raise SetupError(
+            f"--data takes {WARM_UP + steps} steps, and a run of this config has "
+            f"{cfg.total_steps}: give fewer --rounds or --steps, or more config.epochs."
+        )
+    waited, metrics = 0.0, None
+    with contextlib.closing(Dataset.open(cfg).train(mesh)) as batches:
+        for step in range(WARM_UP + steps):
+            if step == WARM_UP:
+                jax.block_until_ready(metrics)
+                begin, waited = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            previous = metrics
+            ours.state, metrics = ours.compiled(ours.state, batch, ours.fixed)
+            jax.block_until_ready(previous)
+        jax.block_until_ready((ours.state, metrics))
+        seconds = time.perf_counter() - begin
+    return {
+        "step_s": seconds / steps,
+        "wait_s": waited / steps,
+        "wait_share": waited / seconds,
+        "steps": steps,
+    }
+
+
+# The first part one of whose functions an operation was traced in; optax's have an update_fn.
+TIMED = (
+    *(found for found in flops.PARTS if found[1] not in ("encoder", "head")),
+    ("Block.attend", "attention"),
+    ("Block.__call__", "MLP"),
+    ("ViT.encode", "encoder, between blocks"),
+    ("SupMIM.mask", "masks"),
+    ("MAE.mask", "masks"),
+    ("mix", "mixing"),
+    ("update_fn", "optimizer"),
+    ("apply_updates", "optimizer"),
+    ("norm", "optimizer"),
+)
+LOSS_AND_HEAD = "head and losses"
+UNNAMED = "copies and fills of the compiler"
+CONTAINERS = ("while", "call", "conditional")  # their time is that of what they run
+
+
+def shares(run: Callable[[], None], text: str) -> dict[str, float]:
+    """Share of the device's operation time by part, largest first; {} if the profile has none.
+
+    Args:
+      run: runs some steps to their end.
+      text: `as_text()` of the compiled step.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        files = Path(directory).rglob("*.xplane.pb")
+        profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in files]
+        spent = by_part(text, (pair for profile in profiles for pair in operations(profile)))
+    total = sum(spent.values())
+    return {name: time / total for name, time in spent.most_common()}
+
+
+def operations(profile) -> Iterator[tuple[str, float]]:
+    """Names in the program, and nanoseconds, of what ran of a module called step.
+
+    CPU and GPU say so in the statistics of each event; what doesn't is left out.
+    """
+    for plane in profile.planes:
+        for line in plane.lines:
+            for event in line.events:
+                said = dict(event.stats)
+                if "hlo_op" in said and "step" in str(said.get("hlo_module")):
+                    yield said["hlo_op"], event.duration_ns
+
+
+def by_part(text: str, operations) -> Counter:
+    """Nanoseconds by part; of operations that the text doesn't have, under UNNAMED."""
+    module = hlo.parse(text)
+    known = {
+        name: instruction
+        for computation in module.computations.values()
+        for name, instruction in computation.instructions.items()
+    }
+    spent = Counter()
+    for name, nanoseconds in operations:
+        instruction = known.get(name)
+        if instruction is None or instruction.opcode not in CONTAINERS:
+            spent[part_of(instruction, module)] += nanoseconds
+    return spent
+
+
+def part_of(instruction: Instruction | None, module: Module) -> str:
+    """The part of the step that an operation belongs to."""
+    functions = module.functions(instruction) if instruction else ()
+    if not functions:
+        return UNNAMED
+    names = {function.rpartition("<locals>.")[2] for function in functions}
+    return next((part for function, part in TIMED if function in names), LOSS_AND_HEAD)
+
+
+GIGA, MIB = 1e9, 2**20
+
+
+def report(result: dict) -> str:
+    """Lines of Markdown: what was measured, the tables, and what their numbers mean."""
+    lines = [
+        f"{result['objective']}, batch {result['batch_size']}, {result['dtype']}, remat "
+        f"{result['remat']}, tokens {result['tokens']}; {result['devices']}, {result['threads']} "
+        f"CPU threads, load {result['load']:.1f}; jax {result['versions']['jax']}",
+        "",
+        *numbers(result),
+    ]
+    if "rival" in result:
+        lines += ["", *rival(result)]
+    if "where" in result:
+        lines += ["", *where(result)]
+    return "\n".join(lines)
+
+
+def numbers(result: dict) -> list[str]:
+    """The step's own table."""
+    step, count, memory = result["step"], result["counts"], result["memory"]
+    shape, peak = max(result["peak"].items(), key=lambda item: item[1])
+    model = count["model_flops"] / result["batch_size"] / GIGA
+    cached = ", from the compilation cache where it was there" * result["compilation_cache"]
+    rows = {
+        "images/s": f"{step['images_per_s']:.1f}",
+        "step, ms": f"{1e3 * step['median_s']:.1f} ({1e3 * step['min_s']:.1f} to "
+        f"{1e3 * step['max_s']:.1f}; {step['rounds']} rounds of {step['steps']})",
+        "GF per image by arithmetic": f"{model:.3f}",
+        "FLOPs of the program / arithmetic": f"{count['ratio']:.4f}"
+        if "ratio" in count
+        else f"not counted: {count['uncounted']}",
+        "matmul peak here, GF/s": f"{peak / GIGA:.0f} (MxKxN {shape})",
+        "MFU, of that peak": f"{result['mfu']:.1%}",
+        "peak memory of a device, MiB": f"{memory['bytes'] / MIB:.0f} (says {memory['by']})",
+        "tracing, s": f"{result['trace_s']:.1f}",
+        "compiling, s": f"{result['compile_s']:.1f}{cached}",
+    }
+    if data := result.get("data"):
+        rows["step fed by the input pipeline, ms"] = (
+            f"{1e3 * data['step_s']:.1f} (mean of {data['steps']} steps in one go)"
+        )
+        rows["data wait"] = f"{data['wait_share']:.1%} of that, {1e3 * data['wait_s']:.2f} ms"
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def rival(result: dict) -> list[str]:
+    """Ours beside PyTorch's."""
+    found, batch, ours = result["rival"], result["batch_size"], result["step"]
+    lines = [
+        "| by turns | images/s | step, ms | CPU ms | time / ours (rounds) | CPU time / ours |",
+        "|---|---|---|---|---|---|",
+        f"| supmim_jax | {ours['images_per_s']:.1f} | {1e3 * ours['median_s']:.1f} | "
+        f"{1e3 * ours['cpu_s']:.1f} | 1 | 1 |",
+    ]
+    for how, row in found["times"].items():
+        ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[x]) for x in ("ratio", "cpu_ratio")]
+        lines.append(
+            f"| PyTorch {found['version']}, {how} | {batch / row['median_s']:.1f} | "
+            f"{1e3 * row['median_s']:.1f} | {1e3 * row['cpu_s']:.1f} | {' | '.join(ratios)} |"
+        )
+    least = min(row["ratio"][0] for row in found["times"].values())
+    told = f"Above 1 ours is faster: {least:.2f} times PyTorch's best. {found['threads']} threads "
+    told += f"each; PyTorch compiled and warmed up in {found['compile_s']:.0f} s."
+    if found["not_compiled"]:
+        told += f" Without torch.compile: {found['not_compiled']}"
+    return [*lines, "", told]
+
+
+def where(result: dict) -> list[str]:
+    """Shares of time from the profile, beside those of counted FLOPs."""
+    if not result["where"]:
+        return ["Where time goes: the profile of this device names no operations."]
+    work = result["counts"].get("gf_per_image", {})
+    total = sum(work.values())
+    lines = ["| part | share of operation time |", "|---|---|"]
+    lines += [f"| {name} | {share:.1%} |" for name, share in result["where"].items()]
+    lines += ["", "| part | GF per image | share of FLOPs |", "|---|---|---|"]
+    lines += [f"| {name} | {gf:.3f} | {gf / total:.1%} |" for name, gf in work.items()]
+    return [
+        *lines,
+        "",
+        "Time is by a profile of a round: of all threads or streams together, waiting included. "
+        "Its batch stays on the device: what a run waits for data is measured by --data, and is "
+        "data_wait in its metrics.jsonl.",
+    ]
+
 
 OURS = "supmim_jax"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -82,6 +404,10 @@ def measure(cfg: Config, plan: Plan) -> dict:
     device = mesh.devices.flat[0]
     sizes = None
     if plan.rival:
+        if not rivals_of_checkout():
+            raise SetupError("--rival needs a checkout of the repository: PyTorch's step is in it.")
+        from rivals import torch_rival
+
         sizes = torch_rival.shapes(cfg, torch_rival.device(mesh), plan.compile_rival)
     prog = train_step.build(cfg, mesh)
     begin = time.perf_counter()
@@ -94,28 +420,28 @@ def measure(cfg: Config, plan: Plan) -> dict:
         "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
         "counts": counts(cfg, mesh, compiled),
     }
-    ours = step_timing.Ours(cfg, prog, compiled)
-    result["memory"] = step_timing.memory(compiled, device)
+    ours = Ours(cfg, prog, compiled)
+    result["memory"] = memory(compiled, device)
     runners = {OURS: ours.run}
     if plan.rival:
         parameters = {name: sizes_of(tree) for name, tree in prog.state.params.items()}
         with torch_rival.Rival(sizes, parameters) as rival:
             for how in rival.about["ways"]:
                 runners[how] = functools.partial(rival.run, how)
-            turns = step_timing.by_turns(runners, plan.rounds, plan.steps)
+            turns = by_turns(runners, plan.rounds, plan.steps)
             result["rival"] = rival.about | {"times": compared(turns)}
     else:
-        turns = step_timing.by_turns(runners, plan.rounds, plan.steps)
+        turns = by_turns(runners, plan.rounds, plan.steps)
     result["step"] = summed(turns[OURS], cfg.batch_size) | {
         "rounds": plan.rounds, "steps": plan.steps,
     }  # fmt: skip
-    result["peak"] = step_timing.matmul_peak(cfg, device)
+    result["peak"] = matmul_peak(cfg, device)
     rate = result["counts"]["model_flops"] / result["step"]["median_s"]
     result["mfu"] = rate / mesh.size / max(result["peak"].values())
     if plan.data:
-        result["data"] = step_data.measure(cfg, mesh, ours, plan.rounds * plan.steps)
+        result["data"] = fed_by_pipeline(cfg, mesh, ours, plan.rounds * plan.steps)
     if plan.where:
-        result["where"] = step_where.shares(lambda: ours.run(plan.steps), compiled.as_text())
+        result["where"] = shares(lambda: ours.run(plan.steps), compiled.as_text())
     return result
 
 
@@ -158,7 +484,7 @@ def sizes_of(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def summed(turns: list[step_timing.Turn], images: int) -> dict[str, float]:
+def summed(turns: list[Turn], images: int) -> dict[str, float]:
     """Median, least and most of the rounds; CPU seconds are those of all threads."""
     wall = [turn.wall for turn in turns]
     median = float(np.median(wall))
@@ -171,7 +497,7 @@ def summed(turns: list[step_timing.Turn], images: int) -> dict[str, float]:
     }
 
 
-def compared(turns: dict[str, list[step_timing.Turn]]) -> dict:
+def compared(turns: dict[str, list[Turn]]) -> dict:
     """PyTorch's times each way, and their ratio to ours by round: above 1 ours is the faster."""
     found = {}
     for how, theirs in turns.items():

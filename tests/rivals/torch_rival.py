@@ -5,8 +5,8 @@ from importlib.util import find_spec
 
 from jax.sharding import Mesh
 
-from supmim_jax.bench.companion import Companion
-from supmim_jax.bench.step_timing import Turn
+from rivals.companion import Companion
+from supmim_jax.bench.step import Turn
 from supmim_jax.config import Config
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import num_masked

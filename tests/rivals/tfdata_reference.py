@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from supmim_jax.bench.companion import Companion
+from rivals.companion import Companion
 
 # dct_method: TensorFlow's default, "", is the fast and less exact one. antialias: what makes a
 # smaller image a mean of the larger one's pixels; off by default.

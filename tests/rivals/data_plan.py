@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+from rivals import photographs
 from supmim_jax import sharding
 from supmim_jax.batch import Batch
-from supmim_jax.bench import photographs
 from supmim_jax.config import Config, DataConfig, MeshConfig, SupervisedConfig
-from supmim_jax.data import loader
+from supmim_jax.data.loader import Dataset
 
 SIZE = 224  # pixels of a training image
 
@@ -27,8 +27,6 @@ class Plan:
     rounds: int = 5
     batches: int = 80  # of the whole pipeline, after the warm-up
     rival: bool = True
-    soak: int = 0  # images of each worker; 0: none
-    memory: bool = False
 
     @property
     def share(self) -> int:
@@ -39,7 +37,7 @@ class Plan:
 def config(plan: Plan, directory: str, images: int) -> Config:
     """A supervised run on the photographs with as many steps as the longest measurement takes."""
     workers, batch = plan.workers, min(plan.batch, images)
-    read = max(plan.soak * max(1, workers), batch * (plan.batches + 8 * max(1, workers)) * 2)
+    read = batch * (plan.batches + 8 * max(1, workers)) * 2
     data = DataConfig(
         name="photographs", data_dir=directory, train_examples=images,
         num_classes=photographs.CLASSES, image_size=SIZE, channels=3, crop="inception",
@@ -55,6 +53,6 @@ def config(plan: Plan, directory: str, images: int) -> Config:
 @contextlib.contextmanager
 def batches(cfg: Config, plan: Plan) -> Iterator[Iterator[Batch]]:
     """The training batches on this host's devices; workers start as they do in training."""
-    stream = loader.train_dataset(cfg, sharding.make_mesh(MeshConfig()))
+    stream = Dataset.open(cfg).train(sharding.make_mesh(MeshConfig()))
     with contextlib.closing(stream):
         yield stream

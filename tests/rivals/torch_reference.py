@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from supmim_jax.bench.torch_model import Model
+from rivals.torch_model import Model
 
 
 class Trainer:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import checkpoint, contrastive_boxes, sharding, storage
+from supmim_jax import contrastive_boxes, sharding, storage
 from supmim_jax import encoder as encoder_module
 from supmim_jax.batch import Encoder
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import IGNORED, Config, MeshConfig
 from supmim_jax.data import source as source_module
 from supmim_jax.data.crops import CENTRE, UNITS, WHOLE, whole_image
@@ -27,12 +28,10 @@ def command() -> Callable[[], None]:
     most = flags.DEFINE_integer("images", 1200, "The first images of it.", lower_bound=1)
 
     def run() -> None:
-        directory = checkpoint.locate(location.value)
-        cfg = checkpoint.read_config(directory)
+        checkpoint = Checkpoint.open(location.value)
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-        subject = encoder_module.build_encoder(cfg, cfg.eval.batch_size, mesh)
-        encoder = subject.bind(checkpoint.restore_params(directory, subject.params))
-        print(report(measure(encoder, cfg, split.value, most.value)))
+        encoder = encoder_module.restore(checkpoint, mesh)
+        print(report(measure(encoder, checkpoint.config, split.value, most.value)))
 
     return run
 

@@ -1,4 +1,4 @@
-"""The input pipeline beside tf.data: images per second and per core, stages, exactness, memory."""
+"""The input pipeline beside tf.data: images per second and per core, stages, exactness."""
 
 import contextlib
 import dataclasses
@@ -11,9 +11,9 @@ from importlib import metadata
 import numpy as np
 from absl import flags
 
+from rivals import data_plan, data_rates, data_stages, photographs
+from rivals.data_report import report
 from supmim_jax import sharding, storage
-from supmim_jax.bench import data_memory, data_plan, data_rates, data_stages, photographs
-from supmim_jax.bench.data_report import report
 from supmim_jax.config import MeshConfig
 from supmim_jax.data import source as source_module
 from supmim_jax.errors import SetupError
@@ -39,8 +39,6 @@ def command() -> Callable[[], None]:
         "rounds": number("rounds", 5, "Turns of ours and of tf.data.", lower_bound=1),
         "batches": number("batches", 80, "Batches of the whole pipeline.", lower_bound=1),
         "rival": flags.DEFINE_bool("rival", True, "Compare with tf.data, in another process."),
-        "soak": number("soak", 0, "Only memory: images that each worker reads.", lower_bound=0),
-        "memory": flags.DEFINE_bool("memory", False, "Only memory of the started workers."),
     }
     directory = storage.define("data_dir", "", "Where the photographs are or will be made.")
     keep = flags.DEFINE_bool("keep", False, "Leave the photographs in --data_dir.")
@@ -89,10 +87,6 @@ def measure(plan: data_plan.Plan, directory: str) -> dict:
         "load": os.getloadavg()[0],
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    if plan.memory:
-        return result | {"memory": data_memory.started(cfg, plan)}
-    if plan.soak:
-        return result | {"soak": data_memory.soaked(cfg, plan)}
     mesh = sharding.make_mesh(MeshConfig())
     # First: when a pipeline is closed, its threads still finish what they have begun.
     seconds = data_stages.stage_seconds(source, cfg, mesh, images)

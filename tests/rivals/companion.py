@@ -6,25 +6,27 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 
 class Companion:
-    """A module of this package, run as `python -m` until the block ends."""
+    """A module of this directory, run as `python -m` until the block ends."""
 
     def __init__(self, module: str, name: str, environment: dict[str, str]):
         """Starts it.
 
         Args:
-          module: of supmim_jax.bench; it reads standard input and answers on standard output.
+          module: of this directory; it reads standard input and answers on standard output.
           name: what messages call it.
           environment: variables beside our own.
         """
-        path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+        tests = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [tests, os.getcwd(), *sys.path]))
         self.name = name
         self.messages = tempfile.TemporaryFile()  # noqa: SIM115, closed by __exit__
         self.process = subprocess.Popen(
-            [sys.executable, "-m", f"supmim_jax.bench.{module}"],
+            [sys.executable, "-m", f"rivals.{module}"],
             env=os.environ | {"PYTHONPATH": path} | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

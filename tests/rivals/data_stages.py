@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from supmim_jax.bench import photographs, reference
+from rivals import photographs, reference
 from supmim_jax.config import Config
-from supmim_jax.data import crops, decode, jpeg, loader, transforms
+from supmim_jax.data import crops, decode, jpeg, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.data.transforms import GEOMETRY, TrainExample, generator
+from supmim_jax.sharding import BATCH
 
 STAGES = (
     "read the record",
@@ -36,7 +37,7 @@ def stage_seconds(
     "augment" is all that follows the crop: with RandAugment the operations that move pixels, too.
     """
     spent = defaultdict(float)
-    batch, sharding = [], NamedSharding(mesh, loader.ROWS)
+    batch, sharding = [], NamedSharding(mesh, BATCH)
     _example(source, 0, cfg, defaultdict(float))  # opens files and libraries
     jax.block_until_ready(jax.device_put(np.zeros(cfg.batch_size), sharding))
     rounds = max(1, images // cfg.batch_size)

@@ -8,7 +8,7 @@ from importlib import metadata
 import jax
 import numpy as np
 
-from supmim_jax.bench import data_plan, photographs, processes, tfdata_reference
+from rivals import data_plan, photographs, processes, tfdata_reference
 from supmim_jax.config import Config
 from supmim_jax.data import crops, transforms
 from supmim_jax.data import source as source_module

@@ -12,14 +12,6 @@ def report(result: dict) -> str:
     )
     if "one_core" in result:
         parts += [rates(result), stages(result), exactness(result["quality"])]
-    if "memory" in result:
-        found = result["memory"]
-        parts += [
-            f"First batch after {found['first_batch_s']:.1f} s.",
-            processes(found["processes"]),
-        ]
-    if "soak" in result:
-        parts.append(soak(result["soak"]))
     return "\n\n".join(parts)
 
 
@@ -53,26 +45,3 @@ def exactness(found: dict) -> str:
         f"PSNR against float64 over {found['images']} boxes: least {found['min_db']:.1f} dB, "
         f"median {found['median_db']:.1f}, mean {found['mean_db']:.1f}."
     )
-
-
-def processes(found: dict[str, dict]) -> str:
-    """Memory of each process and of all; the sum of RSS counts shared pages again and again."""
-    lines = ["| process | RSS, MB | PSS, MB | has loaded |", "|---|---|---|---|"]
-    for name, row in found.items():
-        loaded = ", ".join(row["libraries"])
-        lines.append(f"| {name} | {row['rss']:.0f} | {row['pss']:.0f} | {loaded} |")
-    workers = [row for name, row in found.items() if name != "main"]
-    rss, pss = (sum(row[kind] for row in workers) for kind in ("rss", "pss"))
-    return "\n".join([*lines, f"| {len(workers)} workers | {rss:.0f} | {pss:.0f} | |"])
-
-
-def soak(found: dict) -> str:
-    lines = ["| process | RSS at first, MB | at the end | growth | PSS at the end |"]
-    lines.append("|---|---|---|---|---|")
-    for name, growth in found["growth_mb"].items():
-        first, last = found["begin"][name], found["end"][name]
-        lines.append(
-            f"| {name} | {first['rss']:.0f} | {last['rss']:.0f} | {growth:+.1f} | "
-            f"{last['pss']:.0f} |"
-        )
-    return "\n".join([f"{found['images']} images read.", *lines])

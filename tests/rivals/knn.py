@@ -1,6 +1,5 @@
 """Exact kNN beside faiss's IndexFlatIP, and its cost at ImageNet size read from the program."""
 
-import re
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import knn
+from supmim_jax.rehearse import hlo
 
 IMAGENET = (1_281_167, 50_000, 768)  # training images, validation images, width of a ViT-B
 
@@ -111,43 +111,13 @@ def costs(k: int) -> str:
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
         program = knn.search_program((queries, dim), (bank, dim), k, mesh)
         compiled = program.lowered.compile()
-        each = program.calls * matmul_flops(compiled.as_text()) / 1e12
+        each = program.calls * hlo.count(compiled.as_text()).flops / 1e12
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes
         peak = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
         row = (f"{each:.2f}", f"{devices * each:.2f}", f"{arguments / 2**30:.2f}")
         lines.append(f"| {devices} | {' | '.join(row)} | {peak / 2**30:.2f} |")
     return "\n".join(lines)
-
-
-def matmul_flops(hlo: str) -> float:
-    """FLOPs of the matrix products of a compiled module, those of loops times their trips.
-
-    XLA's own cost_analysis() counts the body of a loop once.
-    """
-    bodies = {}
-    for block in re.split(r"\n(?=\S)", hlo):
-        name = re.match(r"(?:ENTRY )?%?([\w.-]+) ", block)
-        if name:
-            bodies[name[1]] = block
-    entry = re.search(r"^ENTRY %?([\w.-]+) ", hlo, re.MULTILINE)[1]
-    return _flops(entry, bodies)
-
-
-def _flops(name: str, bodies: dict[str, str]) -> float:
-    total, shapes = 0.0, {}
-    for line in bodies[name].splitlines()[1:]:
-        defined = re.match(r"\s*(?:ROOT )?%?([\w.-]+) = \w+\[([\d,]*)\]", line)
-        if defined:
-            shapes[defined[1]] = [int(x) for x in defined[2].split(",") if x]
-        trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
-            total += (int(trips[1]) if trips else 1) * _flops(called, bodies)
-        product = re.search(r" dot\((?:\S+ )?%?([\w.-]+),.*lhs_contracting_dims=\{(\d+)\}", line)
-        if product:
-            contracted = shapes[product[1]][int(product[2])]
-            total += 2.0 * np.prod(shapes[defined[1]]) * contracted
-    return total
 
 
 def _unit(random: np.random.Generator, rows: int, dim: int) -> np.ndarray:
