@@ -66,7 +66,7 @@ def combine(base: Config, found: Foreign) -> Config:
     if base.objective.leaves != "classifier":
         raise SetupError(
             f"--config is of objective {base.objective.name!r}, which trains no classifier: give "
-            f"one of 'supervised' or 'supmim', as configs/supervised_b14_imagenet1k.py."
+            f"one that does, as configs/supervised_b14_imagenet1k.py."
         )
     objective = SupervisedConfig(classification=base.objective.classification)
     data = dataclasses.replace(images(base.data, found), num_classes=found.num_classes)

@@ -45,6 +45,15 @@ class Objective:
         """A checkpoint whose encoder the loss uses as it is; "": none."""
         return ""
 
+    @property
+    def projector(self) -> "ContrastiveConfig | None":
+        """The sizes of the projector and predictor by which views are compared, if they are."""
+        return None
+
+    def asked_places(self, kept: int) -> int:
+        """How many of so many visible patches the encoder is asked to place."""
+        return 0
+
     def tokenizer_for(self, patch: int) -> "tuple[PatchCodesConfig | VQGANConfig, int]":
         """The section of the tokenizer that is trained or predicted, and a token's pixels."""
         return self.token_target, patch
@@ -165,6 +174,13 @@ class CMAEConfig(Objective):
     @property
     def crops(self) -> int:
         return 2 if self.contrastive.weight else 1
+
+    @property
+    def projector(self) -> ContrastiveConfig | None:
+        return self.contrastive if self.contrastive.weight else None
+
+    def asked_places(self, kept: int) -> int:
+        return self.position.asked(kept) if self.position.weight else 0
 
     @property
     def normalizes_patches(self) -> bool:

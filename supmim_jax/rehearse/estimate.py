@@ -129,7 +129,7 @@ def rows_per_shard(cfg: Config, mesh: Mesh) -> int:
 
 def analytic_flops(cfg: Config, part: Slice) -> dict[str, float]:
     """FLOPs per chip by arithmetic; 0 where it isn't done for the objective."""
-    if cfg.objective.name not in flops_module.OBJECTIVES:
+    if not flops_module.is_counted(cfg):
         return {"model_flops": 0.0, "recomputed_flops": 0.0}
     parts = flops_module.train(cfg).values()
     share = cfg.batch_size / part.chips
@@ -333,7 +333,7 @@ def saved_gib(cfg: Config, mesh: Mesh, remat: str) -> float:
     rows = rows_per_shard(cfg, mesh) // cfg.optim.accumulate
     patches = (cfg.data.image_size // cfg.model.patch) ** 2
     tokens, stacks = patches, []
-    if cfg.objective.name == "supmim":
+    if cfg.objective.masks_patches and cfg.objective.leaves == "classifier":
         visible = cfg.objective.encoder_input == "visible"
         masked = num_masked(patches, cfg.objective.mask_ratio) if visible else 0
         tokens += patches - masked

@@ -42,7 +42,9 @@ class Work:
         return self.forward + self.backward
 
 
-OBJECTIVES = ("supervised", "supmim", "mae", "cmae")
+def is_counted(cfg: Config) -> bool:
+    """Whether there is arithmetic for the objective: those that leave an encoder or classifier."""
+    return cfg.objective.leaves in ("classifier", "encoder")
 
 
 def train(cfg: Config) -> dict[str, Work]:
@@ -55,7 +57,7 @@ def train(cfg: Config) -> dict[str, Work]:
         return _without_labels(cfg, patches, pixels, prefix)
     segments, embedded = [patches + prefix], patches
     parts = {"head": _trained(2 * model.width * cfg.data.num_classes)}
-    if objective.name == "supmim":
+    if objective.masks_patches:
         visible = objective.encoder_input == "visible"
         entering = patches - num_masked(patches, objective.mask_ratio) if visible else patches
         segments.append(entering + prefix)
@@ -82,11 +84,9 @@ def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict
         "encoder": encoder,
         "patch embedding": Work(embedding, embedding),
     }
-    if objective.name == "cmae" and objective.position.weight:
-        asked = objective.position.asked(kept)
+    if asked := objective.asked_places(kept):
         parts["head"] = _trained(2 * views * asked * model.width * patches)
-    if objective.name == "cmae" and objective.contrastive.weight:
-        sizes = objective.contrastive
+    if sizes := objective.projector:
         projector = 2 * (model.width + sizes.dim) * sizes.hidden
         predictor = 4 * sizes.dim * sizes.hidden
         slow = Work(encoder.forward + embedding + views * projector, 0)
@@ -285,10 +285,11 @@ def report(result: dict) -> str:
 
 def check(cfg: Config) -> None:
     """Raises SetupError where there is no arithmetic to compare counts with."""
-    if cfg.objective.name not in OBJECTIVES:
+    if not is_counted(cfg):
         raise SetupError(
-            f"--config is of objective {cfg.objective.name!r}; FLOPs are counted by hand, and "
-            f"so comparable, for {' and '.join(OBJECTIVES)} only."
+            f"--config is of objective {cfg.objective.name!r}, which leaves a "
+            f"{cfg.objective.leaves}; there is arithmetic to compare counts with for encoders and "
+            f"classifiers only."
         )
 
 

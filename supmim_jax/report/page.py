@@ -101,9 +101,9 @@ def sections_header(
 
 
 def objective(cfg: Config) -> str:
-    if cfg.objective.name != "supmim":
+    if not cfg.objective.plain_target:
         return cfg.objective.name
-    return f"supmim, target {cfg.objective.target.name}"
+    return f"{cfg.objective.name}, target {cfg.objective.target.name}"
 
 
 def curves(found: dict[str, list[tuple[int, float]]], step: int) -> Section:
