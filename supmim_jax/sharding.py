@@ -25,7 +25,8 @@ def by_rows(x_BxN) -> jax.Array:
 
     The partitioner, left to itself, may keep the weights' FSDP sharding on what they produce, and
     then every device of that axis repeats the attention of all of its examples. Gradients are
-    split alike. Outside a program that was traced for a mesh (`program.build` does so), `x` as is.
+    split alike. Outside a program that was traced for a mesh, as `TrainStep.build` does,
+    `x` as is.
     """
     return _constrained(x_BxN, PartitionSpec(ROWS))
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from rivals import data, data_plan, data_rates, photographs, processes, reference, tfdata_reference
+from rivals import data, data_plan, data_rates, photographs, reference, tfdata_reference
 from rivals.data_report import report
 from rivals.data_stages import STAGES
 

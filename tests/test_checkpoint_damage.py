@@ -185,35 +185,9 @@ def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
     for name in ("state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
         path = newest / name
         path.rmtree() if path.is_dir() else path.unlink()
-        for read in (fuzz_checkpoint.by_params, lambda s, d: restore.stored_tree(newest / "x")):
+        for read in (fuzz_checkpoint.by_params, lambda s, d: Checkpoint.read(newest).tree("x")):
             with pytest.raises(SetupError, match="is not a readable checkpoint: its `state`"):
                 read(saved, saved.workdir)
-
-
-def test_files_are_read_once_until_they_change(newest, monkeypatch):
-    read = []
-    hashing = checksums.digest
-    monkeypatch.setattr(checksums, "digest", lambda path: read.append(path) or hashing(path))
-    monkeypatch.setattr(checksums, "SETTLED", -1.0)
-    checkpoint.verify(newest)
-    first = len(read)
-    for again in (checkpoint.read_config, checkpoint.read_run, checkpoint.stored_tree):
-        again(newest)
-    assert first == len(checksums.read(newest)) == len(read)
-    change(largest(newest))
-    with pytest.raises(SetupError, match="is damaged"):
-        checkpoint.verify(newest)
-
-
-def test_files_that_just_changed_are_not_taken_for_known(newest, monkeypatch):
-    """Their times are too coarse to show that they change again."""
-    read = []
-    hashing = checksums.digest
-    monkeypatch.setattr(checksums, "digest", lambda path: read.append(path) or hashing(path))
-    (newest / "run" / "metadata").touch()
-    checkpoint.verify(newest)
-    checkpoint.verify(newest)
-    assert len(read) == 2 * len(checksums.read(newest))
 
 
 def test_processes_share_the_files_and_all_hear_of_damage(newest, monkeypatch):
@@ -228,7 +202,7 @@ def test_processes_share_the_files_and_all_hear_of_damage(newest, monkeypatch):
         checkpoint.verify(newest)
     assert len(read) == len(set(read)) == len(checksums.read(newest))
     monkeypatch.setattr(multihost, "gather", lambda *a: ["", "8 is damaged", ""])
-    with pytest.raises(SetupError, match=r"^8 is damaged$"):
+    with pytest.raises(SetupError, match="8 is damaged"):
         checkpoint.verify(newest)
 
 

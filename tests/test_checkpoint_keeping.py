@@ -155,13 +155,16 @@ def still_there(disk) -> bool:
 
 def test_a_disk_without_room_is_found_before_anything_is_written(small_disk):
     disk, checkpoints = small_disk
-    checkpoints.check_room(like(SIZE))
+    checkpoints.check_disk_space(like(SIZE))
     fill(disk, left=4 << 20)
     free, wanted = (
         shutil.disk_usage(disk).free,
-        save_module.needed([np.zeros(SIZE, np.float32), np.int32(0)]),
+        save_module.bytes_on_disk([np.zeros(SIZE, np.float32), np.int32(0)]),
     )
-    for attempt in (lambda: checkpoints.check_room(like(SIZE)), lambda: save(checkpoints, 2, SIZE)):
+    for attempt in (
+        lambda: checkpoints.check_disk_space(like(SIZE)),
+        lambda: save(checkpoints, 2, SIZE),
+    ):
         with pytest.raises(SetupError) as error:
             attempt()
         for text in (f"{disk}/checkpoints has no room", f"{free} bytes", f"{wanted} bytes"):
@@ -191,14 +194,14 @@ NOTICING = {
 @pytest.mark.parametrize("noticed_by", NOTICING)
 def test_a_disk_that_fills_up_during_a_save_is_told_at_the_next_step(small_disk, noticed_by):
     disk, checkpoints = small_disk
-    asking = save_module.check
+    asking = checkpoint.Checkpoints.check_disk_space
 
-    def asked_too_early(directory, arrays, intact):
-        asking(directory, arrays, intact)
+    def asked_too_early(*args):
+        asking(*args)
         fill(disk, left=1 << 20)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(save_module, "check", asked_too_early)
+        patch.setattr(checkpoint.Checkpoints, "check_disk_space", asked_too_early)
         save(checkpoints, 2, SIZE)
         with pytest.raises(SetupError, match=r"checkpoints/2 could not be saved \(") as error:
             NOTICING[noticed_by](checkpoints)
@@ -252,5 +255,6 @@ def test_what_a_run_goes_back_to_stays_however_often_it_is_told_to_stop(tmp_path
     ],
 )
 def test_only_what_comes_again_is_for_the_user_to_mend(tmp_path, error, told):
-    with pytest.raises(told), save_module.explained(tmp_path / "4", "saved", tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(told), checkpoints._explained("saved"):
         raise error

@@ -78,7 +78,7 @@ def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device,
     next(Dataset.open(cfg).train(one_device))
     time.sleep(1.0)
     threads = cfg.data.threads
-    most = 2 + loader.AHEAD + cfg.data.prefetch + threads  # one taken, one being placed
+    most = 2 + loader.ON_DEVICES + cfg.data.prefetch + threads  # one taken, one being placed
     assert cfg.batch_size <= len(decoded) <= most * cfg.batch_size
 
 

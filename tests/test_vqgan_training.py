@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
+from etils import epath
 from flax import nnx
 
 from supmim_jax import checkpoint, encoder, probe, sharding, tokenizers, train_step, visualize
@@ -181,7 +182,7 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     perceptual = PerceptualConfig(weight=3.0, checkpoint=str(tmp_path / "encoder"))
     run = with_terms(vqgan, perceptual=perceptual)
     built = train_step.build(run, one_device)
-    arrays = tokenizers.arrays(run, tmp_path, built.frozen)
+    arrays = tokenizers.Frozen.open(run, Dataset(run), epath.Path(tmp_path), built).arrays
     state = built.init(jax.random.key(0))
     model = nnx.merge(built.graph, state.params, state.moving, arrays)
     runner = encoder.build_encoder(cfg, 16, one_device)
@@ -251,9 +252,11 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     run = dataclasses.replace(cfg, objective=dataclasses.replace(cfg.objective, target=target))
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
     assert results == {} and not (tmp_path / "supmim" / tokenizers.FILE).exists()
-    like = train_step.build(run, one_device).frozen
+    step_fn = train_step.build(run, one_device)
+    like = step_fn.frozen
     stored = Checkpoint.open(target.path).restore_params({"tokenizer": like["target"]["tokenizer"]})
-    used = tokenizers.arrays(run, tmp_path, like)["target"]["tokenizer"]
+    frozen = tokenizers.Frozen.open(run, Dataset(run), epath.Path(tmp_path), step_fn)
+    used = frozen.arrays["target"]["tokenizer"]
     assert tokenizers.digest(used) == tokenizers.digest(stored["tokenizer"])
     images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), np.uint8)
     for workdir, rows in (("whole", 2), ("supmim", 4)):
@@ -270,12 +273,11 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     ):
         other = dataclasses.replace(target, **changes)
         with pytest.raises(SetupError, match=message):
-            tokenizers.tokenizer(
-                dataclasses.replace(
-                    run, objective=dataclasses.replace(run.objective, target=other)
-                ),
-                tmp_path,
-                like["target"]["tokenizer"],
+            other = dataclasses.replace(
+                run, objective=dataclasses.replace(run.objective, target=other)
+            )
+            tokenizers.open_tokenizer(
+                other, Dataset(other), epath.Path(tmp_path), like["target"]["tokenizer"]
             )
 
 

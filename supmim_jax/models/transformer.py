@@ -42,7 +42,7 @@ def implementation(
 def device() -> tuple[str, str]:
     """Platform and kind of the devices that this is traced for; ("", "") where nothing says.
 
-    Of the mesh that `program.build` and `inference.build_encoder` trace for, which need not be
+    Of the mesh that `TrainStep.build` and `encoder.build_encoder` trace for, which need not be
     of this process's devices: `rehearse` compiles for TPUs on a CPU.
     """
     found = jax.sharding.get_abstract_mesh().abstract_device
