@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conftest  # noqa: F401  sets up JAX
 import jax
 import numpy as np
-from conftest import restored
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
 from supmim_jax.checkpoint import Checkpoint
@@ -175,9 +174,10 @@ def same(found, wanted) -> bool:
 def by_training(saved: Saved, workdir: Path) -> bool:
     checkpoints = checkpoint.Checkpoints(workdir, saved.cfg.checkpoint)
     try:
-        if checkpoints.newest() != NEW:
+        newest = checkpoints.newest()
+        if newest is None or newest.step != NEW:
             return False
-        state, run = restored(checkpoints.workdir, NEW, saved.built.state)
+        state, run = newest.restore_state(saved.built.state), newest.run
     finally:
         checkpoints.close()
     return same(checkpoint.plain(state), saved.state) and run == saved.run

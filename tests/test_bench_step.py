@@ -168,7 +168,7 @@ def test_command(tmp_path):
 def test_what_has_no_arithmetic_or_rival_is_refused(cfg, supervised):
     masks = dataclasses.replace(cfg.data, masks=MasksConfig(field="segmentation"))
     other = dataclasses.replace(cfg, data=masks, objective=SegmentationObjectiveConfig())
-    with pytest.raises(SetupError, match="objective 'segmentation'; FLOPs are counted by hand"):
+    with pytest.raises(SetupError, match="objective 'segmentation', which leaves a segmenter"):
         step.measure(other, PLAN)
     with pytest.raises(SetupError, match="supervised and supmim, not 'mae'"):
         torch_rival.shapes(dataclasses.replace(cfg, objective=MAEConfig()), "cpu", True)

@@ -185,7 +185,7 @@ def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
     for name in ("state/d", "state/manifest.ocdbt", "state/_METADATA", "state"):
         path = newest / name
         path.rmtree() if path.is_dir() else path.unlink()
-        for read in (fuzz_checkpoint.by_params, lambda s, d: Checkpoint.read(newest).tree("x")):
+        for read in (fuzz_checkpoint.by_params, lambda s, d: Checkpoint.read(newest).tree()):
             with pytest.raises(SetupError, match="is not a readable checkpoint: its `state`"):
                 read(saved, saved.workdir)
 
@@ -215,7 +215,7 @@ def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
         with pytest.raises(SetupError, match=f"{newest} is damaged"):
             checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint).newest()
         checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
-        assert checkpoints.newest(use_older=True) == 4 == checkpoints.latest()
+        assert checkpoints.newest(use_older=True).step == 4 == checkpoints.latest()
         assert f"It is kept as {root / expected}; going on from step 4." in capsys.readouterr().err
         assert largest(root / expected).read_bytes() == kept
         assert checkpoint.steps(saved.workdir) == [4]

@@ -114,7 +114,7 @@ def test_a_checkpoint_on_gs_is_committed_by_a_file_and_has_sums_too(tmp_path, mo
     checkpoints = checkpoint.Checkpoints(tmp_path, RULES)
     save(checkpoints, 3)
     checkpoints.wait()
-    assert checkpoints.newest() == 3
+    assert checkpoints.newest().step == 3
     assert (tmp_path / "checkpoints/3/commit_success.txt").stat().st_mtime_ns >= (
         tmp_path / "checkpoints/3/SHA256SUMS"
     ).stat().st_mtime_ns
@@ -147,7 +147,7 @@ def fill(disk, left: int) -> None:
 def still_there(disk) -> bool:
     """Whether the first checkpoint is whole, and the only one."""
     again = checkpoint.Checkpoints(disk, CheckpointConfig(keep=1))
-    state, _ = again.restore(again.newest(), like(SIZE))
+    state = again.newest().restore_state(like(SIZE))
     return checkpoint.steps(disk) == [1] and bool(
         (state.params["w"] == small(1, SIZE).params["w"]).all()
     )
