@@ -229,7 +229,7 @@ def test_what_a_run_goes_back_to_stays_however_often_it_is_told_to_stop(tmp_path
         save(checkpoints, step)
         checkpoints.wait()
     assert checkpoint.steps(tmp_path) == [4, 7]
-    checkpoints._take_out(7)  # and is killed
+    checkpoints._remove(7)  # and is killed
     checkpoints = checkpoint.Checkpoints(tmp_path, rules)
     assert checkpoints.latest() == 4
     for step in (5, 6):
