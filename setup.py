@@ -12,6 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["supmim_jax", "supmim_jax.*"]),
+    package_data={"supmim_jax.report": ["template.html", "style.css"]},
     install_requires=[
         "absl-py",
         "array-record>=0.8",
@@ -23,6 +24,7 @@ setup(
         "grain>=0.2.14",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without asking for it
         "jax>=0.10",
+        "jinja2>=3.1",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "opencv-python-headless>=4.10",

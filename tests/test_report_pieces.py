@@ -12,16 +12,8 @@ from supmim_jax.config import (
     VQGANObjectiveConfig,
 )
 from supmim_jax.errors import SetupError
-from supmim_jax.report import files, markup, page
-from supmim_jax.report import images as images_module
-from supmim_jax.report.images import Segmented
-from supmim_jax.report.markup import Markup, element
-
-
-def test_only_markup_is_not_escaped():
-    inner = element("b", "a < b")
-    assert element("p", inner, "<", class_='"') == '<p class="&quot;"><b>a &lt; b</b>&lt;</p>'
-    assert isinstance(inner, Markup) and not isinstance(inner + "<", Markup)
+from supmim_jax.report import files, page
+from supmim_jax.report.measure import Segmented
 
 
 def test_components_are_those_of_the_covariance_with_fixed_signs():
@@ -31,28 +23,27 @@ def test_components_are_those_of_the_covariance_with_fixed_signs():
     axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes.T])
     scores = rows @ axes
     scores = (scores - scores.min(0)) / (scores.max(0) - scores.min(0))
-    found = images_module.components(tokens)
+    found = page.components(tokens)
     np.testing.assert_allclose(found.reshape(-1, 3), 255 * scores, atol=0.51)
-    assert np.array_equal(found, images_module.components(tokens.copy()))
-    assert not images_module.components(np.ones((1, 2, 2, 8))).any()
+    assert np.array_equal(found, page.components(tokens.copy()))
+    assert not page.components(np.ones((1, 2, 2, 8))).any()
 
 
 def test_segmentation_is_drawn_from_arrays():
     masks = np.array([[[0, 1], [2, -1]]])
     images = np.full((1, 2, 2, 3), 100, np.uint8)
     found = Segmented(images, masks, np.array([[[0, 1], [1, 0]]]), ["ground", "<a>", "b"], "it")
-    text = images_module.segmentation(found).content
-    assert "67 % of pixels agree; &lt;a&gt;, b" in text and text.count("data:image/png") == 3
-    drawn = images_module.overlaid(images, masks, 0)[0]
+    assert page.agreements(found, 0) == ["67 % of pixels agree; <a>, b"]
+    drawn = page.overlaid(images, masks, 0)[0]
     assert (drawn[0, 0] == 100).all() and (drawn[1, 1] == 100).all()
     assert (drawn[0, 1] != drawn[1, 0]).any() and (drawn[0, 1] != 100).any()
 
 
-def test_ticks_are_round_and_span_the_values_and_curves_keep_their_end():
-    assert markup.ticks(0, 2400) == [0, 1000, 2000, 3000] and markup.ticks(5, 5) == [5]
-    assert markup.ticks(-0.04, 0.33) == [-0.1, 0, 0.1, 0.2, 0.3, 0.4]
-    points = [(i, float(i)) for i in range(1000)]
-    assert len(markup.thinned(points)) <= 300 and markup.thinned(points)[-1] == points[-1]
+def test_a_chart_is_the_same_each_time_and_shows_any_name():
+    points = [(i, float(i)) for i in range(5)]
+    for name in ("loss", "$\\frac$ <b>\x00\ud800"):
+        first, again = (page.chart({name: points}, 3, dots=False) for _ in range(2))
+        assert first == again and first.startswith("data:image/svg+xml;base64,")
 
 
 def test_marked_values_are_those_that_differ_from_the_schema():
@@ -79,7 +70,9 @@ def test_marked_values_are_those_that_differ_from_the_schema():
 
 def marked(cfg: Config) -> list[tuple[str, str, str]]:
     found = page.grouped(cfg, Config(), "config")
-    return [(path, name, usual) for path, rows in found for name, _, usual in rows if usual]
+    return [
+        (path, name, usual) for path, rows in found for name, _, usual in rows if usual is not None
+    ]
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):

@@ -10,7 +10,7 @@ from supmim_jax import cli, environment, storage
 from supmim_jax.checkpoint import Checkpoint, locate
 from supmim_jax.errors import SetupError
 from supmim_jax.report import files
-from supmim_jax.report.images import measure
+from supmim_jax.report.measure import measure
 from supmim_jax.report.page import Report, render
 
 

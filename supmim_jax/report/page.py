@@ -1,214 +1,55 @@
-"""The page of a run, from plain values and arrays alone.
+"""The page of a run, from plain values and arrays: template.html filled in by jinja2.
 
-Parts of the page that are numbers and text."""
+Everything is escaped on its way into the page. Charts are matplotlib's SVG, inside the page as
+images, so that one policy without scripts or foreign sources holds for all of it.
+"""
 
+import base64
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import io
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
+import cv2
+import jinja2
+import numpy as np
+
 from supmim_jax import environment
-from supmim_jax.config import Config
-from supmim_jax.report import images
+from supmim_jax.config import IGNORED, Config
 from supmim_jax.report.files import Evaluation
-from supmim_jax.report.images import Measured
-from supmim_jax.report.markup import (
-    Markup,
-    Section,
-    Series,
-    chart,
-    contents,
-    element,
-    join,
-    note,
-    page,
-    section,
-    table,
-)
+from supmim_jax.report.measure import GROUND, Measured, Segmented
 
 METRICS = {
     "top1": "top-1 %",
     "knn": "kNN %",
     "psnr": "PSNR dB",
     "codes_used": "codes used %",
-    "perplexity": "perplexity",
     "miou": "mIoU %",
     "pixel_accuracy": "pixel accuracy %",
 }
 CHARTS = {  # by title; what metrics.jsonl has besides gets a chart of its own
     "Loss and its terms": (
-        "loss",
-        *("ce", "mim"),
-        *("reconstruction", "position", "contrastive"),
+        *("loss", "ce", "mim", "reconstruction", "position", "contrastive"),
         *("l1", "l2", "codebook", "commitment", "entropy", "perceptual", "generator"),
     ),
     "Accuracy on training batches, share": (
-        *("accuracy", "mim_accuracy"),
-        *("position_accuracy", "contrastive_accuracy"),
+        *("accuracy", "mim_accuracy", "position_accuracy", "contrastive_accuracy"),
     ),
     "Learning rate": ("learning_rate",),
     "Images per second": ("images_per_second",),
     "Share of time waiting for data": ("data_wait",),
     "Discriminator": ("discriminator", "r1"),
 }
-DOTTED = "eval/"
-
-
-def title_of(metric: str) -> str:
-    return METRICS.get(metric, metric)
-
-
-def number(value: float) -> Markup:
-    """Two decimals to read, and the number as it was written for whoever takes it from here."""
-    return element("data", f"{value:.2f}", value=repr(value))
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def sections_header(
-    name: str, cfg: Config, step: int, run: dict, split: str, found: Sequence[Evaluation]
-) -> Markup:
-    """What was trained, on what, for how long, and its first numbers."""
-    headline = found[0].metrics if found else {}
-    source = f"{found[0].source} ({found[0].about})" if found else "nothing was measured yet"
-    if found and step != cfg.total_steps:
-        source += f"; the images, however, are of step {step}"
-    tiles = [(title_of(metric), number(x), "headline") for metric, x in list(headline.items())[:4]]
-    data = cfg.data
-    epochs = run["position"] / data.train_examples
-    facts = (
-        ("objective", objective(cfg)),
-        ("data", f"{data.name}, {data.train_examples} images, {data.num_classes} classes"),
-        ("images from split", split),
-        ("step", f"{step} of {cfg.total_steps}"),
-        ("epochs", f"{epochs:.4g} of {cfg.epochs:g}"),
-        ("training", duration(run["seconds"])),
-    )
-    boxes = [
-        element("div", element("dt", term), element("dd", value), class_=kind)
-        for term, value, kind in (*tiles, *((*fact, "fact") for fact in facts))
-    ]
-    return element(
-        "header",
-        element("h1", name),
-        element("p", f"Headline numbers: {source}.", class_="note"),
-        element("dl", *boxes, class_="facts"),
-    )
-
-
-def objective(cfg: Config) -> str:
-    if not cfg.objective.plain_target:
-        return cfg.objective.name
-    return f"{cfg.objective.name}, target {cfg.objective.target.name}"
-
-
-def curves(found: dict[str, list[tuple[int, float]]], step: int) -> Section:
-    """A chart per group of metrics.jsonl; a value that is always 0 is a term that is off."""
-    alive = {name: points for name, points in found.items() if any(y for _, y in points)}
-    evals = [name for name in alive if name.startswith(DOTTED)]
-    grouped = {name for names in CHARTS.values() for name in names} | set(evals)
-    charts = [*CHARTS.items(), *((name, (name,)) for name in alive if name not in grouped)]
-    drawn = [
-        chart(title, [Series(name, alive[name]) for name in names if name in alive], step)
-        for title, names in charts
-        if any(name in alive for name in names)
-    ]
-    if evals:
-        dots = [Series(title_of(x.removeprefix(DOTTED)), alive[x], dots=True) for x in evals]
-        drawn.insert(0, chart("Evaluations during training", dots, step))
-    if not drawn:
-        return section("Curves", "curves", note("The run has no metrics.jsonl."))
-    text = "From metrics.jsonl. The dotted upright line is the step of this checkpoint."
-    return section("Curves", "curves", note(text), element("div", *drawn, class_="charts"))
-
-
-def evaluations(found: Sequence[Evaluation]) -> Section:
-    """Every number that was measured, a row each."""
-    rows = [
-        (title_of(metric), number(value), one.source, one.about)
-        for one in found
-        for metric, value in one.metrics.items()
-    ]
-    if not rows:
-        text = "Neither results.json nor evals/*.json is there: nothing was measured yet."
-        return section("Evaluations", "evaluations", note(text))
-    head = ("measure", "value", "file", "of")
-    return section("Evaluations", "evaluations", table("Everything that was measured.", head, rows))
-
-
-def config(cfg: Config) -> Section:
-    """The config in tables by section, and what follows from it."""
-    tables = [
-        table(path, HEAD, rows, class_="values") for path, rows in grouped(cfg, Config(), "config")
-    ]
-    derived = {
-        "total_steps": cfg.total_steps,
-        "warmup_steps": cfg.warmup_steps,
-        "peak_lr": cfg.peak_lr,
-    }
-    rows = [(name, f"{value:g}", "") for name, value in derived.items()]
-    tables.append(table("derived from these", HEAD, rows, class_="values"))
-    text = "Marked values differ from the defaults of the schema, which stand beside them."
-    return section("Config", "config", note(text), element("div", *tables, class_="sections"))
-
-
-HEAD = ("key", "value", "default")
-
-
-def grouped(values: Any, default: Any, path: str) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """(path, rows) of a section and those in it; `default` may be of another kind of section.
-
-    Then the values are compared with the defaults of their own kind, and its `name` with the
-    default's.
-    """
-    own = default if type(default) is type(values) else type(values)()
-    rows, inner = [], []
-    for name, value in vars(values).items():
-        if dataclasses.is_dataclass(value):
-            inner += grouped(value, vars(own)[name], f"{path}.{name}")
-        else:
-            usual = vars(default if name == "name" else own)[name]
-            rows.append(row(name, value, usual))
-    return [(path, rows), *inner] if rows else inner
-
-
-def row(name: str, value: Any, usual: Any) -> tuple[str, ...]:
-    """A value and its default, marked and with the default beside it where they differ."""
-    if value == usual:
-        return name, text_of(value), ""
-    return name, element("mark", text_of(value)), text_of(usual)
-
-
-def text_of(value: Any) -> str:
-    return value if isinstance(value, str) and value else repr(value)
-
-
-def environments(parts: Sequence[dict], here: dict) -> Section:
-    """What it was trained on, and what this page was made on, side by side where they differ."""
-    columns = {f"training, from step {part[environment.FROM_STEP]}": part for part in parts}
-    if len(columns) != 1 or not environment.same(parts[0], here):
-        columns["this report"] = here
-    names = [name for name in here if name != environment.FROM_STEP]
-    rows = [(name, *(cell(name, column, columns) for column in columns.values())) for name in names]
-    told = "" if parts else "The run did not note what it was trained on. "
-    text = f"{told}The report was made at {here[environment.DATE]}."
-    return section(
-        "Environment",
-        "environment",
-        note(text),
-        table("Versions and hardware.", ("", *columns), rows, class_="values"),
-    )
-
-
-def cell(name: str, column: dict, columns: dict[str, dict]) -> Markup:
-    """A value of the environment, marked where the columns do not agree."""
-    text = str(column.get(name, "")) or "unknown"
-    differs = len({str(other.get(name, "")) for other in columns.values()}) > 1
-    return element("mark", text) if differs and name != environment.DATE else join(text)
+EVALUATION = "eval/"
+LARGEST = 112  # pixels of a side on the page; larger images are reduced to that
+SMALL = 64  # up to here pixels are shown as squares
+GOLDEN = 0.61803398875  # of the hue circle: neighbouring class numbers look different
+DASHES = ("-", "--", ":", "-.")  # beside colours, for those who don't see them
+Curves = dict[str, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
@@ -220,7 +61,7 @@ class Report:
     step: int
     run: dict  # position and seconds, as the checkpoint has them
     split: str
-    curves: dict[str, list[tuple[int, float]]]
+    curves: Curves
     evaluations: list[Evaluation]
     trained_on: list[dict]
     made_on: dict
@@ -228,30 +69,267 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The HTML document."""
-    found = [
-        curves(report.curves, report.step),
-        evaluations(report.evaluations),
-        *_views(report.measured),
-        config(report.cfg),
-        environments(report.trained_on, report.made_on),
-    ]
-    header = sections_header(
-        report.name, report.cfg, report.step, report.run, report.split, report.evaluations
+    """The HTML document; the same report gives the same text."""
+    loader = jinja2.FunctionLoader(lambda name: (resources.files(__package__) / name).read_text())
+    pages = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        finalize=lambda x: printable(x) if isinstance(x, str) else x,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    parts = (one.content for one in found)
-    return page(f"{report.name}: report", header, contents(found), *parts)
+    style = (resources.files(__package__) / "style.css").read_text()
+    return pages.get_template("template.html").render(
+        name=report.name,
+        style=jinja2.utils.markupsafe.Markup(style),
+        style_digest=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        evaluations=report.evaluations,
+        charts=charts(report.curves, report.step),
+        cards=cards(report.measured),
+        neighbours=neighbours(report.measured),
+        config=[*grouped(report.cfg, Config(), "config"), ("derived from these", derived(report))],
+        environments=environments(report.trained_on, report.made_on),
+        noted=bool(report.trained_on),
+        made_at=report.made_on[environment.DATE],
+        title_of=lambda metric: METRICS.get(metric, metric),
+        **headline(report),
+    )
 
 
-def _views(measured: Measured) -> list[Section]:
-    """Those for which there are arrays."""
-    examples, classes, found = measured.examples, measured.classes, []
-    if measured.neighbours:
-        found.append(images.neighbours(examples, measured.neighbours, classes))
-    if measured.panels:
-        found.append(images.predictions(examples, measured.panels, classes))
+def printable(text: str) -> Any:
+    """Text without controls and half characters, which HTML lacks; markup stays markup."""
+    kept = (c if c in "\t\n" or unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
+    return type(text)("".join(kept))
+
+
+def headline(report: Report) -> dict[str, Any]:
+    """What was trained, on what, for how long, and its first numbers."""
+    cfg, data, first = report.cfg, report.cfg.data, report.evaluations[:1]
+    source = f"{first[0].source} ({first[0].about})" if first else "nothing was measured yet"
+    if first and report.step != cfg.total_steps:
+        source += f"; the images, however, are of step {report.step}"
+    objective = cfg.objective.name
+    if cfg.objective.plain_target:
+        objective += f", target {cfg.objective.target.name}"
+    minutes, seconds = divmod(round(report.run["seconds"]), 60)
+    hours, rest = divmod(minutes, 60)
+    facts = {
+        "objective": objective,
+        "data": f"{data.name}, {data.train_examples} images, {data.num_classes} classes",
+        "images from split": report.split,
+        "step": f"{report.step} of {cfg.total_steps}",
+        "epochs": f"{report.run['position'] / data.train_examples:.4g} of {cfg.epochs:g}",
+        "training": f"{hours} h {rest} min" if hours else f"{minutes} min {seconds} s",
+    }
+    tiles = list(first[0].metrics.items())[:4] if first else []
+    return {"source": source, "facts": facts, "tiles": tiles}
+
+
+def charts(curves: Curves, step: int) -> list[dict[str, str]]:
+    """A chart per group of metrics.jsonl; a value that is always 0 is a term that is off."""
+    alive = {name: points for name, points in curves.items() if any(y for _, y in points)}
+    evals = tuple(name for name in alive if name.startswith(EVALUATION))
+    grouped = {name for names in CHARTS.values() for name in names} | set(evals)
+    groups = {"Evaluations during training": evals, **CHARTS}
+    groups |= {name: (name,) for name in alive if name not in grouped}
+    drawn = []
+    for title, names in groups.items():
+        if series := {name: alive[name] for name in names if name in alive}:
+            ends = (f"{x}: {p[0][1]:.4g} to {p[-1][1]:.4g}" for x, p in series.items())
+            image = chart(series, step, dots=names is evals)
+            drawn.append({"title": title, "summary": "; ".join(ends), "image": image})
+    return drawn
+
+
+def chart(series: Curves, here: int, dots: bool) -> str:
+    """Curves over steps as an SVG's data URI; a dotted upright line marks the step `here`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "report",  # or identifiers would depend on the time
+        "text.parse_math": False,
+        "font.size": 8,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (name, points) in enumerate(series.items()):
+            xs, ys = zip(*points)
+            name = name.removeprefix(EVALUATION)
+            label = printable(f"{METRICS.get(name, name)} {ys[-1]:.4g}")
+            marker = "o" if dots or len(xs) == 1 else None
+            axes.plot(xs, ys, DASHES[i % len(DASHES)], label=label, marker=marker, markersize=3)
+        axes.axvline(here, color="grey", linestyle=":", linewidth=0.8)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue().encode()).decode()}"
+
+
+def cards(measured: Measured) -> list[dict[str, Any]]:
+    """The sections that show images side by side: predictions, patch tokens, segmentation."""
+    examples, sections = measured.examples, []
+    titles = [measured.classes[label] for label in examples.labels]
+
+    def add(kind: str, rows: Mapping[str, np.ndarray], titles: Sequence[str] = titles, **more):
+        figures = [
+            (title, [(name, picture(images[i])) for name, images in rows.items()])
+            for i, title in enumerate(titles)
+        ]
+        sections.append({"kind": kind, "figures": figures, **more})
+
+    if (panels := measured.panels) and "masked" not in panels:
+        pairs = {"image": panels["image"], "reconstruction": panels["tokens"]}
+        add("reconstructions", pairs)
+    elif panels:
+        add("token predictions" if "tokens" in panels else "pixel predictions", panels)
     if measured.tokens is not None:
-        found.append(images.views_components(examples, measured.tokens, classes))
-    if measured.segmented:
-        found.append(images.segmentation(measured.segmented))
-    return found
+        height, width = examples.images.shape[1:3]
+        colours = enlarged(components(measured.tokens), height, width)
+        add("components", {"image": examples.images, "components": colours})
+    if found := measured.segmented:
+        ground = found.classes.index(GROUND) if GROUND in found.classes else None
+        rows = {
+            "image": found.images,
+            "mask": overlaid(found.images, found.masks, ground),
+            "prediction": overlaid(found.images, found.predictions, ground),
+        }
+        add("segmentation", rows, agreements(found, ground), head=found.head)
+    return sections
+
+
+def agreements(found: Segmented, ground: int | None) -> list[str]:
+    """Of each image how many pixels agree, and which classes are there."""
+    titles = []
+    for mask, prediction in zip(found.masks, found.predictions, strict=True):
+        counted = mask != IGNORED
+        agree = 100 * (mask == prediction)[counted].mean() if counted.any() else 0.0
+        there = np.union1d(mask[counted], prediction[counted])
+        names = ", ".join(found.classes[c] for c in there if c != ground)
+        titles.append(f"{agree:.0f} % of pixels agree; {names or f'{GROUND} only'}")
+    return titles
+
+
+def neighbours(measured: Measured) -> dict[str, Any] | None:
+    """A row per query, and how many of the neighbours have their query's class."""
+    if not measured.neighbours:
+        return None
+    classes, rows = measured.classes, []
+    examples, near = measured.examples, measured.neighbours
+    for i, (image, label) in enumerate(zip(*examples, strict=True)):
+        found = [
+            (picture(x), classes[other], other == label, f"{similarity:.2f}")
+            for x, other, similarity in zip(
+                near.images[i], near.labels[i], near.similarity[i], strict=True
+            )
+        ]
+        rows.append((picture(image), classes[label], found))
+    same = int((near.labels == examples.labels[:, None]).sum())
+    return {"rows": rows, "same": same, "count": near.labels.size}
+
+
+def grouped(values: Any, default: Any, path: str) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """(path, rows) of a section and those in it, a row being key, value and a different default.
+
+    `default` may be of another kind of section. Then the values are compared with the defaults of
+    their own kind, and its `name` with the default's.
+    """
+    own = default if type(default) is type(values) else type(values)()
+    rows, inner = [], []
+    for name, value in vars(values).items():
+        if dataclasses.is_dataclass(value):
+            inner += grouped(value, vars(own)[name], f"{path}.{name}")
+        else:
+            usual = vars(default if name == "name" else own)[name]
+            rows.append((name, shown(value), shown(usual) if value != usual else None))
+    return [(path, rows), *inner] if rows else inner
+
+
+def derived(report: Report) -> list[tuple[str, ...]]:
+    """What follows from the config, as rows."""
+    cfg = report.cfg
+    names = {"total_steps": cfg.total_steps, "warmup_steps": cfg.warmup_steps}
+    names["peak_lr"] = cfg.peak_lr
+    return [(name, f"{value:g}", None) for name, value in names.items()]
+
+
+def shown(value: Any) -> str:
+    return value if isinstance(value, str) and value else repr(value)
+
+
+def environments(parts: Sequence[dict], here: dict) -> dict[str, Any]:
+    """What it was trained on, and what this page was made on, side by side where they differ."""
+    columns = {f"training, from step {part[environment.FROM_STEP]}": part for part in parts}
+    if len(columns) != 1 or not environment.same(parts[0], here):
+        columns["this report"] = here
+    rows = []
+    for name in here:
+        if name != environment.FROM_STEP:
+            cells = [str(column.get(name, "")) or "unknown" for column in columns.values()]
+            differs = len(set(cells)) > 1 and name != environment.DATE
+            rows.append((name, cells, differs))
+    return {"columns": list(columns), "rows": rows}
+
+
+def picture(pixels_uint8: np.ndarray) -> dict[str, Any]:
+    """An HxWx1 or HxWx3 image as a data URI, and whether its pixels are shown as squares."""
+    height, width = pixels_uint8.shape[:2]
+    factor = LARGEST / max(height, width)
+    if factor < 1:
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        pixels_uint8 = cv2.resize(pixels_uint8, size, interpolation=cv2.INTER_AREA)
+    colours = pixels_uint8[..., ::-1] if pixels_uint8.ndim == 3 else pixels_uint8
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(colours))
+    uri = f"data:image/png;base64,{base64.b64encode(encoded.tobytes()).decode()}"
+    return {"uri": uri, "small": max(height, width) <= SMALL}
+
+
+def components(tokens_BxHxWxD: np.ndarray) -> np.ndarray:
+    """The first three principal components over all tokens as colours, uint8 BxHxWx3.
+
+    The sign of a component is that which makes its largest loading positive, and each spans the
+    range of its colour, so that the same tokens always give the same colours. Components that
+    the tokens don't have are 0.
+    """
+    *grid, width = tokens_BxHxWxD.shape
+    rows_NxD = tokens_BxHxWxD.reshape(-1, width).astype(np.float64)
+    rows_NxD = rows_NxD - rows_NxD.mean(axis=0)
+    scale = np.abs(rows_NxD).max()
+    _, spread, loadings = np.linalg.svd(rows_NxD, full_matrices=False)
+    loadings = loadings[:3][spread[:3] > 1e-9 * max(scale, 1e-30)]
+    largest = np.abs(loadings).argmax(axis=1)
+    loadings = loadings * np.sign(loadings[np.arange(len(loadings)), largest])[:, None]
+    values_NxK = rows_NxD @ loadings.T
+    values_NxK = (values_NxK - values_NxK.min(axis=0)) / np.ptp(values_NxK, axis=0)
+    colours = np.zeros((len(rows_NxD), 3))
+    colours[:, : values_NxK.shape[1]] = values_NxK
+    return np.round(255 * colours).astype(np.uint8).reshape(*grid, 3)
+
+
+def enlarged(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Images BxHxWxC of another size, each pixel a rectangle."""
+    down = np.arange(height) * images.shape[1] // height
+    right = np.arange(width) * images.shape[2] // width
+    return images[:, down][:, :, right]
+
+
+def overlaid(
+    images_uint8: np.ndarray, masks_BxHxW: np.ndarray, ground: int | None = None
+) -> np.ndarray:
+    """Images with the colours of their masks' classes; the ground and IGNORED stay clear."""
+    grey = images_uint8.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    hidden = (masks_BxHxW == ground) | (masks_BxHxW == IGNORED)
+    tinted = 0.4 * grey + 0.6 * class_colours(masks_BxHxW)
+    return np.where(hidden[..., None], grey, tinted).round().astype(np.uint8)
+
+
+def class_colours(classes: np.ndarray) -> np.ndarray:
+    """A colour for each class number, uint8 ...x3: full hues around the circle."""
+    hue = (classes * GOLDEN % 1.0)[..., None]
+    wheel = np.abs((hue + np.array([0.0, 2 / 3, 1 / 3])) % 1.0 * 6 - 3) - 1
+    return np.round(255 * np.clip(wheel, 0, 1)).astype(np.uint8)

@@ -1,0 +1,152 @@
+"""What a checkpoint makes of images: the arrays that the page shows."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from supmim_jax import encoder as encoder_module
+from supmim_jax import sharding, visualize
+from supmim_jax.checkpoint import Checkpoint
+from supmim_jax.config import Config, MeshConfig
+from supmim_jax.data import source as source_module
+from supmim_jax.data import transforms
+from supmim_jax.data.loader import Dataset
+from supmim_jax.evals import evaluate, features, knn
+from supmim_jax.evals import segmentation as segmentation_module
+
+SHOWN = 8  # images of the split, its first, so that nobody can have chosen them
+NEIGHBOURS = 6  # per image
+GROUND = "ground"  # what 0 in a mask means by custom; it stays clear
+Panels = dict[str, np.ndarray]  # uint8 images BxHxWxC by the name of the row
+
+
+class Examples(NamedTuple):
+    """Images of the split as evaluation sees them."""
+
+    images: np.ndarray  # uint8 BxHxWxC
+    labels: np.ndarray  # int32 B
+
+
+class Neighbourhood(NamedTuple):
+    """The nearest training images of each example, the nearest first."""
+
+    images: np.ndarray  # uint8 BxKxHxWxC
+    labels: np.ndarray  # int32 BxK
+    similarity: np.ndarray  # float32 BxK, cosine
+
+
+class Segmented(NamedTuple):
+    """Examples whose pixels have classes."""
+
+    images: np.ndarray  # uint8 BxHxWxC
+    masks: np.ndarray  # int BxHxW
+    predictions: np.ndarray  # int BxHxW
+    classes: list[str]  # of pixels; one may be the ground
+    head: str  # what predicted
+
+
+class Measured(NamedTuple):
+    classes: list[str]
+    examples: Examples
+    neighbours: Neighbourhood | None = None  # of runs with an encoder, and so are the tokens
+    tokens: np.ndarray | None = None  # float32 BxHxWxD of the examples
+    panels: Panels | None = None  # of runs that predict masked patches, or train a tokenizer
+    segmented: Segmented | None = None  # of data sets with masks
+
+
+def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
+    """Everything for the page from a checkpoint, on the devices that there are.
+
+    Args:
+      checkpoint: of any run.
+      cfg: its config, with the data directory of this machine.
+      split: where the examples are from.
+
+    Raises:
+      SetupError: the checkpoint, its tokenizer or the data set don't fit together.
+    """
+    mesh = sharding.make_mesh(MeshConfig())
+    batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
+    dataset = Dataset(cfg)
+    batch = next((dataset.masked if cfg.needs_masks else dataset.eval)(split, mesh))
+    images, labels, weight = features.on_host((batch.views[0], batch.label, batch.weight))
+    shown = Examples(*(x[weight > 0][:SHOWN] for x in (images, labels)))
+    if cfg.needs_masks:
+        shown = shown._replace(labels=np.arange(len(shown.images), dtype=np.int32))
+    found = Measured(class_names(dataset, split), shown)
+    if cfg.objective.leaves != "tokenizer":
+        encoder = encoder_module.restore(checkpoint, mesh, batch_size)
+        of_batch = encoder.features(batch.views[0])
+        pooled, tokens = features.on_host((of_batch.pooled, of_batch.tokens))
+        found = found._replace(tokens=tokens[: len(shown.images)])
+        if not cfg.needs_masks:
+            near = neighbourhood(encoder, pooled[: len(shown.images)], dataset, mesh)
+            found = found._replace(neighbours=near)
+        if cfg.data.masks.field in source_module.feature_names(cfg.data):
+            found = found._replace(segmented=segmented(encoder, dataset, split, mesh))
+    if visualize.shows(cfg):
+        found = found._replace(panels=panels(checkpoint, shown.images))
+    return found
+
+
+def class_names(dataset: Dataset, split: str) -> list[str]:
+    """Those of the data set; a class that is only a number is called "class 7".
+
+    Without labels, each of the images that are shown is a class of its own.
+    """
+    cfg = dataset.cfg
+    if cfg.needs_masks:
+        return [f"image {i + 1}" for i in range(SHOWN)]
+    names = dataset.records(split).features[cfg.data.label_field].names
+    return [f"class {name}" if name.isdecimal() else name for name in names]
+
+
+def neighbourhood(
+    encoder: encoder_module.BoundEncoder, queries_BxD: np.ndarray, dataset: Dataset, mesh: Mesh
+) -> Neighbourhood:
+    """The nearest images of the training split, exactly."""
+    bank = features.extract(encoder, dataset.eval(dataset.cfg.data.train_split, mesh))
+    nearest = min(NEIGHBOURS, len(bank.label))
+    similarity, index = knn.neighbours(queries_BxD, bank.pooled, nearest, mesh=mesh)
+    source = dataset.records(dataset.cfg.data.train_split)
+    make = transforms.EvalExample(dataset.cfg.data)
+    ids = bank.id[index]
+    images = np.stack([[make((int(i), source[i]))["image"] for i in row] for row in ids])
+    return Neighbourhood(images, bank.label[index], similarity)
+
+
+def segmented(
+    encoder: encoder_module.BoundEncoder, dataset: Dataset, split: str, mesh: Mesh
+) -> Segmented:
+    """The first images with masks, and what a head makes of them: the run's, or one fitted now."""
+    cfg = dataset.cfg
+    batch = next(dataset.masked(split, mesh))
+    found = encoder.features(batch.views[0])
+    images, masks, tokens, weight = (
+        x[:SHOWN] for x in features.on_host((*batch.views, batch.masks, found.tokens, batch.weight))
+    )
+    if cfg.needs_masks:
+        (predictions,) = features.on_host((found.masks,))
+        head = "the head that was trained with the encoder"
+    else:
+        name = cfg.eval.segmentation.heads[-1]
+        subject = evaluate.Subject(encoder, dataset, split, mesh)
+        segmenters, count = evaluate.fitted(subject, (name,))
+        predictions = segmentation_module.predict(segmenters[name], tokens, masks.shape[1:], SHOWN)
+        head = f"a {name} head, fitted to the frozen tokens of {count} training images,"
+    values = range(-cfg.data.masks.offset, cfg.data.masks.num_classes - cfg.data.masks.offset)
+    names = [f"class {value}" if value else GROUND for value in values]
+    real = weight > 0
+    return Segmented(images[real], masks[real], predictions[:SHOWN][real], names, head)
+
+
+def panels(checkpoint: Checkpoint, images_uint8: np.ndarray) -> Panels:
+    """Images, masked twins and what is predicted for them, as `visualize` has them."""
+    restored, key = visualize.restore(checkpoint), jax.random.key(checkpoint.config.seed)
+    rows = visualize.panels(restored, jax.numpy.asarray(images_uint8), key)
+    return {title: np.round((row + 1) * 127.5).astype(np.uint8) for title, row in rows.items()}
