@@ -159,7 +159,7 @@ def chart(series: Curves, here: int, dots: bool) -> str:
         for i, (name, points) in enumerate(series.items()):
             xs, ys = zip(*points)
             name = name.removeprefix(EVALUATION)
-            label = printable(f"{METRICS.get(name, name)} {ys[-1]:.4g}")
+            label = printable(f"{METRICS.get(name, name)[:40]} {ys[-1]:.4g}")
             marker = "o" if dots or len(xs) == 1 else None
             axes.plot(xs, ys, DASHES[i % len(DASHES)], label=label, marker=marker, markersize=3)
         axes.axvline(here, color="grey", linestyle=":", linewidth=0.8)
