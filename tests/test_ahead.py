@@ -26,7 +26,7 @@ def settled(log):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name == "ahead"]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_all_items_come_in_order_and_then_the_end():

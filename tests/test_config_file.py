@@ -101,7 +101,7 @@ def test_copied_configs_are_whole_by_themselves(tmp_path, monkeypatch):
     copy = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", copy)
     with (copy / "base.py").open("a") as file:
-        file.write("FRACTALS = dataclasses.replace(FRACTALS, eval_split='mine')\n")
+        file.write("FRACTALS = c.changed(FRACTALS, eval_split='mine')\n")
     monkeypatch.chdir(ROOT)
     assert cli.load(f"{copy}/debug.py").data.eval_split == "mine"
     assert cli.load("configs/debug.py").data.eval_split != "mine"
@@ -114,9 +114,9 @@ def test_ones_own_file_may_build_on_the_checkouts(own, tmp_path, monkeypatch):
     (file.parent / "__init__.py").write_text("SEED = 9")
     seed = "configs.SEED" if file.parent != tmp_path else "9"
     file.write_text(
-        "import dataclasses\nimport configs\nfrom configs import base, debug_supervised\n"
-        "def get_config():\n    config = debug_supervised.experiment()\n"
-        f"    return base.finish(dataclasses.replace(config, seed={seed}), '')"
+        "import dataclasses\nimport configs\nfrom configs import debug_supervised\n"
+        "def experiment():\n    config = debug_supervised.experiment()\n"
+        f"    return dataclasses.replace(config, seed={seed})"
     )
     monkeypatch.chdir(tmp_path)
     assert cli.load(own).seed == 9

@@ -264,7 +264,7 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     for location in (f"{ways['whole']}@ema", f"{ways['whole']}@8@ema"):
         assert checkpoint.locate(location).name in location + "@12"
     with pytest.raises(SetupError, match="plain@ema"):
-        checkpoint.locate(f"{ways['plain']}@ema")
+        Checkpoint.open(f"{ways['plain']}@ema")
     tuned = dataclasses.replace(plain, init=InitConfig(checkpoint=str(ways["whole"])))
     built = train_step.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
     begun = init_from.InitialState.open(tuned, built).make().params["encoder"]

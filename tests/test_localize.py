@@ -11,9 +11,10 @@ import pytest
 from conftest import make_params
 from rivals import boxes as bench
 
-from supmim_jax import checkpoint, contrastive_boxes, sharding
+from supmim_jax import contrastive_boxes, sharding
 from supmim_jax import encoder as encoder_module
 from supmim_jax.batch import Features
+from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CheckpointConfig,
     CMAEConfig,
@@ -93,7 +94,7 @@ def test_a_pass_finds_the_box_of_every_image_on_any_mesh(cropping, one_device):
     params = make_params(cropping)
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
         subject = encoder_module.build_encoder(cropping, 48, mesh)  # 64 images: a batch is padded
-        found.append(contrastive_boxes.boxes(subject.bind(params), cropping, mesh))
+        found.append(contrastive_boxes.boxes(subject.bind(params), Dataset(cropping), mesh))
     table, other = found
     assert table.dtype == np.uint8 and table.shape == (64, 4)
     assert (np.abs(table.astype(int) - other) > 0).mean() < 0.05  # rounding moves few edges
@@ -115,7 +116,7 @@ def test_a_record_that_cannot_be_read_has_the_whole_image(cropping, one_device, 
         lambda self, i: (i, None) if i == 5 else reading(self, i),
     )
     encoder = encoder_module.build_encoder(cropping, 48, one_device).bind(make_params(cropping))
-    table = contrastive_boxes.boxes(encoder, cropping, one_device)
+    table = contrastive_boxes.boxes(encoder, Dataset(cropping), one_device)
     np.testing.assert_array_equal(table[5], WHOLE)
     assert (table != np.array(WHOLE)).any(1).sum() > 32
 
@@ -142,27 +143,25 @@ def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monke
         return [line["loss"] for line in lines if "loss" in line]
 
     assert losses(parts) == losses(whole) and len(losses(whole)) == 12
-    saved = [
-        checkpoint.Checkpoints(d, cropping.checkpoint).restore_boxes(12, cropping)
-        for d in (whole, parts)
-    ]
+    saved = [Checkpoint.open(str(workdir)).restore_boxes() for workdir in (whole, parts)]
     np.testing.assert_array_equal(*saved)
     assert saved[0].shape == (64, 4) and (saved[0] != np.array(WHOLE)).any()
 
 
 def test_boxes_of_another_number_of_images_or_none_are_refused(cropping, tmp_path):
     train(cropping, tmp_path, stop_at=4, devices=ONE)
-    checkpoints = checkpoint.Checkpoints(tmp_path, cropping.checkpoint)
+    saved = Checkpoint.open(str(tmp_path))
     data = dataclasses.replace(cropping.data, train_examples=63, train_split="train[:63]")
     other = dataclasses.replace(cropping, data=data)
     with pytest.raises(SetupError, match=r"boxes is uint8\[64, 4\] in the checkpoint"):
-        checkpoints.restore_boxes(4, other)
-    assert checkpoints.restore_boxes(2, cropping) is None  # there was no pass by then
+        dataclasses.replace(saved, config=other).restore_boxes()
+    early = saved.directory.parent / "2"
+    assert dataclasses.replace(saved, directory=early).restore_boxes() is None  # no pass by then
     for path in (tmp_path / "checkpoints" / "4" / "boxes").iterdir():
         if path.is_file():
             path.unlink()
     with pytest.raises(SetupError, match=r"is damaged: boxes/\S+ is missing; "):
-        checkpoint.Checkpoints(tmp_path, cropping.checkpoint).restore_boxes(4, cropping)
+        Checkpoint.open(str(tmp_path))
 
 
 def test_heat_maps_need_an_encoder_and_no_token_cache(cfg):

@@ -99,7 +99,7 @@ def test_cached_tokens_and_losses_are_those_of_a_run_without(
     cfg = colourful(cfg) if kind == "vqgan" else dataclasses.replace(cfg, epochs=4)
     cfg = dataclasses.replace(cfg, tokens=TokensConfig(views=2))
     codes = make_frozen(cfg)
-    monkeypatch.setattr(tokenizers, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    monkeypatch.setattr(tokenizers, "open_tokenizer", lambda *_: codes["target"]["tokenizer"])
     directory = caches / kind
     cache_tokens.tokenize(cfg, directory, views=2)
     online, tokens = steps(cfg, one_device, codes)
@@ -172,7 +172,7 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         monkeypatch.setattr(jax, "process_count", lambda: 2)
         monkeypatch.setattr(
-            tokenizers, "tokenizer", lambda *_: dict(np.load(cache / tokenizers.FILE))
+            tokenizers, "open_tokenizer", lambda *_: dict(np.load(cache / tokenizers.FILE))
         )
         cache_tokens.tokenize(cfg, directory, views=3, records_per_shard=50)
         done = sorted(p.name[7:12] for p in directory.glob("tokens-*"))
@@ -213,7 +213,7 @@ def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(cfg, cac
         return replaced(cfg, "data", crop="contrastive", contrastive_crop=contrastive)
 
     codes = make_frozen(cfg)
-    monkeypatch.setattr(tokenizers, "tokenizer", lambda *_: codes["target"]["tokenizer"])
+    monkeypatch.setattr(tokenizers, "open_tokenizer", lambda *_: codes["target"]["tokenizer"])
     directory = caches / "centre"
     cache_tokens.tokenize(around(), directory, views=3)
     one = sharding.make_mesh(cfg.mesh, ONE)
@@ -435,7 +435,7 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
         assert (opened.read(1, i, images[i]) == new.read(1, i, images[i])).all()
     rgba = np.zeros((8, 8, 4), np.uint8)
     for image in (rgba, rgba[..., :1].astype(np.uint16)):
-        with pytest.raises(SetupError, match=r"old.*example 3.*tokenize"):
+        with pytest.raises(SetupError, match=r"old.*example 3.*cache_tokens"):
             opened.read(1, 3, cv2.imencode(".png", image)[1].tobytes())
 
 

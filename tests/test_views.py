@@ -191,7 +191,7 @@ def test_workers_give_the_views_that_threads_give(pairs, one_device):
 
 
 def running() -> int:
-    return sum(thread.name == "ahead" for thread in threading.enumerate())
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -202,7 +202,7 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     batches = Dataset.open(pairs).train(one_device, boxes=table())
     first = taken(batches, steps)
     time.sleep(0.3)  # batches of the old boxes wait
-    closed, ahead, fed = [], batches.batches, batches.feed
+    closed, ahead, fed = [], batches.batches, batches.host
     monkeypatch.setattr(fed, "close", lambda: closed.append(loader.HostBatches.close(fed)))
     batches.restart(steps, other)
     assert not ahead.thread.is_alive() and len(closed) == 1 and running() == before + 1
