@@ -16,7 +16,7 @@ from supmim_jax import cli, encoder, sharding, storage
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import layout, timm, transformers
+from supmim_jax.formats import files, timm, transformers
 
 WRITERS = {"timm": timm.write, "transformers": transformers.write}
 LOADING = {  # by library and by what the run's objective leaves; these are what can be written
@@ -40,7 +40,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
       SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, or
         `out` is not free.
     """
-    out = layout.check_free(out)
+    out = files.check_free(out)
     checkpoint = Checkpoint.open(location)
     cfg = checkpoint.config
     if cfg.objective.leaves not in LOADING[to]:
@@ -52,7 +52,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.tree.map(np.asarray, encoder.restore(checkpoint, mesh, 1).params)
     tensors, documents = WRITERS[to](params, cfg)
-    layout.write(out, tensors, documents)
+    files.write(out, tensors, documents)
     return LOADING[to][cfg.objective.leaves].format(out)
 
 

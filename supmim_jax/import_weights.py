@@ -21,7 +21,7 @@ from supmim_jax.batch import TrainState
 from supmim_jax.config import Config, DataConfig, MAEConfig, MeshConfig, SupervisedConfig
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import augreg, layout, timm, transformers
+from supmim_jax.formats import augreg, files, layout, timm, transformers
 from supmim_jax.formats.layout import Foreign, from_foreign
 from supmim_jax.metrics import write_json
 
@@ -36,10 +36,10 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
       SetupError: a file is missing or broken, or is not exactly a model of ours.
     """
     if source == "augreg":
-        arrays, file = layout.read_npz(path), str(path)
+        arrays, file = files.read_npz(path), str(path)
         found = augreg.read(arrays, file)
     else:
-        arrays, documents, file = layout.read_directory(path)
+        arrays, documents, file = files.read_directory(path)
         found = READERS[source](documents, file)
     cfg = (combine if found.num_classes else combine_encoder)(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

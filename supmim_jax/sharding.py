@@ -1,10 +1,9 @@
 """Where arrays live: one mesh, one table from parameter path to mesh axes.
 
 Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers. Of
-several slices `data` alone crosses from one to another.
-
-
-Where activations live on a mesh, for the models: each device holds whole examples."""
+several slices `data` alone crosses from one to another. Activations stay with their examples: the
+models ask for that by `by_rows`, as each device holds whole examples.
+"""
 
 import re
 from typing import Any
@@ -17,7 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import ConfigError
 
+AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the mesh axes that share the batch
+BATCH = PartitionSpec(ROWS)
+REPLICATED = PartitionSpec()
 
 
 def by_rows(x_BxN) -> jax.Array:
@@ -46,10 +48,6 @@ def _constrained(x, spec: PartitionSpec) -> jax.Array:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = PartitionSpec(ROWS)
-REPLICATED = PartitionSpec()
 
 # Searched in a parameter's path, first match wins. The leading None of a block's parameters is
 # the axis of stacked layers. The optimizer's moments carry their parameter's path, and so its row.

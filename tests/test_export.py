@@ -12,7 +12,7 @@ from conftest import make_features, make_params
 
 from supmim_jax import export, import_weights
 from supmim_jax.config import DataConfig, MAEConfig
-from supmim_jax.formats import layout, timm
+from supmim_jax.formats import files, timm
 
 EXTRA = 'exports are tested against PyTorch: pip install -e ".[parity]"'
 torch = pytest.importorskip("torch", reason=EXTRA)
@@ -51,7 +51,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize(("model", "channels"), MODELS)
 def test_transformers_computes_the_same(supervised, tmp_path, model, channels):
     cfg, params, images = make(supervised, model, channels)
-    layout.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
     load = hf.AutoModelForImageClassification.from_pretrained
     theirs, report = load(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
@@ -69,7 +69,7 @@ def test_transformers_computes_the_same(supervised, tmp_path, model, channels):
 def test_transformers_loads_an_encoder_by_itself(supervised, tmp_path, model, channels):
     headless = dataclasses.replace(supervised, objective=MAEConfig())
     cfg, params, images = make(headless, model, channels)
-    layout.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
     cls = cfg.model.pooling == "cls"
     for kind in (hf.AutoModel, hf.ViTModel if cls else hf.IJepaModel):
         theirs, report = kind.from_pretrained(
@@ -88,7 +88,7 @@ def test_the_processor_of_transformers_makes_our_pixels(supervised, tmp_path, ch
     cfg, params, _ = make(supervised, {}, channels)
     data = dataclasses.replace(cfg.data, eval_resize=30)
     cfg = dataclasses.replace(cfg, data=data)
-    layout.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["transformers"](params, cfg))
     processor = hf.AutoImageProcessor.from_pretrained(tmp_path / "out")
     image = np.random.default_rng(0).integers(0, 256, (30, 40, channels), np.uint8)
     found = processor(image, return_tensors="pt", input_data_format="channels_last")

@@ -9,7 +9,7 @@ from test_export import MODELS, assert_close, make, pixels
 
 from supmim_jax import export, import_weights
 from supmim_jax.config import MAEConfig
-from supmim_jax.formats import layout
+from supmim_jax.formats import files
 
 EXTRA = 'timm is not in the parity extra: pip install -e ".[timm]"'
 torch = pytest.importorskip("torch", reason=EXTRA)
@@ -19,7 +19,7 @@ timm = pytest.importorskip("timm", reason=EXTRA)
 @pytest.mark.parametrize(("model", "channels"), MODELS)
 def test_timm_computes_the_same(supervised, tmp_path, model, channels):
     cfg, params, images = make(supervised, model, channels)
-    layout.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     ours = make_features(cfg, params, images)
     tokens = theirs.forward_features(pixels(images))
@@ -32,7 +32,7 @@ def test_timm_computes_the_same(supervised, tmp_path, model, channels):
 def test_timm_loads_an_encoder_by_itself(supervised, tmp_path, model, channels):
     headless = dataclasses.replace(supervised, objective=MAEConfig())
     cfg, params, images = make(headless, model, channels)
-    layout.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
     ours = make_features(cfg, params, images)
     for arguments in ({}, {"num_classes": 0}):
         theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **arguments)
@@ -47,7 +47,7 @@ def test_the_transform_of_timm_makes_our_pixels(supervised, tmp_path):
 
     cfg, params, _ = make(supervised, {}, 3)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_resize=30))
-    layout.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config, is_training=False)

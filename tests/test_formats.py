@@ -14,7 +14,7 @@ from flax import traverse_util
 from supmim_jax import checkpoint, export, import_weights, probe, sharding, train_step
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MAEConfig
-from supmim_jax.formats import layout, timm
+from supmim_jax.formats import files, timm
 
 # What timm 1.0.31 has for vit_base_patch16_224 with these arguments and one block.
 TIMM = {
@@ -55,7 +55,7 @@ def with_model(cfg, **fields):
 
 
 def write(cfg, params, to, out):
-    layout.write(out, *export.WRITERS[to](params, cfg))
+    files.write(out, *export.WRITERS[to](params, cfg))
     return out
 
 

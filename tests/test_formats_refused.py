@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from supmim_jax import checkpoint, export, import_weights
 from supmim_jax.batch import TrainState
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import augreg, layout
+from supmim_jax.formats import augreg, files, layout
 from supmim_jax.formats.layout import to_foreign
 
 
@@ -25,14 +25,14 @@ def exported(supervised, tmp_path):
     cfg = dataclasses.replace(supervised, model=model)
     params = make_params(cfg)
     for to, writer in export.WRITERS.items():
-        layout.write(tmp_path / to, *writer(params, cfg))
+        files.write(tmp_path / to, *writer(params, cfg))
     return cfg, tmp_path
 
 
 def change_tensors(directory, **changes):
-    tensors = load_file(directory / layout.WEIGHTS)
+    tensors = load_file(directory / files.WEIGHTS)
     tensors = {name: x for name, x in (tensors | changes).items() if x is not None}
-    save_file(tensors, directory / layout.WEIGHTS)
+    save_file(tensors, directory / files.WEIGHTS)
 
 
 def change_config(directory, section="", **changes):
@@ -95,7 +95,7 @@ def test_other_models_are_refused(exported, source, section, changes, message):
 
 def test_broken_files_are_named(exported, tmp_path):
     cfg, path = exported
-    weights = path / "timm" / layout.WEIGHTS
+    weights = path / "timm" / files.WEIGHTS
     for size in (0, 5, 1000, weights.stat().st_size - 1):
         (path / "timm" / "cut.safetensors").write_bytes(weights.read_bytes()[:size])
         with pytest.raises(SetupError, match=r"cut\.safetensors cannot be read as safetensors"):
@@ -126,7 +126,7 @@ def test_nothing_is_overwritten(exported):
     with pytest.raises(SetupError, match="timm is not empty"):
         import_weights.save(path / "timm", cfg, {})
     with pytest.raises(TypeError):
-        layout.write(path / "new", {}, {"config.json": {"x": object()}})
+        files.write(path / "new", {}, {"config.json": {"x": object()}})
     assert sorted(path.rglob("*")) == before
 
 

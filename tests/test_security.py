@@ -25,7 +25,7 @@ from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
 from supmim_jax.data import jpeg, source
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.layout import read_json, read_npz, read_safetensors
+from supmim_jax.formats.files import read_json, read_npz, read_safetensors
 from supmim_jax.models import kmeans, maskgit
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")

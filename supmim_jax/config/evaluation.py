@@ -1,6 +1,4 @@
-"""What a trained encoder is judged by, in training and by `probe`.
-
-A measurement of trained encoders."""
+"""What encoders are judged by, in training (EvalConfig) and by `probe` (ProbeConfig)."""
 
 from dataclasses import dataclass
 from typing import Literal

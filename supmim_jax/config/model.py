@@ -1,6 +1,4 @@
-"""The networks: encoder and decoder.
-
-What masked patches are predicted as, and where tokens come from."""
+"""The networks: encoder, decoder and tokenizers."""
 
 from dataclasses import dataclass
 from typing import Literal

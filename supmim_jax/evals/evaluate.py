@@ -1,12 +1,10 @@
-"""What frozen features are good for: the evaluations of `cfg.eval.which`, in its order.
+"""The evaluations of config.eval.which, and what each needs of the data.
 
 Each takes the subject and gives its metrics in per cent, with what else is worth keeping. kNN, the
 linear probe and few-shot learn from the training split; retrieval knows the evaluation split alone.
-
-
-What evaluations need of the data, looked at before a run's first step.
-
-How well images come back from their tokens, and how many codes take part."""
+A tokenizer is judged by how well images come back from their tokens. `check` looks at the data
+before a run's first step, so that no run ends in an evaluation that could never be made.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence

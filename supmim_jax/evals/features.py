@@ -1,8 +1,8 @@
-"""Features of a whole split, gathered on the host.
+"""Features of a whole split on the host, and host arrays spread over all devices of a mesh.
 
-What evaluations give.
-
-Rows of host arrays over all devices of a mesh, each device with the same number of them."""
+Evaluators take host arrays and spread their rows again, each device with the same number of them,
+so that a result does not depend on the mesh that the features came from.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple

@@ -2,10 +2,9 @@
 
 A head sees the grid of tokens BxHxWxD; its logits are upsampled bilinearly to the size of the
 masks, and trained there by pixel-wise cross-entropy. Heads are trained on cached tokens, which
-stay on the host: a batch at a time goes to the devices, its rows split over the mesh.
-
-
-Segmentation scores from a confusion matrix."""
+stay on the host: a batch at a time goes to the devices, its rows split over the mesh. Scores (mIoU,
+pixel accuracy) come from a confusion matrix of all pixels.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

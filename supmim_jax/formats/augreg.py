@@ -9,7 +9,7 @@ from typing import Any
 
 from supmim_jax.config import ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import layout as layout_module
+from supmim_jax.formats import files
 from supmim_jax.formats.layout import BLOCKS, Foreign, Layout, Row, count
 
 BLOCK = "Transformer/encoderblock_{}"
@@ -65,7 +65,7 @@ def read(arrays: dict[str, Any], file: str) -> Foreign:
         raise SetupError(f"{file}: embedding/kernel has patches of {patch}x{columns}, not square.")
     pooling = "cls" if "cls" in arrays else "gap"
     rows = shape(POSITIONS, 3)[1] - (pooling == "cls")
-    image_size = layout_module.root(rows, file, POSITIONS) * patch
+    image_size = files.root(rows, file, POSITIONS) * patch
     model = ViTConfig(
         patch=patch,
         width=width,

@@ -10,17 +10,17 @@ from typing import Any
 
 from supmim_jax.config import VARIANTS, Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import layout as layout_module
+from supmim_jax.formats.files import Section
 from supmim_jax.formats.layout import (
     BLOCKS,
     Foreign,
     Layout,
     Row,
-    Section,
     convolution,
     linear,
     norm,
     to_foreign,
+    with_positions,
 )
 
 # Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
@@ -75,7 +75,7 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
     model, data = cfg.model, cfg.data
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
     classes = data.num_classes if head else 0  # timm's way to say that there is no classifier
-    params = layout_module.with_positions(params, model, data)
+    params = with_positions(params, model, data)
     rows = layout(model, data.channels, side * side, head=head, cls_positions=False)
     tensors = to_foreign(params, rows)
     pool = {"gap": "avg", "cls": "token"}[model.pooling]

@@ -11,17 +11,18 @@ from typing import Any
 
 from supmim_jax.config import Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import layout as layout_module
+from supmim_jax.formats.files import Section
 from supmim_jax.formats.layout import (
     BLOCKS,
     Foreign,
     Layout,
     Row,
-    Section,
     convolution,
     linear,
     norm,
     to_foreign,
+    with_positions,
+    without_layer_scale,
 )
 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
@@ -68,8 +69,8 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
     model, data = cfg.model, cfg.data
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
     root = f"{TYPES[model.pooling]}." if head else ""
-    params = layout_module.with_positions(params, model, data)
-    params = layout_module.without_layer_scale(params)
+    params = with_positions(params, model, data)
+    params = without_layer_scale(params)
     tensors = to_foreign(params, layout(model, data.channels, side * side, head=head, root=root))
     config = {
         "architectures": [(CLASSIFIERS if head else ENCODERS)[model.pooling]],

@@ -1,13 +1,10 @@
 """Image tokens without a network: the nearest of k k-means centres of raw patches.
 
-The tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids` and
-`decode(ids) -> images`, and it is frozen: its arrays are `Frozen` variables, which the train step
-takes as an argument and neither optimises nor checkpoints.
-
-
-Reading .npz files that may be of any origin: without pickle, and no larger than they look.
-
-Makes the image tokenizer that a config names; each has `encode`, `decode` and `num_codes`."""
+The tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids`,
+`decode(ids) -> images` and `num_codes`, and it is frozen: its arrays are `Frozen` variables, which
+the train step takes as an argument and neither optimises nor checkpoints. `make` builds this one or
+a VQGAN, as the config names it.
+"""
 
 import io
 import os

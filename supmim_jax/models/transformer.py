@@ -1,9 +1,9 @@
 """The pre-norm transformer that encoder and decoder share, its layers stacked and scanned.
 
-Which form of attention runs where: one fused kernel, or XLA's matmuls and softmax.
-
-On a GPU, XLA's form writes the logits of every head and pair of tokens to memory and reads them
-again; cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip."""
+On a GPU, XLA's attention writes the logits of every head and pair of tokens to memory and reads
+them again; cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. Which of the
+two runs is chosen as the step is traced, by platform, dtype and shape.
+"""
 
 from collections.abc import Callable
 from typing import Literal

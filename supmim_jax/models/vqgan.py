@@ -1,10 +1,9 @@
 """A convolutional image tokenizer (VQGAN, arXiv 2012.09841) in the form that MaskGIT published.
 
 As in MaskGIT (arXiv 2202.04200) there is no attention, resolution is halved by averaging and
-doubled by repetition, and pixels are in [0, 1] inside. `maskgit.load` reads its checkpoint.
-
-
-The patch discriminator of adversarial tokenizer training (after arXiv 1611.07004)."""
+doubled by repetition, and pixels are in [0, 1] inside. `maskgit.load` reads its checkpoint. The
+patch discriminator (after arXiv 1611.07004) serves adversarial training.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -5,9 +5,7 @@ to us. One mask for both views, losses summed over the views, weight 0.1, moment
 temperature 1 are those of the first author's later public code (SDMAE). Ours are the projector,
 what the momentum branch sees (the same kept patches, with all their places), symmetric InfoNCE, and
 `leak_free`.
-
-
-The head in whose space views of an image are compared."""
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""The baseline: a ViT trained on labels.
-
-The supervised term that `supervised` and `supmim` share: mixing, targets and loss."""
+"""The baseline, a ViT trained on labels, and the supervised term that `supmim` shares with it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""The train step, compiled by libtpu for a slice.
-
-TPU chips, and the slices of them that exist."""
+"""TPU chips, the slices of them that exist, and the train step compiled by libtpu for one."""
 
 import math
 import os

@@ -1,12 +1,8 @@
-"""From a compiled step to what it costs: memory, FLOPs, traffic, time, chip-hours.
+"""From a compiled step to what it costs and what to change: memory, time, chip-hours, meshes.
 
-How long a collective keeps the links between chips busy.
-
-Which mesh and rematerialization: the same step compiled for several, compared.
-
-What to change when a step doesn't fit, or wastes the hardware; with the numbers it rests on.
-
-Rehearsals as text for people."""
+Seconds are lower bounds: of computing by a roofline over every instruction, and of traffic between
+chips by the links that a collective keeps busy.
+"""
 
 import dataclasses
 import math

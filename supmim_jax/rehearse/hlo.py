@@ -1,34 +1,24 @@
-"""Counts the matmul and convolution FLOPs of a compiled program from its HLO text.
+"""The HLO text of a compiled program as data, and what it costs: FLOPs, collectives, HBM traffic.
 
 `cost_analysis()` counts the body of a loop once, whatever its trip count; this walks the program
-from its entry and multiplies. A multiply-add is 2 FLOPs. In convolutions only multiply-adds with
+from its entry and multiplies. The text of a partitioned program is that of one device.
+
+FLOPs are of matmuls and convolutions; a multiply-add is 2. In convolutions only multiply-adds with
 an element of the input count, not those with padding or with the holes of a dilated input: so a
 strided convolution and its gradients cost the same, and so do TPU's matmuls written as
-convolutions. The text of a partitioned program is that of one device.
+convolutions.
 
+Collectives: TPU runs most of them asynchronously. One all-gather is then spread over a chain of
+fusions that compute meanwhile, each of which repeats it with the same channel_id; it counts once.
+Outside fusions a channel_id may be shared and each instruction counts. TPU also writes
+reduce-scatter as a fusion `all-reduce-scatter` of an all-reduce and a slice, and gives these all
+one channel_id; each counts, as a reduce-scatter.
 
-The HLO text of a compiled program as data: computations, instructions and stack frames.
-
-Which devices take part in a collective, from its `replica_groups`.
-
-Every instruction that a program runs by itself, with how often it does.
-
-How often a loop of an HLO program runs.
-
-What a compiled program sends between devices.
-
-TPU runs most collectives asynchronously: one all-gather is then spread over a chain of fusions
-that compute meanwhile, each of which repeats it with the same channel_id. It counts once. Outside
-fusions a channel_id may be shared and each instruction counts. TPU also writes reduce-scatter as a
-fusion `all-reduce-scatter` of an all-reduce and a slice, and gives these all one channel_id; each
-counts, as a reduce-scatter.
-
-What a compiled program reads from and writes to main memory (HBM), instruction by instruction.
-
-The operands and results of each instruction of the schedule, once each; of those inside a fusion
-nothing, as they stay on the chip. An operand of which only slices are used counts as these, a
-result that updates an operand in place as the update. What the layout puts into another memory
-space (VMEM on TPU) costs nothing, but the copies that bring it there do."""
+Traffic is what the operands and results of each scheduled instruction move, once each; of those
+inside a fusion nothing, as they stay on the chip. An operand of which only slices are used counts
+as these, a result that updates an operand in place as the update. What the layout puts into another
+memory space (VMEM on TPU) costs nothing, but the copies that bring it there do.
+"""
 
 import math
 import re
