@@ -10,7 +10,6 @@ processes (--distributed) share the shards.
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from supmim_jax import cli, encoder, sharding, storage, tokenizers
 from supmim_jax.config import Config, MeshConfig, TokensConfig
@@ -71,13 +71,28 @@ def tokenize(
     )
     _begin(directory, plan, cfg, arrays)
     bound = encoder.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
-    progress = Progress(plan, directory)
-    for index in range(jax.process_index(), plan.shards, jax.process_count()):
-        path, records = plan.path(directory, index), plan.shard(index)
-        if not path.exists():
-            rows = progress(encoded(bound, dataset, records, batch_size, mesh))
-            token_cache.write_shard(path, token_cache.packed(plan, index, rows))
+    own = range(jax.process_index(), plan.shards, jax.process_count())
+    missing = [i for i in own if not plan.path(directory, i).exists()]
+    total = sum(len(plan.shard(i)) for i in missing)
+    print(
+        f"{directory}: {plan.views} views of {plan.examples} images, {plan.tokens} tokens each of "
+        f"{plan.codes}; {plan.shards} shards, at most {estimated_bytes(plan) / 1e9:.3f} GB. To do "
+        f"here: {len(missing)} shards, {total} views.",
+        file=sys.stderr,
+    )
+    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
+    with tqdm(total=total, unit="view", mininterval=every, file=sys.stderr) as progress:
+        for index in missing:
+            rows = encoded(bound, dataset, plan.shard(index), batch_size, mesh)
+            records = token_cache.packed(plan, index, _counted(rows, progress))
+            token_cache.write_shard(plan.path(directory, index), records)
     return plan
+
+
+def _counted(rows: Iterator[Row], progress: tqdm) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        progress.update()
 
 
 def encoded(
@@ -120,7 +135,12 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
         return
     try:
         storage.make_directory(directory)
-        _check_space(directory, plan)
+        storage.check_disk_space(
+            directory,
+            estimated_bytes(plan),
+            "the whole cache",
+            "Choose another --cache, or fewer --epochs: config.tokens.views cycles them.",
+        )
         if jax.process_index() == 0:
             tokenizers.save_fitted(cfg, arrays, directory)
             write_json(manifest, plan.manifest)
@@ -133,53 +153,6 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
 def estimated_bytes(plan: token_cache.Plan) -> int:
     """An upper bound of the cache's size."""
     return plan.records * (2 * plan.tokens + RECORD_BYTES) + plan.shards * SHARD_BYTES
-
-
-def _check_space(directory: epath.Path, plan: token_cache.Plan) -> None:
-    """Raises SetupError if a local disk has no room for the whole cache."""
-    free, needed = storage.free_bytes(directory), estimated_bytes(plan)
-    if free is not None and needed > free:
-        raise SetupError(
-            f"--cache {directory} needs {needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} "
-            f"GB free. Choose another disk, or fewer --epochs: config.tokens.views cycles them."
-        )
-
-
-class Progress:
-    """Says what will be written, then how far it is, on stderr."""
-
-    def __init__(self, plan: token_cache.Plan, directory: epath.Path):
-        own = range(jax.process_index(), plan.shards, jax.process_count())
-        missing = [i for i in own if not plan.path(directory, i).exists()]
-        self.total = sum(len(plan.shard(i)) for i in missing)
-        self.done, self.begin, self.shown = 0, time.monotonic(), 0.0
-        self.terminal = sys.stderr.isatty()
-        print(
-            f"{directory}: {plan.views} views of {plan.examples} images, {plan.tokens} tokens each "
-            f"of {plan.codes}; {plan.shards} shards, at most {estimated_bytes(plan) / 1e9:.3f} GB. "
-            f"To do here: {len(missing)} shards, {self.total} views.",
-            file=sys.stderr,
-        )
-
-    def __call__(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Passes the rows on and counts them."""
-        for row in rows:
-            yield row
-            self.done += 1
-            now = time.monotonic()
-            if now - self.shown > (1.0 if self.terminal else 30.0) or self.done == self.total:
-                self.shown = now
-                self._show(self.done / max(now - self.begin, 1e-9))
-
-    def _show(self, rate: float) -> None:
-        minutes, seconds = divmod(round((self.total - self.done) / rate), 60)
-        line = (
-            f"{self.done}/{self.total} {100 * self.done // self.total:3d}% | {rate:.0f} img/s | "
-            f"{minutes}:{seconds:02d} left"
-        )
-        end = "" if self.terminal and self.done < self.total else "\n"
-        start = "\r\x1b[K" if self.terminal else ""
-        print(start + line, end=end, file=sys.stderr, flush=True)
 
 
 def main() -> None:

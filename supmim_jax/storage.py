@@ -9,6 +9,7 @@ append: what must become visible at once there is committed by a file that is wr
 import contextlib
 import errno
 import functools
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from absl import flags
@@ -280,6 +282,34 @@ def free_bytes(path: str | os.PathLike) -> int | None:
         return None
     local = Path(path).absolute()
     return shutil.disk_usage(next(p for p in (local, *local.parents) if p.exists())).free
+
+
+def check_disk_space(path: str | os.PathLike, needed: int, what: str, cure: str) -> None:
+    """Returns if the disk of the path, where it has one, has this many bytes free.
+
+    What a quota leaves is not known, nor of gs:// anything.
+
+    Raises:
+      SetupError: it has not; `what` needs them, and `cure` says what to do.
+    """
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        raise SetupError(
+            f"{path} has no room for {what}: {free} bytes ({free / 2**30:.2f} GiB) are free, and "
+            f"it takes {needed} bytes ({needed / 2**30:.2f} GiB). {cure}"
+        )
+
+
+def read_json(path: epath.Path, cure: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      SetupError: it cannot be read; `cure` says what to do.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SetupError(f"{path} cannot be read: {error}. {cure}") from None
 
 
 def may_pass(error: BaseException | None) -> bool:

@@ -5,7 +5,6 @@ training split, which is kept in the workdir and in token caches.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +13,7 @@ from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from supmim_jax import encoder
+from supmim_jax import encoder, storage
 from supmim_jax.checkpoint import Checkpoint, split_step
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, section
@@ -86,13 +85,11 @@ class Frozen:
         path = workdir / IDENTITY
         if not self.identity or not path.exists():
             return
-        try:
-            kept = str(json.loads(path.read_text())["sha256"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise SetupError(
-                f"{path} cannot be read: {error!r}. It says which tokenizer the run began with: "
-                f"copy it again, or choose another --workdir."
-            ) from None
+        cure = "It names the tokenizer of the run: copy it again, or choose another --workdir."
+        values = storage.read_json(path, cure)
+        if not isinstance(values, dict) or not isinstance(values.get("sha256"), str):
+            raise SetupError(f"{path} cannot be read: it has no sha256. {cure}")
+        kept = values["sha256"]
         if kept != self.identity:
             raise SetupError(
                 f"--workdir {workdir} holds a run with the tokenizer of SHA-256 {kept[:12]}..., "

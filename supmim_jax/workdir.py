@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import socket
 import time
@@ -71,7 +70,7 @@ class Workdir:
           SetupError: the file cannot be read.
         """
         path = self.path / "results.json"
-        return _read(path, "Remove it to evaluate again.")
+        return storage.read_json(path, "Remove it to evaluate again.") if path.exists() else None
 
     @contextlib.contextmanager
     def claimed(self, frozen: Frozen) -> Iterator[None]:
@@ -116,7 +115,7 @@ class Workdir:
         """
         if jax.process_index() == 0:
             path = self.path / "environment.json"
-            parts = _read(path, "Remove it to go on.") or []
+            parts = storage.read_json(path, "Remove it to go on.") if path.exists() else []
             if not isinstance(parts, list) or not all(
                 isinstance(x, dict) and environment.FROM_STEP in x for x in parts
             ):
@@ -143,10 +142,11 @@ class Workdir:
                 raise
 
     def _check_config(self) -> None:
-        saved = _read(self.path / "config.json", "Choose another --workdir.")
-        if saved is None:
+        path = self.path / "config.json"
+        if not path.exists():
             return
-        saved = to_configdict(from_configdict(saved)).to_dict()
+        saved = from_configdict(storage.read_json(path, "Choose another --workdir."))
+        saved = to_configdict(saved).to_dict()
         changed = [
             difference
             for difference in differences(saved, to_configdict(self.cfg).to_dict())
@@ -181,11 +181,3 @@ class Workdir:
                 f"here). The steps after {step} would draw or round other numbers. Set these "
                 f"variables as they were (None: unset), or choose another --workdir."
             )
-
-
-def _read(path: epath.Path, cure: str) -> dict | list | None:
-    """What a JSON file of the run holds; None where there is none."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SetupError(f"{path} cannot be read: {error}. {cure}") from None

@@ -160,7 +160,9 @@ def _misplaced(directory: epath.Path) -> list[str]:
     """Whether the position in the data is that of the step that the directory is named by."""
     if not directory.name.isdigit():
         return []
-    run, config = (json.loads((directory / x / "metadata").read_text()) for x in ("run", "config"))
+    run, config = (
+        storage.read_json(directory / item / "metadata", ANOTHER) for item in ("run", "config")
+    )
     skipped, batch_size = run.get("skipped_batches", 0), config.get("batch_size", 0)
     if run.get("position", 0) == (int(directory.name) + skipped) * batch_size:
         return []

@@ -8,7 +8,6 @@ is read: orbax alone accepts a misspelt subtree or another depth.
 import contextlib
 import dataclasses
 import datetime
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,8 +82,10 @@ class Checkpoint:
           SetupError: it is damaged.
         """
         verify(directory)
-        run = BEGIN | _read_json(directory / "run" / "metadata")
-        return cls(directory, from_configdict(_read_json(directory / "config" / "metadata")), run)
+        run, config = (
+            storage.read_json(directory / item / "metadata", ANOTHER) for item in ("run", "config")
+        )
+        return cls(directory, from_configdict(config), BEGIN | run)
 
     @property
     def step(self) -> int:
@@ -301,12 +302,3 @@ class Names(ocp.path.step.NameFormat):
 def _shapes(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {path_name(p): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
-
-
-def _read_json(path: epath.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SetupError(
-            f"{path} cannot be read ({type(error).__name__}): it is not whole. {ANOTHER}"
-        ) from None

@@ -134,18 +134,15 @@ class Checkpoints:
     def check_disk_space(self, *arrays: Any) -> None:
         """Raises SetupError if the disk has no room for a checkpoint of these trees, or shapes.
 
-        All hosts write into the one directory, so one process asks, for all of them. What a quota
-        leaves is not known, nor of gs:// anything.
+        All hosts write into the one directory, so one process asks, for all of them.
         """
-        if jax.process_index() != 0:
-            return
-        free, needed = storage.free_bytes(self.directory), bytes_on_disk(arrays)
-        if free is not None and free < needed:
-            raise SetupError(
-                f"{self.directory} has no room for a checkpoint: {_gib(free)} are free, and it "
-                f"takes {_gib(needed)}. {self._state()} Free some room, or move --workdir to a "
-                f"larger disk; the same command then goes on."
+        if jax.process_index() == 0:
+            cure = (
+                f"{self._state()} Free some room, or move --workdir to a larger disk; the same "
+                f"command then goes on."
             )
+            needed = bytes_on_disk(arrays)
+            storage.check_disk_space(self.directory, needed, "a checkpoint", cure)
 
     def save(
         self, state: TrainState, cfg: Config, run: dict, boxes: np.ndarray | None = None
@@ -286,10 +283,6 @@ def bytes_on_disk(arrays: Any) -> int:
     leaves = (x if hasattr(x, "dtype") else np.asarray(x) for x in jax.tree.leaves(arrays))
     size = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves)
     return size + int(MARGIN_SHARE * size) + MARGIN
-
-
-def _gib(size: int) -> str:
-    return f"{size} bytes ({size / 2**30:.2f} GiB)"
 
 
 def _errno(error: Exception) -> int | None:

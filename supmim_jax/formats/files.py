@@ -96,10 +96,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def read_json(path: Path) -> Any:
     """The document of a JSON file."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SetupError(f"{path} cannot be read as JSON: {error}") from None
+    return storage.read_json(path, "Expected JSON.")
 
 
 def _float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:

@@ -10,6 +10,7 @@ from supmim_jax import environment, storage
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import ERRORS
 
+CURE = "Repair it, or move it away."
 LARGEST_INT = 2**53  # that a float holds
 LARGEST_DRAWN = 1e100
 # Of results.json; the rest was measured.
@@ -127,10 +128,7 @@ def _object(path: epath.Path) -> dict:
 
 
 def _parsed(path: epath.Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise _refused(path, str(error)) from None
+    return storage.read_json(path, CURE)
 
 
 def _text(path: epath.Path) -> str:
@@ -151,4 +149,4 @@ def _is_part(part: Any) -> bool:
 
 
 def _refused(path: epath.Path, reason: str) -> SetupError:
-    return SetupError(f"{path} cannot be used: {reason}. Repair it, or move it away.")
+    return SetupError(f"{path} cannot be used: {reason}. {CURE}")
