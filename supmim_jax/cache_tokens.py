@@ -22,7 +22,7 @@ from tqdm import tqdm
 from supmim_jax import cli, encoder, sharding, storage, tokenizers
 from supmim_jax.config import Config, MeshConfig, TokensConfig
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.data import token_cache
+from supmim_jax.data import source, token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.metrics import write_json
@@ -62,7 +62,9 @@ def tokenize(
     dataset = Dataset.open(cfg)
     arrays = tokenizers.open_tokenizer(cfg, dataset, directory, prog.arrays)
     plan = token_cache.Plan(
-        fingerprint=token_cache.fingerprint(cfg, tokenizers.digest(arrays)),
+        fingerprint=token_cache.fingerprint(
+            cfg, tokenizers.digest(arrays), source.version(cfg.data)
+        ),
         views=views,
         examples=cfg.data.train_examples,
         tokens=(cfg.data.image_size // cfg.model.patch) ** 2,

@@ -126,15 +126,26 @@ def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
-    """Raises ConfigError unless the devices divide the global batch."""
+def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
+    """Returns if the global batch falls evenly on the devices, also in `parts` micro-batches.
+
+    Raises:
+      ConfigError: it does not.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
-        below = batch_size - batch_size % shards
+    step = shards * parts
+    if batch_size % step:
+        below = batch_size - batch_size % step
+        micro = f" in {parts} micro-batches (config.optim.accumulate)" if parts > 1 else ""
         raise ConfigError(
             f"{field} is {batch_size}, which the {shards} batch shards of the mesh "
-            f"{dict(mesh.shape)} don't divide. Take {below or shards} or {below + shards}, or "
+            f"{dict(mesh.shape)} don't divide{micro}. Take {below or step} or {below + step}, or "
             f"another config.mesh."
+        )
+    if parts > 1 and batch_size // parts % 2:
+        raise ConfigError(
+            f"config.optim.accumulate is {parts}, which leaves micro-batches of "
+            f"{batch_size // parts} examples; mixing pairs them, so it must be even."
         )
 
 

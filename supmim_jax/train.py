@@ -64,13 +64,13 @@ def train(
       SetupError: the config, the data, the devices or the workdir don't fit together.
       Diverged: a loss term or gradient is not finite.
     """
-    mesh = sharding.make_mesh(cfg.mesh, devices)
+    line, mesh = ProgressLine(cfg), sharding.make_mesh(cfg.mesh, devices)
     step_fn = TrainStep.build(cfg, mesh)
     model = encoder.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     dataset = Dataset.open(cfg)
     workdir = Workdir.open(workdir, cfg)
     if (results := workdir.results()) and not results.get(ERRORS):
-        ProgressLine(cfg).say(f"{workdir.path} is complete; these are its results.")
+        line.say(f"{workdir.path} is complete; these are its results.")
         return results  # else what could not be measured may be now
     initial = None if checkpoint.steps(workdir.path) else InitialState.open(cfg, step_fn)
     evals.check(dataset, cfg.data.eval_split)
@@ -81,7 +81,7 @@ def train(
         newest = checkpoints.newest(use_older_checkpoint)
         checkpoints.check_disk_space(checkpoint.plain(step_fn.state))
         workdir.record_environment(newest.step if newest else 0, mesh)
-        run = Run(cfg, workdir, dataset, step_fn, model, checkpoints)
+        run = Run(workdir, dataset, step_fn, model, checkpoints, line)
         fixed = sharding.put(frozen.arrays, step_fn.frozen)
         last = min(stop_at or cfg.total_steps, cfg.total_steps)
         while True:
@@ -165,16 +165,16 @@ class Run:
 
     def __init__(
         self,
-        cfg: Config,
         workdir: Workdir,
         dataset: Dataset,
         step_fn: TrainStep,
         model: encoder.EncoderProgram | encoder.TokenizerProgram,
         checkpoints: Checkpoints,
+        line: ProgressLine,
     ):
-        self.cfg, self.workdir, self.dataset = cfg, workdir, dataset
+        self.cfg, self.workdir, self.dataset = workdir.cfg, workdir, dataset
         self.step_fn, self.model, self.checkpoints = step_fn, model, checkpoints
-        self.line = ProgressLine(cfg)
+        self.line = line
         self.changes: dict[str, int] = {}  # of the numbers, by going back after NaN
 
     def begin(self, initial: InitialState) -> TrainState:

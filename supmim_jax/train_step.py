@@ -21,8 +21,6 @@ from jax.sharding import Mesh, NamedSharding
 from supmim_jax import optim, sharding
 from supmim_jax.batch import Batch, Metrics, TrainState
 from supmim_jax.config import Config
-from supmim_jax.encoder import abstract_images
-from supmim_jax.errors import ConfigError
 from supmim_jax.models.variables import Frozen, Moving
 from supmim_jax.objectives import OBJECTIVES
 
@@ -52,8 +50,7 @@ class TrainStep:
         Raises:
           ConfigError: the mesh does not divide the batch or a parameter, or accumulate the batch.
         """
-        sharding.check_batch(cfg.batch_size, mesh, "config.batch_size")
-        _check_micro_batches(cfg, mesh.shape["data"] * mesh.shape["fsdp"])
+        sharding.check_batch(cfg.batch_size, mesh, "config.batch_size", cfg.optim.accumulate)
         transform = optim.make(cfg)
         learning_rate = optim.schedule(cfg)
 
@@ -69,6 +66,7 @@ class TrainStep:
 
         graph, _, _, frozen = jax.eval_shape(objective, jax.random.key(0))
         state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
+        frozen_arrays = sharding.replicated(frozen, mesh)
         layout = jax.tree.map(lambda x: x.sharding, state)
 
         def step(state: TrainState, batch: Batch, frozen) -> tuple[TrainState, Metrics]:
@@ -108,26 +106,8 @@ class TrainStep:
             step=jax.jit(step, out_shardings=(layout, None), donate_argnums=0),
             state=state,
             batch=abstract_batch(cfg, cfg.batch_size, mesh),
-            frozen=sharding.replicated(frozen, mesh),
+            frozen=frozen_arrays,
             graph=graph,
-        )
-
-
-def _check_micro_batches(cfg: Config, shards: int) -> None:
-    """Raises ConfigError unless micro-batches of equal size fall on every shard of the batch."""
-    parts = cfg.optim.accumulate
-    if cfg.batch_size % (shards * parts):
-        step = shards * parts
-        below = cfg.batch_size - cfg.batch_size % step
-        raise ConfigError(
-            f"config.optim.accumulate is {parts}, which does not divide the "
-            f"{cfg.batch_size / shards:g} rows that each of {shards} batch shards has. Take a "
-            f"config.batch_size of {below or step} or {below + step}, or another accumulate."
-        )
-    if parts > 1 and cfg.batch_size // parts % 2:
-        raise ConfigError(
-            f"config.optim.accumulate is {parts}, which leaves micro-batches of "
-            f"{cfg.batch_size // parts} examples; mixing pairs them, so it must be even."
         )
 
 
@@ -180,7 +160,7 @@ def abstract_batch(cfg: Config, batch_size: int, mesh: Mesh) -> Batch:
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
 
-    images = abstract_images(cfg, batch_size, mesh)
+    images = array(jnp.uint8, size, size, cfg.data.channels)
     return Batch(
         (images,) * cfg.objective.crops,
         array(jnp.int32),

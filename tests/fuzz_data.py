@@ -47,7 +47,6 @@ from supmim_jax.data import token_cache, transforms
 from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder, shards
-from supmim_jax.data.token_cache import TokenCache
 from supmim_jax.errors import SetupError
 
 NAME, EXAMPLES, CLASSES, HELD_OUT, VIEWS = "specimens", 36, 3, 9, 3
@@ -184,7 +183,7 @@ def check_examples(arrays: dict, count: int) -> None:
 
 
 def read_cache(cfg: Config) -> None:
-    cache, source = TokenCache.open(cfg), source_module.open_training_source(cfg.data)
+    cache, source = Dataset.open(cfg).tokens, source_module.open_training_source(cfg.data)
     for view in range(VIEWS):
         for i in range(EXAMPLES):
             ids = cache.read(view, i, source[i]["image"])

@@ -52,6 +52,10 @@ def cache(cfg, caches):
     return directory
 
 
+def open_cache(cfg):
+    return TokenCache.open(cfg, source_module.version(cfg.data))
+
+
 def steps(cfg, device, codes) -> tuple[list, list]:
     """Losses and tokens of every step of the run."""
     built = train_step.build(cfg, device)
@@ -155,11 +159,9 @@ def test_writing_goes_on_where_it_stopped_and_the_estimate_holds(cfg, caches, mo
     assert sum(p.stat().length for p in directory.glob("tokens-*")) <= cache_tokens.estimated_bytes(
         plan
     )
-    whole = TokenCache.open(with_cache(cfg, directory, 2))
+    whole = open_cache(with_cache(cfg, directory, 2))
     other = (
-        TokenCache.open(with_cache(cfg, caches / "three", 2))
-        if (caches / "three").exists()
-        else whole
+        open_cache(with_cache(cfg, caches / "three", 2)) if (caches / "three").exists() else whole
     )
     images = encoded_images(cfg)
     for v, i in itertools.product(range(2), range(64)):
@@ -178,7 +180,7 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
         done = sorted(p.name[7:12] for p in directory.glob("tokens-*"))
         assert done == (["00001", "00003"] if process else ["00000", "00001", "00002", "00003"])
     monkeypatch.undo()
-    a, b = (TokenCache.open(with_cache(cfg, d)) for d in (cache, directory))
+    a, b = (open_cache(with_cache(cfg, d)) for d in (cache, directory))
     images = encoded_images(cfg)
     for v, i in itertools.product(range(3), range(64)):
         assert (a.read(v, i, images[i]) == b.read(v, i, images[i])).all()
@@ -327,7 +329,7 @@ def test_damage_is_named(cfg, cache, tmp_path):
         Dataset.open(with_cache(cfg, directory))
     directory, shard = copied("zeros")
     token_cache.write_shard(shard, iter([bytes(54)] * 50))
-    opened, images = TokenCache.open(with_cache(cfg, directory)), encoded_images(cfg)
+    opened, images = open_cache(with_cache(cfg, directory)), encoded_images(cfg)
     with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 has a wrong checksum"):
         opened.read(1, 40, images[40])
     directory, _ = copied("manifest")
@@ -340,7 +342,7 @@ def test_damage_is_named(cfg, cache, tmp_path):
 
 def test_tokens_are_those_of_the_image_that_was_tokenised(cfg, cache):
     """Data sets without seals may have changed unseen; their records' tokens then don't fit."""
-    opened, images = TokenCache.open(with_cache(cfg, cache)), encoded_images(cfg)
+    opened, images = open_cache(with_cache(cfg, cache)), encoded_images(cfg)
     opened.read(2, 5, images[5])
     for wrong in (images[6], images[5][:-1], images[5] + b"x", b""):
         with pytest.raises(
@@ -430,7 +432,7 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
         patch.setattr(token_cache, "fingerprint", earlier)
         cache_tokens.tokenize(cfg, old, views=3, records_per_shard=50)
     images = encoded_images(cfg)
-    new, opened = (TokenCache.open(with_cache(cfg, d)) for d in (cache, old))
+    new, opened = (open_cache(with_cache(cfg, d)) for d in (cache, old))
     for i in (0, 40, 63):
         assert (opened.read(1, i, images[i]) == new.read(1, i, images[i])).all()
     rgba = np.zeros((8, 8, 4), np.uint8)
@@ -448,12 +450,12 @@ def test_a_cache_of_an_earlier_version_serves_plain_images_alone(cfg, cache, tmp
 )
 def test_a_cache_is_of_images_as_they_are_shown(cfg, cache, change, named):
     with pytest.raises(SetupError, match=named):
-        TokenCache.open(with_cache(replaced(cfg, "data", **change), cache))
+        open_cache(with_cache(replaced(cfg, "data", **change), cache))
 
 
 def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, cache, monkeypatch):
     images = encoded_images(cfg)
-    opened = TokenCache.open(with_cache(cfg, cache))
+    opened = open_cache(with_cache(cfg, cache))
     monkeypatch.setattr(source_module, "most_open", lambda: 1)
     wanted = [opened.read(view, 5, images[5]) for view in (0, 1, 2)]
     assert len(opened.readers.open) == 1

@@ -294,7 +294,7 @@ def test_evaluation_counts_by_hand(vqgan, one_device):
             return jnp.broadcast_to((ids * 0.5 - 0.5)[:, :, None, None], (len(ids), 20, 20, 1))
 
     cfg = dataclasses.replace(vqgan, eval=dataclasses.replace(vqgan.eval, batch_size=48))
-    found = evaluate.reconstruction_measure(Halves(), Dataset(cfg), "validation[:70]", one_device)
+    found = evaluate.reconstruction(Halves(), Dataset(cfg), "validation[:70]", one_device)
     images = [b.views[0] for b in Dataset(cfg).eval("validation[:70]", one_device)]
     images = np.concatenate(images)[:70].astype(np.float64)
     bright = images.mean((1, 2, 3)) > 60

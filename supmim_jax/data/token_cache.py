@@ -107,7 +107,7 @@ SHOWN = ("background", "max_value")
 RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
 
 
-def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
+def fingerprint(cfg: Config, tokenizer_digest: str, data_version: str) -> dict:
     """All that tokens depend on, as nested plain values; two runs may share a cache if equal."""
     data = section(cfg.data)
     moves = cfg.data.moves_pixels
@@ -121,7 +121,7 @@ def fingerprint(cfg: Config, tokenizer_digest: str) -> dict:
         "version": VERSION,
         "seed": cfg.seed,
         "data": {name: data[name] for name in ("name", "train_split", "train_examples")}
-        | {"version": source.version(cfg.data)},
+        | {"version": data_version},
         "shown": shown,
         "augmentation": geometry | {"rand_augment": moves},
         "model": {"patch": cfg.model.patch},
@@ -174,18 +174,18 @@ class TokenCache:
         self.readers = source.Readers([str(plan.path(directory, i)) for i in range(plan.shards)])
 
     @classmethod
-    def open(cls, cfg: Config) -> "TokenCache":
+    def open(cls, cfg: Config, data_version: str) -> "TokenCache":
         """The cache that config.tokens names, every shard of it.
 
-        Its seed, crops, data and tokenizer must be those of `cfg`; of the tokenizer's arrays, see
-        `check_tokenizer`.
+        Its seed, crops, data and tokenizer must be those of `cfg`, and the version of the prepared
+        data set that which is given; of the tokenizer's arrays, see `check_tokenizer`.
 
         Raises:
           SetupError: it belongs to another run, has too few views, or a shard is missing or cut.
         """
         directory = epath.Path(cfg.tokens.cache)
         cache = cls(directory, read_plan(directory))
-        wanted = fingerprint(cfg, cache.tokenizer_digest)
+        wanted = fingerprint(cfg, cache.tokenizer_digest, data_version)
         if cache.plain_alone:
             del wanted["shown"]
         check_same(cache.plan.fingerprint, wanted, directory)

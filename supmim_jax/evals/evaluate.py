@@ -106,7 +106,7 @@ def _counts(dataset: Dataset, split: str, wanted: bool) -> np.ndarray | None:
     return np.bincount(labels, minlength=classes) if whole else None
 
 
-def reconstruction_measure(
+def reconstruction(
     tokenizer: Tokenizer, dataset: Dataset, split: str, mesh: Mesh
 ) -> dict[str, float]:
     """PSNR in dB (mean over images), per cent of the codes that occur, and perplexity on `split`.
@@ -139,6 +139,26 @@ def peak_signal_to_noise(mse_N: np.ndarray) -> np.ndarray:
 @jax.jit
 def _uint8(images) -> jax.Array:
     return jax.numpy.round((images.clip(-1.0, 1.0) + 1.0) * 127.5).astype("uint8")
+
+
+def told(errors: dict[str, str], where: str) -> str:
+    """What a command says at its end of evaluations that could not be made."""
+    reasons = " ".join(f"{name}: {reason}" for name, reason in errors.items())
+    return (
+        f"{where} has all other results, but not {', '.join(errors)}. {reasons} The same command "
+        f"measures again once the data or config.eval are changed."
+    )
+
+
+def run_all(model: Encoder | Tokenizer, dataset: Dataset, split: str, mesh: Mesh) -> Results:
+    """What a run is judged by on `split`, with every example counted once, on any mesh.
+
+    Raises:
+      SetupError: the data are not what an evaluation of `config.eval.which` needs.
+    """
+    if dataset.cfg.objective.leaves == "tokenizer":
+        return Results(reconstruction(model, dataset, split, mesh), {})
+    return _measure(model, dataset, split, mesh)
 
 
 @dataclass(frozen=True)
@@ -174,7 +194,7 @@ class Subject:
             yield tokens, masks
 
 
-def measure(encoder: Encoder, dataset: Dataset, split: str, mesh: Mesh) -> Results:
+def _measure(encoder: Encoder, dataset: Dataset, split: str, mesh: Mesh) -> Results:
     """All evaluations of `cfg.eval.which`; one that cannot be made leaves the others alone."""
     subject = Subject(encoder, dataset, split, mesh)
     metrics, details, errors = {}, {}, {}
