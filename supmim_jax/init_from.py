@@ -77,10 +77,10 @@ class InitialState:
 
 def _check_same_encoder(theirs: Config, cfg: Config) -> None:
     """Raises SetupError, naming what differs, unless the checkpoint's encoder is the run's."""
-    path = cfg.init.checkpoint
+    path, there, here = cfg.init.checkpoint, _description(theirs), _description(cfg)
     changed = [
         difference
-        for difference in differences(_description(theirs), _description(cfg))
+        for difference in differences(there, here)
         if not difference.startswith(MAY_DIFFER)
     ]
     if changed:

@@ -81,8 +81,8 @@ def train(
         newest = checkpoints.newest(use_older_checkpoint)
         checkpoints.check_disk_space(checkpoint.plain(step_fn.state))
         workdir.record_environment(newest.step if newest else 0, mesh)
-        run = Run(workdir, dataset, step_fn, model, checkpoints, line)
         fixed = sharding.put(frozen.arrays, step_fn.frozen)
+        run = Run(workdir, dataset, step_fn, model, checkpoints, line)
         last = min(stop_at or cfg.total_steps, cfg.total_steps)
         while True:
             try:

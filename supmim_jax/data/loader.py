@@ -61,7 +61,8 @@ class Dataset:
             dataset.records(cfg.data.eval_split, masks=True)
         if not cfg.tokens.cache:
             return dataset
-        return cls(cfg, TokenCache.open(cfg, source.version(cfg.data)), dataset.opened)
+        version = source.version(cfg.data)
+        return cls(cfg, TokenCache.open(cfg, version), dataset.opened)
 
     def records(self, split: str, masks: bool = False) -> source.Records:
         """The encoded records of a split, with "mask" in place of "label" if asked for.
