@@ -111,7 +111,11 @@ def probe(
     batch_size = -(-asked.eval.batch_size // shards) * shards
     data = asked.data.over(run.data)
     cfg = dataclasses.replace(
-        run, data=data, eval=dataclasses.replace(asked.eval, batch_size=batch_size)
+        run,
+        data=data,
+        eval=dataclasses.replace(asked.eval, batch_size=batch_size),
+        # Which checkpoints stayed was the run's affair; here nothing is evaluated while training.
+        checkpoint=dataclasses.replace(run.checkpoint, keep_best=""),
     )
     dataset = Dataset(cfg)
     evals.check(dataset, data.eval_split)
