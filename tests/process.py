@@ -16,7 +16,7 @@ def main() -> None:
     where = multihost.Place(asked["coordinator"], asked["processes"], asked["process"])
 
     def run() -> None:
-        multihost(where, 60)
+        multihost.join(where, 60)
         cfg = from_configdict(asked["config"])
         cli.agree(cfg, {})
         print(json.dumps(train(cfg, asked["workdir"], asked["stop_at"])))
