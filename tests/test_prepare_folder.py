@@ -21,7 +21,7 @@ from pictures import CLASSES, WNIDS, contents, encoded, put, raw, source
 from supmim_jax.config import DataConfig, SupervisedConfig
 from supmim_jax.data import decode
 from supmim_jax.data.loader import Dataset
-from supmim_jax.data.prepare import folder, shards
+from supmim_jax.data.prepare import folder, output
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
@@ -114,7 +114,7 @@ def test_tiny_imagenet_is_recognised(tiny, tmp_path):
 
 def test_a_fraction_for_validation_is_of_each_class_and_stable(photos, tmp_path):
     shutil.rmtree(photos / "val")
-    before = folder.read(epath.Path(photos), 0.25).splits
+    before = folder.Folder(epath.Path(photos), 0.25).splits
     for split, count in (("train", 9), ("validation", 3)):
         assert [file.label for file in before[split]] == [0] * count + [1] * count + [2] * count
     assert {f.name for f in before["train"]}.isdisjoint(f.name for f in before["validation"])
@@ -124,7 +124,7 @@ def test_a_fraction_for_validation_is_of_each_class_and_stable(photos, tmp_path)
     for i in range(5):
         put(photos / "train" / "dog" / f"{i}.png", encoded(i))
     put(photos / "train" / "eel" / "0.png", encoded(0))
-    after = folder.read(epath.Path(photos), 0.25).splits
+    after = folder.Folder(epath.Path(photos), 0.25).splits
     for split, new in (("train", 5), ("validation", 1)):
         old = [f.name for f in after[split] if f.label < 3]
         assert old == [f.name for f in before[split]]
@@ -219,7 +219,7 @@ def test_a_wrong_tiny_imagenet_is_answered_by_the_line(tiny, tmp_path, change, m
 
 def test_links_within_the_folder_are_followed(photos):
     link(photos / "train/ape/again.png", photos / "train/bee/03.png")
-    assert len(folder.read(epath.Path(photos)).splits["train"]) == 37
+    assert len(folder.Folder(epath.Path(photos)).splits["train"]) == 37
 
 
 @pytest.mark.parametrize("name", ["", "Beasts", "a b", "../x", "a/b", "a.b", "_x", "1a", "a__b"])
@@ -254,7 +254,7 @@ def test_files_that_are_no_images_are_listed_and_stop_it_or_are_left_out(photos,
         assert row in said
     assert not (tmp_path / "data").exists()
     with pytest.raises(SetupError, match="2 of 49 files"):
-        folder.prepare(root, "beasts", data, decode=False)
+        folder.prepare(root, "beasts", data, no_decode=True)
     said = folder.prepare(root, "beasts", data, skip_broken=True)
     assert "Left out, being no images: 4" in said and "text.jpg" in said
     assert len(source(data)) == 36 and len(source(data, split="validation")) == 9
@@ -282,14 +282,14 @@ def test_what_is_prepared_is_not_replaced_by_another_folder(photos, tmp_path):
 
 
 def test_a_file_that_changes_meanwhile_is_an_error(photos, tmp_path, monkeypatch):
-    check = folder.faults
+    check = folder.find_broken
 
     def then_change(*arguments):
         found = check(*arguments)
         put(photos / "train/bee/01.JPG", encoded(3, ".jpg", 30))
         return found
 
-    monkeypatch.setattr(folder, "faults", then_change)
+    monkeypatch.setattr(folder, "find_broken", then_change)
     with pytest.raises(SetupError, match=r"01\.JPG has \d+ bytes now and had \d+"):
         folder.prepare(epath.Path(photos), "beasts", str(tmp_path / "data"))
     assert not (tmp_path / "data/beasts/1.0.0").exists()
@@ -445,9 +445,9 @@ def test_an_error_of_the_system_is_no_broken_file(photos, tmp_path, monkeypatch,
 
 
 def test_a_file_that_vanishes_meanwhile_is_an_error(photos, tmp_path, monkeypatch):
-    check = folder.faults
+    check = folder.find_broken
     gone = photos / "train/bee/01.JPG"
-    monkeypatch.setattr(folder, "faults", lambda *given: (check(*given), gone.unlink())[0])
+    monkeypatch.setattr(folder, "find_broken", lambda *given: (check(*given), gone.unlink())[0])
     with pytest.raises(SetupError, match=r"bee/01\.JPG"):
         prepared(photos, tmp_path / "data")
 
@@ -501,7 +501,7 @@ def deep(ending: str) -> bytes:
 
 
 @pytest.mark.parametrize("ending", [".png", ".tif"])
-@pytest.mark.parametrize("options", [{}, {"skip_broken": True}, {"decode": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"skip_broken": True}, {"no_decode": True}], ids=str)
 def test_more_than_8_bits_are_found_before_anything_is_written(photos, tmp_path, ending, options):
     put(photos / f"train/ape/xray{ending}", deep(ending))
     for dry_run in (True, False):
@@ -526,6 +526,6 @@ def test_what_was_prepared_before_is_still_known(tmp_path):
             path = tmp_path / "photos" / split / name / "0.jpg"
             put(path, b"\xff\xd8\xff and so on")
             os.utime(path, (1_700_000_000, 1_700_000_000))
-    prepared(tmp_path / "photos", tmp_path / "data", decode=False)
-    found = shards.manifest(epath.Path(tmp_path / "data/beasts/1.0.0"))["fingerprint"]
+    prepared(tmp_path / "photos", tmp_path / "data", no_decode=True)
+    found = output.manifest(epath.Path(tmp_path / "data/beasts/1.0.0"))["fingerprint"]
     assert found == "568e7b99ba164600ca04b9662b7401ff9f0bbef5f4014c970594bb72ef6a1298"

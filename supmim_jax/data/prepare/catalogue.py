@@ -35,8 +35,7 @@ class Archive:
     size: int  # bytes
     md5: str
     member: str  # what every name in it matches
-    members: int
-    nested: bool = False  # whether a member is an archive of images, or an image
+    classes: int = 0  # archives in it, one for each; 0: images
 
 
 TRAIN = Archive(
@@ -46,8 +45,7 @@ TRAIN = Archive(
     size=147_897_477_120,
     md5="1d675b47d978889d74fa0da5fadfb00e",
     member=r"n\d{8}\.tar",
-    members=1000,
-    nested=True,
+    classes=1000,
 )
 VALIDATION = Archive(
     split="validation",
@@ -56,7 +54,6 @@ VALIDATION = Archive(
     size=6_744_924_160,
     md5="29b22e2961454d5413ddabcf34fc5622",
     member=r"ILSVRC2012_val_\d{8}\.JPEG",
-    members=50_000,
 )
 ARCHIVES = (TRAIN, VALIDATION)
 
@@ -110,7 +107,7 @@ def prepare(
                 f"{source.PREPARE} --from_tfrecord {final} --data_dir <another directory>; that "
                 f"needs no download."
             )
-        return output.report(builder, name, data_dir, "Prepared already")
+        return output.report(final, name, data_dir, "Prepared already")
     root = output.root(data_dir)
     local = root if storage.is_local(root) else epath.Path(tempfile.gettempdir())
     manual = epath.Path(manual_dir or local / "downloads" / "manual")
@@ -145,8 +142,7 @@ def prepare(
             _build(made, name, local, manual)
             source.write(epath.Path(made.data_path))
             storage.upload_all(epath.Path(made.data_path), final, last=output.INFO)
-        builder = _builder(name, data_dir)
-    return output.report(builder, name, data_dir, "Prepared")
+    return output.report(final, name, data_dir, "Prepared")
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -157,16 +153,12 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
         short = re.split("[/:]", name)[0]
         known = tfds.list_builders(with_community_datasets=False)
         near = ", ".join(difflib.get_close_matches(short, known)) or "nothing"
-        unpack = ""
-        if short.startswith("imagenet21k"):
-            unpack = (
-                " For ImageNet-21k unpack each class's archive to train/<wnid>/, and train with "
-                "--config.data.train_split=train --config.data.eval_split=validation."
-            )
         raise SetupError(
             f"--name {name}: tfds {tfds.__version__} has no such data set. Near it: {near}. From "
-            f"images in train/<class>/ directories it can be made: {source.PREPARE} --image_folder "
-            f"<dir> --as {short} --val_fraction=0.01.{unpack}"
+            f"images in train/<class>/ directories (of ImageNet-21k, unpack each class's archive "
+            f"to train/<wnid>/) it can be made: {source.PREPARE} --image_folder <dir> --as {short} "
+            f"--val_fraction=0.01. Then train with --config.data.train_split=train "
+            f"--config.data.eval_split=validation."
         ) from None
     except (ValueError, KeyError, OSError, AssertionError) as error:
         raise SetupError(f"--name {name} cannot be opened by tfds: {str(error)[:500]}") from None
@@ -246,14 +238,14 @@ def _fault_inside(tar: tarfile.TarFile, archive: Archive) -> str:
     first = tar.next()
     if first is None:
         return "is an archive without files"
-    members = tar.getmembers() if archive.nested else [first]
+    members = tar.getmembers() if archive.classes else [first]
     for member in members:
         if not member.isfile() or not re.fullmatch(archive.member, member.name):
             return f"holds {member.name!r}, expected plain files with names as {archive.member}"
-    if archive.nested and len(members) != archive.members:
-        return f"holds {len(members)} archives, expected {archive.members}"
+    if archive.classes and len(members) != archive.classes:
+        return f"holds {len(members)} archives, expected {archive.classes}"
     content = tar.extractfile(first)
-    if archive.nested:
+    if archive.classes:
         with tarfile.open(fileobj=content, mode="r:") as of_class:
             image = of_class.next()
             start = of_class.extractfile(image).read(3) if image and image.isfile() else b""

@@ -103,15 +103,14 @@ def prepare(
     text = f"Left out, being no images: {len(rows)}{output.listed(rows)}\n" if rows else ""
     text += f"{output.ignored(folder.others)}\n" if folder.others else ""
     if not done:
+        features = features_of(folder.classes)
         splits = _shards(folder, made_of["left_out"], name)
-        info = functools.partial(_write_info, name=name, classes=folder.classes, splits=splits)
-        plan = output.write(final, made_of, splits, info, dry_run)
+        others = features.save_config
+        plan = output.write(final, made_of, _info(name, splits), splits, features, others, dry_run)
         if dry_run:
             return text + plan
-    builder = tfds.builder_from_directory(final)
-    return text + output.report(
-        builder, name, data_dir, "Prepared already" if done else "Prepared", max_value
-    )
+    done = "Prepared already" if done else "Prepared"
+    return text + output.report(final, name, data_dir, done, max_value)
 
 
 def check_free_name(name: str) -> str:
@@ -133,23 +132,20 @@ def check_free_name(name: str) -> str:
     )
 
 
-def check_name(name: str, what: str, is_class: bool = True) -> str:
-    """The name, if a class, or a file or directory, may have it; `what` says whose it is.
+def check_name(name: str, what: str, is_class: bool = True) -> None:
+    """Returns if a class, or any file or directory, may have the name; `what` says whose it is.
 
     Raises:
       SetupError: it has a control character or is not Unicode; or is that of a class and has a
         path separator, "..", or a space around it.
     """
-    like_a_path = name in ("", "..") or name != name.strip() or re.search(r"[/\\]|\.\.", name)
-    if is_class and like_a_path:
+    like_a_path = not name or name != name.strip() or re.search(r"[/\\]|\.\.", name)
+    categories = {unicodedata.category(letter) for letter in name}
+    if categories & {"Cc", "Cs", "Zl", "Zp"} or (is_class and like_a_path):
+        without = "/, \\, '..', spaces around it, " if is_class else ""
         raise SetupError(
-            f"{what} is named {name!r}. Rename it, without /, \\, '..', spaces around."
+            f"{what} is named {name!r}. Rename it, in Unicode without {without}control characters."
         )
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
-        raise SetupError(
-            f"{what} is named {name!r}, which has control characters or is not Unicode. Rename it."
-        )
-    return name
 
 
 class Folder:
@@ -192,20 +188,24 @@ class Folder:
                 f"{root} has no images for validation: neither val/ nor validation/. Give "
                 f"--val_fraction=0.1 to take a tenth of each class of train/."
             )
-        tiny = (root / "val" / ANNOTATIONS).exists()
-        if tiny:
-            self._read_wnids()
+        # Only the published Tiny-ImageNet keeps its validation labels in a file.
+        tiny_imagenet = (root / "val" / ANNOTATIONS).exists()
+        if tiny_imagenet:
+            if not (root / WNIDS).exists():
+                raise SetupError(f"{root} has val/{ANNOTATIONS} and no {WNIDS}. {UNPACK}")
+            self.classes = tuple(sorted((root / WNIDS).read_text().split()))
         files = self._labelled(train)
         self._check_filled(files)
-        if tiny:
+        if tiny_imagenet:
             self.splits = {"train": files, "validation": self._annotated()}
-        elif held_out:
+            return
+        if held_out:
             self.splits = {"train": files, "validation": self._labelled(held_out[0])}
         else:
             self.splits = dict(zip(("train", "validation"), divided(files, val_fraction)))
             if not self.splits["validation"]:
                 raise SetupError(f"{train} has one image a class, and none for --val_fraction.")
-        if test.is_dir() and not tiny:
+        if test.is_dir():
             self.splits["test"] = self._labelled(test)
 
     def fingerprint(self, decode: bool, skip_broken: bool) -> str:
@@ -223,14 +223,14 @@ class Folder:
         if not storage.is_local(path) or not os.path.islink(path):
             return
         if not os.path.exists(path):
-            if may_be_broken:  # and is named with the broken files
+            if may_be_broken:  # it is named with the other broken files, later
                 return
             raise SetupError(
                 f"{path} is a symbolic link to {os.readlink(path)}, which is not there. Mount or "
                 f"copy that, or remove the link."
             )
-        target, top = os.path.realpath(path), os.path.realpath(self.root)
-        if os.path.commonpath([target, top]) != top and not self.follow_links:
+        target = os.path.realpath(path)
+        if not self.follow_links and not _is_in(target, os.path.realpath(self.root)):
             raise SetupError(
                 f"{path} is a symbolic link to {target}, which is outside {self.root}. If that "
                 f"belongs to the data set, give --follow_links; else remove the link."
@@ -249,17 +249,18 @@ class Folder:
         directories: dict[str, epath.Path] = {}
         for path in self._entries(split, may_be_broken=False):
             if path.is_dir():
-                name = _composed(check_name(path.name, f"A class in {split}"))
-                if directories.setdefault(name, path) != path:
+                check_name(path.name, f"A class in {split}")
+                twin = directories.setdefault(_composed(path.name), path)
+                if twin != path:
                     raise SetupError(
-                        f"{split} has two directories whose names look alike and differ in the "
-                        f"form of their letters: {directories[name].name!a} and {path.name!a}. Put "
-                        f"the images of both in one."
+                        f"{split} has two directories of one name in two forms of Unicode: "
+                        f"{twin.name!a} and {path.name!a}. Put the images of both in one."
                     )
             elif path.name.lower().endswith(ENDINGS):
                 raise SetupError(f"{path} is in no class. Expected {split}/<class>/{path.name}.")
             else:
                 self.others.append(path.relative_to(self.root).as_posix())
+        # As train spells them; wnids.txt, where there is one, was read before.
         self.classes = self.classes or tuple(path.name for path in directories.values())
         labels = {_composed(name): label for label, name in enumerate(self.classes)}
         if unknown := [path.name for name, path in directories.items() if name not in labels]:
@@ -314,17 +315,6 @@ class Folder:
         names = [name for name in self.others if name.startswith(below)]
         return f" {output.ignored(names)} Convert what is an image." if names else ""
 
-    def _read_wnids(self) -> None:
-        """Tiny-ImageNet's classes."""
-        path = self.root / WNIDS
-        if not path.exists():
-            raise SetupError(f"{path} is missing, and val/{ANNOTATIONS} needs it. {UNPACK}")
-        lines = enumerate(path.read_text().split("\n"), start=1)
-        names = [check_name(x.strip(), f"Line {i} of {path}") for i, x in lines if x.strip()]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise SetupError(f"{path} names {min(twice)!r} twice. {UNPACK}")
-        self.classes = tuple(sorted(names))
-
     def _annotated(self) -> list[File]:
         """Tiny-ImageNet's validation files, labelled by the lines of val_annotations.txt."""
         split = self.root / "val"
@@ -342,15 +332,11 @@ class Folder:
             name, wnid = [*line.split("\t"), "", ""][:2]
             file = left.pop(f"val/images/{name}", None)
             if file is None or wnid not in labels:
-                wrong = f"{wnid!r}, which {WNIDS} lacks"
-                if file is None:
-                    wrong = f"{name!r}, which {images} lacks or an earlier line names"
+                wrong = f"{wnid!r}, which {WNIDS} lacks" if file else f"{name!r}, not in {images}"
                 raise SetupError(f"{annotations}, line {number} names {wrong}. {UNPACK}")
             files.append(replace(file, label=labels[wnid]))
         if left:
-            raise SetupError(
-                f"{annotations} has no line for {len(left)} files in {images}: {min(left)} ..."
-            )
+            raise SetupError(f"{annotations} has no line for {len(left)} files: {min(left)} ...")
         return sorted(files, key=lambda file: (file.label, file.name))
 
 
@@ -373,6 +359,7 @@ def divided(files: list[File], fraction: float) -> tuple[list[File], list[File]]
     for _, of_class in itertools.groupby(files, key=lambda file: file.label):  # they are in order
         names = [file.name for file in of_class]
         count = min(max(1, round(fraction * len(names))), len(names) - 1)
+        # Hashes, as neighbours by name are often alike: frames of a film, shots of a burst.
         names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
         chosen.update(names[:count])
     train = [file for file in files if file.name not in chosen]
@@ -468,7 +455,7 @@ def find_broken(folder: Folder, no_decode: bool, skip: bool, shown: Shown) -> di
     return broken
 
 
-def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
+def features_of(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3)),
@@ -480,11 +467,11 @@ def features(classes: Sequence[str]) -> tfds.features.FeaturesDict:
 
 def examples(classes: Sequence[str]) -> Callable[[dict], bytes]:
     """Makes records: the same bytes in any process, unlike those of tfds's own serialization."""
-    form = features(classes)
-    serializer = example_serializer.ExampleSerializer(form.get_serialized_info())
+    features = features_of(classes)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def as_example(values: dict) -> bytes:
-        example = serializer.get_tf_example(form.encode_example(values))
+        example = serializer.get_tf_example(features.encode_example(values))
         return example.SerializeToString(deterministic=True)
 
     return as_example
@@ -517,34 +504,28 @@ def _shards(folder: Folder, broken: dict[str, str], name: str) -> dict[str, list
         )
         splits[split] = [
             output.Shard(
-                template.sharded_filepath(shard_index=i, num_shards=len(parts)).name,
+                path.name,
                 len(part),
                 sum(sizes[part.start : part.stop]),
                 functools.partial(output.prefetched, record, files[part.start : part.stop]),
             )
-            for i, part in enumerate(parts)
+            for part, path in zip(parts, template.sharded_filepaths(len(parts)))
         ]
     return splits
 
 
-def _write_info(
-    directory: epath.Path, name: str, classes: Sequence[str], splits: dict[str, list[output.Shard]]
-) -> None:
-    """What tfds reads to open a data set: features.json, the class names, dataset_info.json."""
-    features(classes).save_config(directory)
+def _info(name: str, splits: dict[str, list[output.Shard]]) -> dataset_info_pb2.DatasetInfo:
     info = dataset_info_pb2.DatasetInfo(
         name=name,
         version=VERSION,
         description="A folder of images; what it was is in prepared.json.",
-        file_format="array_record",
     )
     for key in ("image", "label"):
         info.supervised_keys.tuple.items.add(feature_key=key)
     for split, shards in splits.items():
         info.splits.add(
             name=split,
-            shard_lengths=[shard.records for shard in shards],
             num_bytes=sum(shard.bytes for shard in shards),
             filepath_template=naming.DEFAULT_FILENAME_TEMPLATE,
         )
-    tfds.core.dataset_info.write_dataset_info_proto(info, directory)
+    return info

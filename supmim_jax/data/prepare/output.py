@@ -16,16 +16,17 @@ import json
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
+from tensorflow_datasets.core.dataset_info import write_dataset_info_proto
+from tensorflow_datasets.core.proto import dataset_info_pb2
 from tqdm import tqdm
 
 from supmim_jax import storage
@@ -161,20 +162,22 @@ def is_done(final: epath.Path, made_of: dict) -> bool:
 def write(
     final: epath.Path,
     made_of: dict,
+    info: dataset_info_pb2.DatasetInfo,
     splits: dict[str, list[Shard]],
-    write_info: Callable[[epath.Path], None],
+    features: tfds.features.FeaturesDict,
+    write_others: Callable[[epath.Path], None],
     dry_run: bool,
-    features: Mapping[str, tfds.features.FeatureConnector] = MappingProxyType({}),
 ) -> str:
     """Writes a data set, going on where an earlier run stopped; with `dry_run`, returns the plan.
 
     Args:
       final: where it is to be.
       made_of: the source and its fingerprint, and what else prepared.json is to tell.
+      info: what tfds is to read in dataset_info.json, but for the format and the shards.
       splits: the shards of each.
-      write_info: writes what tfds reads to open it, in the directory of the shards.
+      features: of a record.
+      write_others: writes the other files that tfds reads into a directory.
       dry_run: writes nothing.
-      features: of a record, where they may tell more for training.
 
     Raises:
       SetupError: the disk is too small, another process writes there, or a shard is not right.
@@ -204,7 +207,11 @@ def write(
         with progress("writing", sum(shard.records for shard in todo), "records") as bar:
             for shard in todo:
                 write_shard(part / shard.file, shard, bar)
-        write_info(part)
+        write_others(part)
+        info.file_format = "array_record"
+        for split in info.splits:
+            split.shard_lengths[:] = [shard.records for shard in splits[split.name]]
+        write_dataset_info_proto(info, part)
     return ""
 
 
@@ -306,51 +313,42 @@ def split_row(name: str, records: int, size: int, shards: int) -> str:
     return f"  {name:<12} {records:>12,} records {format_bytes(size):>12} {shards:>6,} shards"
 
 
-def _white(features: Mapping[str, tfds.features.FeatureConnector]) -> list[str]:
+def _white(features: tfds.features.FeaturesDict) -> list[str]:
     """The override that images need which are no bytes: no file says which value is white."""
-    image = dict(features).get("image")
-    if not isinstance(image, tfds.features.Image) or image.np_dtype == np.uint8:
-        return []
-    return [f"max_value=<which value of {np.dtype(image.np_dtype).name} is white>"]
+    dtype = np.dtype(features["image"].np_dtype)
+    return [] if dtype == np.uint8 else [f"max_value=<which value of {dtype.name} is white>"]
 
 
 def plan(
     final: epath.Path,
     rows: Sequence[str],
     needed: int | None,
-    features: Mapping[str, tfds.features.FeatureConnector] = MappingProxyType({}),
+    features: tfds.features.FeaturesDict,
 ) -> str:
     """What --dry_run prints; `needed` is in bytes, None where nobody knows it beforehand."""
     free = storage.free_bytes(final)
     size, room = ("unknown" if x is None else format_bytes(x) for x in (needed, free))
     enough = "" if None in (needed, free) else f" ({'enough' if needed <= free else 'NOT ENOUGH'})"
-    return "\n".join(
-        [
-            f"Would write {final}",
-            *(rows or ["  splits: not known beforehand"]),
-            f"  needs at most {size}; free there: {room}{enough}",
-            *(f"  training will need --config.data.{override}" for override in _white(features)),
-            "Nothing was written.",
-        ]
-    )
+    lines = [f"Would write {final}", *(rows or ["  splits: not known beforehand"])]
+    lines += [f"  needs at most {size}; free there: {room}{enough}"]
+    lines += [f"  training will need --config.data.{override}" for override in _white(features)]
+    return "\n".join([*lines, "Nothing was written."])
 
 
-def report(
-    builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
-) -> str:
+def report(final: epath.Path, name: str, data_dir: str, done: str, max_value: float = 0.0) -> str:
     """The last words: what is there now, and the overrides to train on it.
 
     Args:
-      builder: of the data set.
+      final: where it is.
       name: by which tfds finds it.
       data_dir: as it was given.
       done: what was done, "Prepared" or the like.
       max_value: white in its images of more than 8 bits; 0 where there are none.
     """
-    info = builder.info
+    info = tfds.builder_from_directory(final).info
     if done.endswith("already"):
         done += " (to make it anew, remove it first)"
-    lines = [f"{done}: {builder.data_path}"]
+    lines = [f"{done}: {final}"]
     lines += [
         split_row(split.name, split.num_examples, split.num_bytes, split.num_shards)
         for split in info.splits.values()

@@ -51,12 +51,12 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
     made_of = {"source": str(source), "fingerprint": digest.hexdigest()}
     done = output.is_done(final, made_of)
     if not done:
-        write_info = functools.partial(_write_info, source=source, info=info, splits=splits)
-        plan = output.write(final, made_of, splits, write_info, dry_run, features)
+        del info.alternative_file_formats[:]
+        others = functools.partial(_copy_others, source)
+        plan = output.write(final, made_of, info, splits, features, others, dry_run)
         if dry_run:
             return plan
-    builder = tfds.builder_from_directory(final)
-    return output.report(builder, name, data_dir, "Converted already" if done else "Converted")
+    return output.report(final, name, data_dir, "Converted already" if done else "Converted")
 
 
 def _read_info(source: epath.Path) -> dataset_info_pb2.DatasetInfo:
@@ -123,12 +123,12 @@ def _shards(
         template = split.filename_template.replace(filetype_suffix="array_record")
         shards[split.name] = [
             output.Shard(
-                template.sharded_filepath(shard_index=i, num_shards=len(parts)).name,
+                new.name,
                 len(part),
                 sizes[path.name] * len(part) // max(length, 1),
                 functools.partial(_records, path, part, length),
             )
-            for i, (path, part, length) in enumerate(parts)
+            for (path, part, length), new in zip(parts, template.sharded_filepaths(len(parts)))
         ]
     return shards
 
@@ -161,21 +161,9 @@ def _records(path: epath.Path, part: range, length: int) -> Iterator[bytes]:
         )
 
 
-def _write_info(
-    directory: epath.Path,
-    source: epath.Path,
-    info: dataset_info_pb2.DatasetInfo,
-    splits: dict[str, list[output.Shard]],
-) -> None:
-    """The source's metadata files, class names among them, and its info with the new shards."""
+def _copy_others(source: epath.Path, directory: epath.Path) -> None:
+    """Copies the source's other metadata, class names among them."""
     for path in source.iterdir():
         own = path.name in (INFO, output.MANIFEST) or file_adapters.is_example_file(path.name)
         if not own and path.is_file():
             path.copy(directory / path.name, overwrite=True)
-    changed = dataset_info_pb2.DatasetInfo()
-    changed.CopyFrom(info)
-    changed.file_format = "array_record"
-    del changed.alternative_file_formats[:]
-    for split in changed.splits:
-        split.shard_lengths[:] = [shard.records for shard in splits[split.name]]
-    dataset_info.write_dataset_info_proto(changed, directory)
