@@ -107,7 +107,7 @@ def prepare(
                 f"{source.PREPARE} --from_tfrecord {final} --data_dir <another directory>; that "
                 f"needs no download."
             )
-        return output.report(final, name, data_dir, "Prepared already")
+        return output.report(builder, name, data_dir, "Prepared already")
     root = output.root(data_dir)
     local = root if storage.is_local(root) else epath.Path(tempfile.gettempdir())
     manual = epath.Path(manual_dir or local / "downloads" / "manual")
@@ -142,7 +142,8 @@ def prepare(
             _build(made, name, local, manual)
             source.write(epath.Path(made.data_path))
             storage.upload_all(epath.Path(made.data_path), final, last=output.INFO)
-    return output.report(final, name, data_dir, "Prepared")
+        builder = _builder(name, data_dir)
+    return output.report(builder, name, data_dir, "Prepared")
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

@@ -109,8 +109,8 @@ def prepare(
         plan = output.write(final, made_of, _info(name, splits), splits, features, others, dry_run)
         if dry_run:
             return text + plan
-    done = "Prepared already" if done else "Prepared"
-    return text + output.report(final, name, data_dir, done, max_value)
+    builder, done = tfds.builder_from_directory(final), "Prepared already" if done else "Prepared"
+    return text + output.report(builder, name, data_dir, done, max_value)
 
 
 def check_free_name(name: str) -> str:

@@ -335,20 +335,22 @@ def plan(
     return "\n".join([*lines, "Nothing was written."])
 
 
-def report(final: epath.Path, name: str, data_dir: str, done: str, max_value: float = 0.0) -> str:
+def report(
+    builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
+) -> str:
     """The last words: what is there now, and the overrides to train on it.
 
     Args:
-      final: where it is.
+      builder: of the data set.
       name: by which tfds finds it.
       data_dir: as it was given.
       done: what was done, "Prepared" or the like.
       max_value: white in its images of more than 8 bits; 0 where there are none.
     """
-    info = tfds.builder_from_directory(final).info
+    info = builder.info
     if done.endswith("already"):
         done += " (to make it anew, remove it first)"
-    lines = [f"{done}: {final}"]
+    lines = [f"{done}: {builder.data_path}"]
     lines += [
         split_row(split.name, split.num_examples, split.num_bytes, split.num_shards)
         for split in info.splits.values()

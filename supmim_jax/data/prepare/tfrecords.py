@@ -56,7 +56,8 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
         plan = output.write(final, made_of, info, splits, features, others, dry_run)
         if dry_run:
             return plan
-    return output.report(final, name, data_dir, "Converted already" if done else "Converted")
+    builder = tfds.builder_from_directory(final)
+    return output.report(builder, name, data_dir, "Converted already" if done else "Converted")
 
 
 def _read_info(source: epath.Path) -> dataset_info_pb2.DatasetInfo:
