@@ -151,6 +151,7 @@ def test_after_a_stop_a_changed_folder_is_begun_anew_and_the_same_not_checked_ag
     else:
         monkeypatch.setattr(folder, "find_broken", lambda *_: 1 / 0)
     prepare()
+    assert "Prepared already" in prepare()
     records = source(tmp_path / "data")
     assert len(records) == 36 + changed
     assert (records[0]["image"] == encoded(77)) == changed
