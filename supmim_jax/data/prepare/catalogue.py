@@ -131,6 +131,7 @@ def prepare(
         needed = 2 * int(builder.info.dataset_size) + int(builder.info.download_size or 0) or None
     if dry_run:
         return output.plan(final, rows, needed, builder.info.features)
+    # Before hours are spent; where nobody knows the size, tfds fails when the disk is full.
     output.check_space(local, needed or 0)
     if local == root:
         _build(builder, name, root, manual)
@@ -183,6 +184,7 @@ def _build(
         builder.download_and_prepare(
             download_dir=root / "downloads", download_config=config, file_format="array_record"
         )
+    # An AssertionError is what tfds raises where manual files are missing.
     except (AssertionError, OSError, tfds.download.DownloadError) as error:
         raise SetupError(f"tfds could not make {name}: {str(error)[:1000]}") from None
 

@@ -86,6 +86,7 @@ def prepare(
     Raises:
       SetupError: the folder, the name or the disk must be changed first.
     """
+    # Cheap mistakes first: the folder may have a million files.
     final = output.root(data_dir) / check_free_name(name) / VERSION
     folder = Folder(root.expanduser(), val_fraction, follow_links)
     made_of = {"source": str(root), "fingerprint": folder.fingerprint(not no_decode, skip_broken)}
@@ -402,6 +403,7 @@ def fault(path: epath.Path, no_decode: bool, shown: Shown) -> str:
             encoded = file.read(BEGINNING if no_decode else -1)
     except OSError as error:
         return _refused(path, error)
+    # OpenCV decodes more formats than decode.py knows the headers of; those are refused.
     if not decode.kind(encoded):
         return decode.fault(encoded)
     if not no_decode:
@@ -487,6 +489,7 @@ def _shards(folder: Folder, broken: dict[str, str], name: str) -> dict[str, list
             encoded = path.read_bytes()
         except FileNotFoundError:
             encoded = b""
+        # The shards were cut by these sizes, and the disk space was checked for them.
         if not encoded or len(encoded) != file.size:
             raise SetupError(
                 f"{path} has {len(encoded)} bytes now and had {file.size} when the command began. "

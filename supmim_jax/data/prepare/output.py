@@ -109,6 +109,7 @@ def write_shard(path: epath.Path, shard: Shard, bar: tqdm) -> None:
                     bar.update()
             finally:
                 writer.close()
+            # Read back: what counts is what is in the file.
             records = source.count(str(part))
         except (RuntimeError, ValueError) as error:
             raise SetupError(
@@ -201,6 +202,7 @@ def write(
         return plan(final, rows, needed, features)
     check_space(final, needed)
     with writing(final, made_of):
+        # Again, now that the directory is ours: another process may have written shards meanwhile.
         todo, count = missing(), sum(map(len, splits.values()))
         if len(todo) < count:
             say(f"Going on: {count - len(todo)} of {count} shards are written.")

@@ -51,6 +51,7 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
     made_of = {"source": str(source), "fingerprint": digest.hexdigest()}
     done = output.is_done(final, made_of)
     if not done:
+        # The source's; what is written has one format.
         del info.alternative_file_formats[:]
         others = functools.partial(_copy_others, source)
         plan = output.write(final, made_of, info, splits, features, others, dry_run)
@@ -148,7 +149,7 @@ def _records(path: epath.Path, part: range, length: int) -> Iterator[bytes]:
             if number in part:
                 yield record
             number += 1
-            if number == part.stop < length:
+            if number == part.stop < length:  # the last part reads on, to see that no more come
                 return
     except tf.errors.OpError as error:
         raise SetupError(
