@@ -132,7 +132,7 @@ def prepare(
     if dry_run:
         return output.plan(final, rows, needed, builder.info.features)
     # Before hours are spent; where nobody knows the size, tfds fails when the disk is full.
-    output.check_space(local, needed or 0)
+    storage.check_disk_space(local, needed or 0, name, output.MAKE_ROOM)
     if local == root:
         _build(builder, name, root, manual)
         source.write(final)

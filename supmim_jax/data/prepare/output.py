@@ -12,7 +12,6 @@ order of records is to stay it sorts a whole split in memory.
 import concurrent.futures
 import contextlib
 import fcntl
-import json
 import os
 import sys
 from collections import Counter, deque
@@ -48,6 +47,7 @@ UNFINISHED = ".incomplete.prepare"
 LOCK = "lock"
 INFO = "dataset_info.json"  # without which tfds takes a directory for no data set
 LOG_EVERY = 30.0  # seconds between lines of progress in a log file
+MAKE_ROOM = "Free some, or choose another --data_dir (of a bucket: another TMPDIR)."
 LISTED = 20  # names in a list; the rest is a number
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -135,8 +135,8 @@ def unfinished(final: epath.Path) -> epath.Path:
 def manifest(directory: epath.Path) -> dict:
     """What prepared.json in the directory says; {} if there is none, or half of one."""
     try:
-        values = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError):
+        values = storage.read_json(directory / MANIFEST, "")
+    except SetupError:
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -200,7 +200,7 @@ def write(
             for name, of in splits.items()
         ]
         return plan(final, rows, needed, features)
-    check_space(final, needed)
+    storage.check_disk_space(final, needed, "the data set", MAKE_ROOM)
     with writing(final, made_of):
         # Again, now that the directory is ours: another process may have written shards meanwhile.
         todo, count = missing(), sum(map(len, splits.values()))
@@ -251,16 +251,6 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
                 path.unlink()
         source.write(part)
         storage.rename(part, final, last=INFO)
-
-
-def check_space(path: epath.Path, needed: int) -> None:
-    """Raises SetupError if the path's disk, where it is local, has fewer bytes free."""
-    free = storage.free_bytes(path)
-    if free is not None and needed > free:
-        raise SetupError(
-            f"{path} needs {format_bytes(needed)}, and its disk has {format_bytes(free)} free. "
-            f"Free some, or choose another --data_dir (of a bucket: another TMPDIR)."
-        )
 
 
 class _Lines:
