@@ -46,7 +46,7 @@ from supmim_jax.data import source as source_module
 from supmim_jax.data import token_cache, transforms
 from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.loader import Dataset
-from supmim_jax.data.prepare import folder, shards
+from supmim_jax.data.prepare import folder, output
 from supmim_jax.errors import SetupError
 
 NAME, EXAMPLES, CLASSES, HELD_OUT, VIEWS = "specimens", 36, 3, 9, 3
@@ -85,7 +85,7 @@ def make(root: Path) -> None:
             path = root / "photos" / split / f"class_{i * CLASSES // count}" / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(cv2.imencode(".png", noise // 9 + np.uint8(4 * i))[1].tobytes())
-    shards.RECORDS_PER_SHARD, source_module.SHARD_END = 12, SHARD_END
+    output.RECORDS_PER_SHARD, source_module.SHARD_END = 12, SHARD_END
     folder.prepare(epath.Path(root / "photos"), NAME, str(root / "data"))
     cfg = config(root, cached=False)
     (root / "cache").mkdir()

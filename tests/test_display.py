@@ -13,7 +13,7 @@ COMMAND = """
 import os, sys
 from absl import logging
 from supmim_jax import cli
-from supmim_jax.data.prepare import shards
+from supmim_jax.data.prepare import output
 
 def run():
     with open(os.environ["DONE"], "w") as file:
@@ -21,7 +21,7 @@ def run():
             print(text)
             print(text, file=sys.stderr, flush=True)
             logging.error("%s", text)
-            with shards.progress_bar("bar", 2, "images") as shown:
+            with output.progress("bar", 2, "images") as shown:
                 shown.update()
         sys.stdout.flush()
         file.write(f"done {file.fileno() > 2}")

@@ -17,7 +17,7 @@ def test_random_configs_are_refused_by_name_or_can_be_traced():
 
 @pytest.mark.parametrize(("what", "sealed"), CASES)
 def test_damaged_data_are_read_right_or_refused_by_name(what, sealed, monkeypatch):
-    monkeypatch.setattr(fuzz_data.shards, "RECORDS_PER_SHARD", 12)
+    monkeypatch.setattr(fuzz_data.output, "RECORDS_PER_SHARD", 12)
     monkeypatch.setattr(source, "SHARD_END", fuzz_data.SHARD_END)
     found, violations = fuzz_data.fuzz(what, mutations=30, number=7, sealed=sealed)
     assert not violations, violations

@@ -18,7 +18,7 @@ from pictures import CLASSES, encoded, put, source
 from supmim_jax.config import DataConfig, MasksConfig
 from supmim_jax.data import sampler
 from supmim_jax.data import source as source_module
-from supmim_jax.data.prepare import catalogue, folder, shards
+from supmim_jax.data.prepare import catalogue, folder, output
 from supmim_jax.errors import OF_THE_USER, SetupError
 
 F = tfds.features
@@ -109,7 +109,7 @@ def many(tmp_path_factory):
     """A data set of a shard for each image."""
     root = tmp_path_factory.mktemp("many")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "RECORDS_PER_SHARD", 1)
+        patch.setattr(output, "RECORDS_PER_SHARD", 1)
         for i in range(COUNT):
             put(root / "photos" / "train" / CLASSES[i % 3] / f"{i:03d}.png", encoded(i, size=8))
         for name in CLASSES:

@@ -25,44 +25,39 @@ FORMS = {
 
 
 def main() -> None:
-    given = flags.FLAGS.flag_values_dict()
-    _check(given)
-    where = {"data_dir": given["data_dir"], "dry_run": given["dry_run"]}
+    values = flags.FLAGS.flag_values_dict()
+    form = check_flags(values)
+    options = {flag: values[flag] for flag in ("data_dir", "dry_run", *FORMS[form])}
     try:
-        if given["name"]:
-            said = catalogue.prepare(
-                given["name"], manual_dir=given["manual_dir"], verify=given["verify"], **where
-            )
-        elif given["from_tfrecord"]:
-            said = tfrecords.prepare(epath.Path(given["from_tfrecord"]), **where)
+        if form == "name":
+            text = catalogue.prepare(values["name"], **options)
+        elif form == "from_tfrecord":
+            text = tfrecords.prepare(epath.Path(values["from_tfrecord"]), **options)
         else:
-            said = folder.prepare(
-                epath.Path(given["image_folder"]),
-                given["as"],
-                val_fraction=given["val_fraction"],
-                decode=not given["no_decode"],
-                skip_broken=given["skip_broken"],
-                follow_links=given["follow_links"],
-                max_value=given["max_value"],
-                **where,
-            )
+            name = options.pop("as")
+            text = folder.prepare(epath.Path(values["image_folder"]), name, **options)
     except OSError as error:
         raise SetupError(f"Cannot be read or written: {error}.") from None
-    print(said)
+    print(text)
 
 
-def _check(given: dict) -> None:
-    """Raises SetupError unless the flags are of one form."""
-    forms = [form for form in FORMS if given[form]]
+def check_flags(values: dict) -> str:
+    """The form of which the flags are, a key of FORMS.
+
+    Raises:
+      SetupError: they are of none, or of two.
+    """
+    forms = [form for form in FORMS if values[form]]
     if len(forms) != 1:
         found = ", ".join(f"--{form}" for form in forms) or "none"
         raise SetupError(f"Give one of {', '.join(f'--{form}' for form in FORMS)}; found {found}.")
     for form, own in FORMS.items():
         for flag in own:
-            if given[flag] and form != forms[0]:
+            if values[flag] and form != forms[0]:
                 raise SetupError(f"--{flag} belongs to --{form}, and --{forms[0]} was given.")
-    if forms == ["image_folder"] and not given["as"]:
+    if forms == ["image_folder"] and not values["as"]:
         raise SetupError("--image_folder needs --as <name>: what the data set is to be called.")
+    return forms[0]
 
 
 if __name__ == "__main__":
