@@ -288,7 +288,7 @@ def test_the_data_set_must_be_what_the_config_says(cfg, one_device):
         opened(num_classes=10)
     with pytest.raises(SetupError, match=r"no split 'holdout'.*train, validation, test"):
         opened(eval_split="holdout")
-    with pytest.raises(SetupError, match="neither one of tfds's nor in"):
+    with pytest.raises(SetupError, match=r"name is .no_such_data_set., .*data_dir"):
         opened(name="no_such_data_set")
     with pytest.raises(SetupError, match="known are tiny, tiny_fresh"):
         opened(name="fractals/huge")

@@ -80,7 +80,7 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize("field", ["label", "text", "number", "box", "image"])
 def test_what_is_no_single_class_is_refused_by_name(odd, field):
     cfg = DataConfig(name="odd/labels", data_dir=odd, label_field=field)
-    with pytest.raises(SetupError, match=rf"'odd/labels'.*'{field}'.*label_field.*kind"):
+    with pytest.raises(SetupError, match=rf"label_field is '{field}'.*'odd/labels'.*kind"):
         source_module.open_source(cfg, "train")
 
 
