@@ -9,7 +9,7 @@ PNG to look for EXIF, and refuses TIFFs that OpenCV reads.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2

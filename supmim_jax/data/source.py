@@ -461,7 +461,12 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
         builder = tfds.builder(cfg.name, data_dir=cfg.data_dir or None)
     except SetupError:
         raise
-    except Exception as error:  # tfds wraps what json, protobuf and the system raise in many ways
+    except OSError as error:
+        raise SetupError(
+            f"The data set {cfg.name!r} cannot be made or read in {where}: {error}. Set "
+            f"config.data.data_dir to a directory that you own."
+        ) from None
+    except Exception as error:  # tfds wraps what json and protobuf raise in many ways
         raise SetupError(
             f"config.data.name is {cfg.name!r}, which tfds cannot open in {where} "
             f"(config.data.data_dir): {_first_line(error)}. If it is there, its metadata are "
