@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 
 from supmim_jax.config import DataConfig
 
@@ -44,11 +45,7 @@ class Crop(NamedTuple):
 
 
 def draw_crop(
-    height: int,
-    width: int,
-    cfg: DataConfig,
-    rng: np.random.Generator,
-    bounds: Sequence[int] | None = None,
+    height: int, width: int, cfg: DataConfig, rng: Generator, bounds: Sequence[int] | None = None
 ) -> Crop:
     """The crop of an image of this size, as config.data.crop says.
 
@@ -78,11 +75,7 @@ def draw_crop(
 
 
 def inception_crop(
-    height: int,
-    width: int,
-    cfg: DataConfig,
-    rng: np.random.Generator,
-    bounds: Sequence[int] | None = None,
+    height: int, width: int, cfg: DataConfig, rng: Generator, bounds: Sequence[int] | None = None
 ) -> Box:
     """A box of random area and aspect (Szegedy et al., arXiv 1409.4842).
 
@@ -107,9 +100,7 @@ def inception_crop(
     return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
-def _offset(
-    image: int, crop: int, edges: Sequence[int], alpha: float, rng: np.random.Generator
-) -> int:
+def _offset(image: int, crop: int, edges: Sequence[int], alpha: float, rng: Generator) -> int:
     """Top or left of a crop whose centre is drawn between two edges; all but these in pixels.
 
     As in the published code (github.com/xyupeng/ContrastiveCrop, its later version): the range is
@@ -123,7 +114,7 @@ def _offset(
     return first + int((last - first) * rng.beta(alpha, alpha))
 
 
-def inception_tf_crop(height: int, width: int, cfg: DataConfig, rng: np.random.Generator) -> Box:
+def inception_tf_crop(height: int, width: int, cfg: DataConfig, rng: Generator) -> Box:
     """A box as tf.image.sample_distorted_bounding_box draws it with the defaults of AugReg's code.
 
     Aspect uniform in [0.75, 1.33], then the height uniform in what the aspect, the image and

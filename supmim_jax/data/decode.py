@@ -8,6 +8,7 @@ The headers are parsed here, and not by Pillow: that hides the depth of colour P
 PNG to look for EXIF, and refuses TIFFs that OpenCV reads.
 """
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,14 +21,6 @@ from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.errors import SetupError
 
 MOST_SIDE = 2**20  # pixels; OpenCV's own limit to a side
-MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-} | {b"P%d" % i + end: "PNM" for i in range(1, 7) for end in (b" ", b"\t", b"\n", b"\r")}
 # Tags of TIFF, and so of EXIF.
 WIDTH, HEIGHT, BITS, COLOURS, ORIENTATION, SAMPLES, EXTRA = 256, 257, 258, 262, 274, 277, 338
 
@@ -61,7 +54,7 @@ class Shown:
 class Header:
     """What a file says of itself; the defaults are those of a damaged header."""
 
-    kind: str = ""  # a value of MAGIC, or WebP
+    kind: str = ""  # a name in FORMATS
     height: int = 0  # pixels as they are stored
     width: int = 0
     bits: int = 0  # of a channel
@@ -84,15 +77,14 @@ class Header:
 
 def kind(encoded: bytes) -> str:
     """The format of a file, by its first bytes; "" for one that is none of ours."""
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        return "WebP"
-    return next((name for magic, name in MAGIC.items() if encoded.startswith(magic)), "")
+    matches = (name for name, (magic, _) in FORMATS.items() if re.match(magic, encoded, re.DOTALL))
+    return next(matches, "")
 
 
 def read(encoded: bytes) -> Header:
     """The header of a file, or of its beginning; `Header()` if it is damaged, or of no format."""
     try:
-        return PARSERS[kind(encoded)](encoded)
+        return FORMATS[kind(encoded)][1](encoded)
     except (LookupError, ValueError, struct.error):
         return Header()
 
@@ -102,7 +94,7 @@ def fault(encoded: bytes) -> str:
     if not encoded:
         return "is empty"
     if not kind(encoded):
-        return f"begins with {encoded[:4].hex(' ')}, which is none of {', '.join(PARSERS)}"
+        return f"begins with {encoded[:4].hex(' ')}, which is none of {', '.join(FORMATS)}"
     header = read(encoded)
     if not header.kind:
         return f"cannot be decoded: the header of a {kind(encoded)} is cut or damaged"
@@ -110,8 +102,7 @@ def fault(encoded: bytes) -> str:
     if area > supmim_jax.MOST_PIXELS:
         return (
             f"has {size} = {area} pixels, more than the {supmim_jax.MOST_PIXELS} that are decoded: "
-            f"set the environment variable OPENCV_IO_MAX_IMAGE_PIXELS, here and where it is "
-            f"trained on"
+            f"set OPENCV_IO_MAX_IMAGE_PIXELS in the environment, here and for training"
         )
     if max(header.height, header.width) > MOST_SIDE:
         return f"has {size} pixels, more than {MOST_SIDE} on a side"
@@ -217,14 +208,14 @@ def _pnm(encoded: bytes) -> Header:
     return Header("PNM", height, width, white.bit_length() or 1, white=white)
 
 
-PARSERS = {
-    "JPEG": _jpeg,
-    "PNG": _png,
-    "GIF": _gif,
-    "BMP": _bmp,
-    "TIFF": _tiff,
-    "PNM": _pnm,
-    "WebP": _webp,
+FORMATS = {  # by name: how a file begins, and what parses its header
+    "JPEG": (rb"\xff\xd8\xff", _jpeg),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", _png),
+    "GIF": (rb"GIF8", _gif),
+    "BMP": (rb"BM", _bmp),
+    "TIFF": (rb"II\*\0|MM\0\*", _tiff),
+    "PNM": (rb"P[1-6][ \t\n\r]", _pnm),
+    "WebP": (rb"RIFF....WEBP", _webp),
 }
 
 
@@ -304,7 +295,7 @@ def pixels(encoded: bytes, channels: int, shown: Shown = Shown()) -> np.ndarray 
     if image is None:
         return None
     if not header.plain:
-        image = _over(*_split(image, header, shown.floats), header, shown)
+        image = _composed(image, header, shown)
         if image.shape[2] != channels:
             to = cv2.COLOR_RGB2GRAY if channels == 1 else cv2.COLOR_GRAY2RGB
             image = cv2.cvtColor(image, to)
@@ -353,22 +344,17 @@ def _split(
     if floats and raw.shape[2] == 4 and raw.dtype == np.uint8:
         return np.concatenate([colours, raw[..., 3:]], axis=2).view("<f4"), None
     if raw.shape[2] == 4:
-        return colours, raw[..., 3] / np.float32(_full(raw.dtype))
+        opaque = np.iinfo(raw.dtype).max if raw.dtype.kind in "iu" else 1
+        return colours, raw[..., 3] / np.float32(opaque)
     if header.key is not None:  # OpenCV leaves it out of grey images alone
         key = header.key * (255 // (2**header.bits - 1) if header.bits < 8 else 1)
         return colours, (colours[..., 0] != key).astype(np.float32)
     return colours, None
 
 
-def _full(dtype: np.dtype) -> int:
-    """The value of whole opacity, or of white."""
-    return np.iinfo(dtype).max if dtype.kind in "iu" else 1
-
-
-def _over(
-    colours: np.ndarray, alpha: np.ndarray | None, header: Header, shown: Shown
-) -> np.ndarray:
-    """uint8 HxWxC: the colours in 8 bits, over the background."""
+def _composed(raw: np.ndarray, header: Header, shown: Shown) -> np.ndarray:
+    """uint8 HxWxC of what IMREAD_UNCHANGED decodes: colours in 8 bits, over the background."""
+    colours, alpha = _split(raw, header, shown.floats)
     white = header.white or shown.max_value
     if colours.dtype != np.uint8 and not white:
         raise nobody_said(f"has values of {colours.dtype} up to {colours.max()}", shown)
@@ -406,8 +392,8 @@ def _mask_values(
         )
     values = colours[..., 0]
     if alpha is not None:
-        background = cfg.background[0] * (_full(values.dtype) // 255)
-        values = np.where(alpha == 0, background, values)
+        scale = 257 if values.dtype == np.uint16 else 1
+        values = np.where(alpha == 0, cfg.background[0] * scale, values)
     own = header.shown(values)
     # EXIF of the image turns the mask too, unless EXIF of the mask has done so.
     moved = turned(own, orientation) if header.orientation == 1 else own

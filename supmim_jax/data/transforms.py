@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator, Philox
 
 from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.data import augment, jpeg, source
@@ -22,9 +23,7 @@ from supmim_jax.data.token_cache import TokenCache
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
 
 
-def generator(
-    seed: int, number: int, example: int, stream: int, crop: int = 0
-) -> np.random.Generator:
+def generator(seed: int, number: int, example: int, stream: int, crop: int = 0) -> Generator:
     """The generator of one example's geometry in a view, or of its colours in an epoch.
 
     Args:
@@ -34,16 +33,14 @@ def generator(
       stream: GEOMETRY or COLOURS.
       crop: 0 or 1, the first or the second crop that the step sees of the image.
     """
-    return np.random.Generator(
-        np.random.Philox(key=[seed, example], counter=[0, crop, stream, number])
-    )
+    return Generator(Philox(key=[seed, example], counter=[0, crop, stream, number]))
 
 
 def decoded_crops(
     record: dict,
     cfg: DataConfig,
     example: int,
-    rngs: Sequence[np.random.Generator],
+    rngs: Sequence[Generator],
     bounds: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """A random crop of the record's image by each generator.
@@ -62,7 +59,7 @@ def decoded_crops(
     return [cropped(image, crop, cfg) for crop in drawn]
 
 
-def moved(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def moved(image: np.ndarray, cfg: DataConfig, rng: Generator) -> tuple[np.ndarray, int]:
     """A crop after the operations that move pixels, and how many of colour are left to do."""
     if not cfg.moves_pixels:
         return image, 0
