@@ -95,7 +95,7 @@ def make(root: Path) -> None:
         records_per_shard=27,
     )
     (root / "cache" / token_cache.MANIFEST).write_text(json.dumps(plan.manifest, indent=2))
-    source = source_module.open_training_source(cfg.data)
+    source = source_module.open_source(cfg.data, cfg.data.train_split)
     for index in range(plan.shards):
         rows = (
             (tokens(record), source_module.mark(source[record % EXAMPLES]["image"]))
@@ -123,7 +123,7 @@ def read(root: Path, what: str) -> str:
         if what == "cache":
             read_cache(cfg)
     except Moved:
-        sealed = (root / "data" / NAME / "1.0.0" / source_module.FILE).exists()
+        sealed = (root / "data" / NAME / "1.0.0" / source_module.CHECKSUMS).exists()
         assert not (sealed or what == "cache"), "records under other ids"
         return MOVED
     except SetupError as error:
@@ -183,7 +183,8 @@ def check_examples(arrays: dict, count: int) -> None:
 
 
 def read_cache(cfg: Config) -> None:
-    cache, source = Dataset.open(cfg).tokens, source_module.open_training_source(cfg.data)
+    dataset = Dataset.open(cfg)
+    cache, source = dataset.tokens, dataset.training_records()
     for view in range(VIEWS):
         for i in range(EXAMPLES):
             ids = cache.read(view, i, source[i]["image"])
@@ -344,7 +345,7 @@ def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[C
         make(root)
         target = root / "cache" if what == "cache" else root / "data" / NAME / "1.0.0"
         if not sealed:
-            (root / "data" / NAME / "1.0.0" / source_module.FILE).unlink()
+            (root / "data" / NAME / "1.0.0" / source_module.CHECKSUMS).unlink()
         whole = root / "whole"
         shutil.copytree(target, whole)
         reader = Reader(root, what)

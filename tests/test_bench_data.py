@@ -111,7 +111,7 @@ def test_tfdata_makes_the_same_images(directory):
     if data_rates.metadata_version("tensorflow") is None:
         pytest.skip("needs TensorFlow")
     cfg = data_plan.config(small(), directory, IMAGES)
-    source = source_module.open_training_source(cfg.data)
+    source = source_module.open_source(cfg.data, cfg.data.train_split)
     boxes = data_rates.boxes(cfg, IMAGES)
     example = transforms.TrainExample(cfg.data, cfg.seed, 1)
     ours = np.stack([example((0, i, source[i]))["image"] for i in range(8)])

@@ -192,7 +192,7 @@ def test_a_flipped_bit_in_a_file_is_a_broken_record(run, one_device, tmp_path):
     content[content.index(contents[10]) + 20] ^= 16
     file.write_bytes(bytes(content))
     damaged = dataclasses.replace(run, data=dataclasses.replace(run.data, data_dir=str(tmp_path)))
-    source = source_module.open_training_source(damaged.data)
+    source = source_module.open_source(damaged.data, damaged.data.train_split)
     with pytest.raises(decode.BrokenRecord, match=r"Record 10 cannot be read: .* hash mismatch"):
         source[10]
     assert [source[i]["label"] for i in range(EXAMPLES) if i != 10][9:11] == [9, 11]

@@ -24,31 +24,21 @@ from supmim_jax.errors import OF_THE_USER, SetupError
 F = tfds.features
 PICTURE = F.Image(shape=(4, 4, 3), encoding_format="png")
 PIXELS = np.zeros((4, 4, 3), np.uint8)
+DEPTH = F.Image(shape=(4, 4, 1), dtype=np.float32, encoding_format="png")
+FIELDS = {  # of one data set, beside its image: the feature, and what the record has
+    "label": (F.Sequence(F.ClassLabel(num_classes=30)), [1, 2]),
+    "text": (F.Text(), "ape"),
+    "number": (F.Tensor(shape=(), dtype=np.int64), 3),
+    "box": (F.BBoxFeature(), F.BBox(0.0, 0.0, 1.0, 1.0)),
+    "depth": (DEPTH, np.zeros((4, 4, 1), np.float32)),
+    "kind": (F.ClassLabel(num_classes=30), 3),
+}
 ODD = {
-    "labels": (
-        {
-            "image": PICTURE,
-            "label": F.Sequence(F.ClassLabel(num_classes=30)),
-            "text": F.Text(),
-            "number": F.Tensor(shape=(), dtype=np.int64),
-            "box": F.BBoxFeature(),
-            "depth": F.Image(shape=(4, 4, 1), dtype=np.float32, encoding_format="png"),
-            "kind": F.ClassLabel(num_classes=30),
-        },
-        {
-            "image": PIXELS,
-            "label": [1, 2],
-            "text": "ape",
-            "number": 3,
-            "box": F.BBox(0.0, 0.0, 1.0, 1.0),
-            "depth": np.zeros((4, 4, 1), np.float32),
-            "kind": 3,
-        },
-    ),
-    "tensor": ({"image": F.Tensor(shape=(4, 4, 3), dtype=np.uint8)}, {"image": PIXELS}),
-    "several": ({"image": F.Sequence(PICTURE)}, {"image": [PIXELS, PIXELS]}),
-    "nested": ({"image": {"left": PICTURE}}, {"image": {"left": PIXELS}}),
-    "none": ({"picture": PICTURE}, {"picture": PIXELS}),
+    "labels": {"image": (PICTURE, PIXELS)} | FIELDS,
+    "tensor": {"image": (F.Tensor(shape=(4, 4, 3), dtype=np.uint8), PIXELS)},
+    "several": {"image": (F.Sequence(PICTURE), [PIXELS, PIXELS])},
+    "nested": {"image": ({"left": PICTURE}, {"left": PIXELS})},
+    "none": {"picture": (PICTURE, PIXELS)},
 }
 
 
@@ -59,14 +49,15 @@ class Odd(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ODD]
 
     def _info(self):
-        features = F.FeaturesDict(ODD[self.builder_config.name][0])
+        fields = ODD[self.builder_config.name]
+        features = F.FeaturesDict({name: feature for name, (feature, _) in fields.items()})
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        yield 0, ODD[self.builder_config.name][1]
+        yield 0, {name: value for name, (_, value) in ODD[self.builder_config.name].items()}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +71,7 @@ def odd(tmp_path_factory):
 @pytest.mark.parametrize("field", ["label", "text", "number", "box", "image"])
 def test_what_is_no_single_class_is_refused_by_name(odd, field):
     cfg = DataConfig(name="odd/labels", data_dir=odd, label_field=field)
-    with pytest.raises(SetupError, match=rf"'odd/labels'.*'{field}'.*label_field.*kind"):
+    with pytest.raises(SetupError, match=rf"label_field is '{field}'.*'odd/labels'.*kind"):
         source_module.open_source(cfg, "train")
 
 
@@ -173,12 +164,10 @@ def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, mon
 
 def test_parts_of_splits_are_the_records_that_tfds_names(many):
     whole = [source(many, "many")[i]["image"] for i in range(COUNT)]
-    for split, wanted in (
-        ("train[10:20]", whole[10:20]),
-        ("train[-7:]+train[:3]", whole[-7:] + whole[:3]),
-    ):
+    wanted = {"train[10:20]": whole[10:20], "train[-7:]+train[:3]": whole[-7:] + whole[:3]}
+    for split, images in wanted.items():
         part = source(many, "many", split)
-        assert [part[i]["image"] for i in range(len(part))] == wanted
+        assert [part[i]["image"] for i in range(len(part))] == images
 
 
 @contextlib.contextmanager
@@ -218,14 +207,18 @@ def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
     assert data[3]["label"] == source(many, "many")[3]["label"]
 
 
-class Failing:
+def failing(number: int):
     """A reader of a file whose disk or server fails."""
+    said = f"pread() failed: {os.strerror(number)}; reading x; at byte 64; Could not read"
 
-    def __init__(self, said: str):
-        self.said = said
+    class Failing:
+        def __init__(self, *_, **__):
+            pass
 
-    def read(self, positions):
-        raise RuntimeError(f"pread() failed: {self.said}; reading x; at byte 64; Could not read")
+        def read(self, positions):
+            raise RuntimeError(said)
+
+    return Failing
 
 
 @pytest.mark.parametrize(
@@ -233,11 +226,8 @@ class Failing:
 )
 def test_a_read_that_the_system_refuses_ends_the_run(many, monkeypatch, number):
     data = source(many, "many")
-    said = os.strerror(number)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            source_module.array_record_module, "ArrayRecordReader", lambda *a, **k: Failing(said)
-        )
+        patch.setattr(source_module.array_record_module, "ArrayRecordReader", failing(number))
         for read in (
             lambda: data[3],
             lambda: sampler.Intact(data, lambda drawn: {})((0, 3)),

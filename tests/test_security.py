@@ -261,7 +261,7 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "evil_feature.py").write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    (beasts / source.FILE).unlink()
+    (beasts / source.CHECKSUMS).unlink()
     path = beasts / "features.json"
     text = path.read_text()
     name = "tensorflow_datasets.core.features.text_feature.Text"
@@ -287,7 +287,7 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
 
 
 def test_seals_name_files_of_the_directory_alone(beasts, tmp_path):
-    (beasts / source.FILE).write_text('{"../../../etc/passwd": "1-2"}')
+    (beasts / source.CHECKSUMS).write_text('{"../../../etc/passwd": "1-2"}')
     cfg = DataConfig(name="beasts", data_dir=str(tmp_path / "data"), num_classes=3)
     with pytest.raises(SetupError, match=r"seals\.json cannot be used: it names '\.\./"):
         source.open_source(cfg, "train")

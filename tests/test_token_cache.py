@@ -29,7 +29,7 @@ def with_cache(cfg, directory, views=0):
 
 
 def encoded_images(cfg) -> list[bytes]:
-    source = source_module.open_training_source(cfg.data)
+    source = source_module.open_source(cfg.data, cfg.data.train_split)
     return [source[i]["image"] for i in range(len(source))]
 
 

@@ -226,7 +226,7 @@ def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
     assert ids[:64].tolist() == list(range(64)) and (ids[64:] == -1).all() and len(ids) == 96
     assert weight.sum() == 64 and (weight[:64] == 1).all()
     assert found[0].views[0].shape == (48, 20, 20, 1) and len(found[0].views) == 1
-    source = source_module.open_training_source(cfg.data)
+    source = source_module.open_source(cfg.data, cfg.data.train_split)
     for i in (0, 63):
         image = crops.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
         assert (found[i // 48].views[0][i % 48] == image).all()

@@ -1,32 +1,32 @@
-"""Augmentations of uint8 HxWx3 images beside crop and flip: 3-Augment, jitter, random erasing.
+"""Augmentations of uint8 HxWx3 images beside crop and flip.
 
-Below them are the operations that RandAugment (rand_augment.py) shares. Where nothing else is said
-they are Pillow's, to the bit or to one step of 255 where floats are rounded.
+Where nothing else is said, operations are Pillow's, to the bit or to one step of 255 where floats
+are rounded.
 
-
-RandAugment (arXiv 1909.13719) of uint8 HxWx3 images, as two code bases have it.
-
-"rand_augment" is AugReg's (big_vision's pp/autoaugment.py, also in scenic): 16 operations on
-TensorFlow's arithmetic, every operation that is drawn is done. "timm_rand_augment" is timm's
-rand-m9-mstd0.5-inc1, which DeiT and MAE fine-tune with: 15 operations of Pillow, each done with
-probability 0.5 at a magnitude with noise, stronger where the magnitude is larger.
+RandAugment (arXiv 1909.13719) is here as two code bases have it. "rand_augment" is AugReg's
+(big_vision's pp/autoaugment.py, also in scenic): 16 operations on TensorFlow's arithmetic, every
+operation that is drawn is done. "timm_rand_augment" is timm's rand-m9-mstd0.5-inc1, which DeiT and
+MAE fine-tune with: 15 operations of Pillow, each done with probability 0.5 at a magnitude with
+noise, stronger where the magnitude is larger.
 
 The originals do what they drew in the order in which they drew it. Here the operations that move
 pixels come first, so that an image has one geometry whatever its colours and its tokens can be
-computed before training. Which operations an image gets has the original's distribution."""
+computed before training. Which operations an image gets has the original's distribution.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from numpy.random import Generator
 
 VALUES = np.arange(256)
 SMOOTH = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / np.float32(13)
 
 
-def three_augment(image: np.ndarray, jitter: float, rng: np.random.Generator) -> np.ndarray:
+def three_augment(image: np.ndarray, jitter: float, rng: Generator) -> np.ndarray:
     """3-Augment (DeiT-III, arXiv 2204.07118, section 3): one of grey, solarise, blur; then jitter.
 
     Grey, solarisation and Gaussian blur are equally likely; brightness, contrast and saturation
@@ -36,13 +36,13 @@ def three_augment(image: np.ndarray, jitter: float, rng: np.random.Generator) ->
     if choice == 0:
         image = saturated(image, 0.0)
     elif choice == 1:
-        image = np.where(image < 128, image, 255 - image)
+        image = solarized(image, 128)
     else:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.1, 2.0))
     return jittered(image, jitter, rng)
 
 
-def jittered(image: np.ndarray, jitter: float, rng: np.random.Generator) -> np.ndarray:
+def jittered(image: np.ndarray, jitter: float, rng: Generator) -> np.ndarray:
     """Brightness, contrast and saturation in random order, each by [1 - jitter, 1 + jitter]."""
     for which in rng.permutation(3):
         change = (brightened, contrasted, saturated)[which]
@@ -50,7 +50,7 @@ def jittered(image: np.ndarray, jitter: float, rng: np.random.Generator) -> np.n
     return image
 
 
-def erased(image: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+def erased(image: np.ndarray, probability: float, rng: Generator) -> np.ndarray:
     """Random erasing (arXiv 1708.04896): noise in one rectangle, with this probability.
 
     Area uniform in [0.02, 1/3] of the image and aspect log-uniform in [0.3, 3.3], drawn anew up to
@@ -131,11 +131,6 @@ def solarized(image: np.ndarray, threshold: int) -> np.ndarray:
     return mapped(image, np.where(threshold > VALUES, VALUES, 255 - VALUES))
 
 
-def solarize_added(image: np.ndarray, addition: int) -> np.ndarray:
-    """What is below 128 becomes brighter."""
-    return mapped(image, np.where(VALUES < 128, VALUES + addition, VALUES))
-
-
 def mapped(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Each value by a table of 256, or of 256x3 for each channel; what is outside is cut."""
     table = np.clip(table, 0, 255).astype(np.uint8)
@@ -144,7 +139,7 @@ def mapped(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 # (image, level, generator) to the image; level 1.0 is magnitude 10, the most of AutoAugment. Signs
 # and places are drawn from the generator.
-Operation = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+Operation = Callable[[np.ndarray, float, Generator], np.ndarray]
 
 
 class Family(NamedTuple):
@@ -153,9 +148,19 @@ class Family(NamedTuple):
     probability: float = 1.0  # that an operation that was drawn is done
     noise: float = 0.0  # deviation of the magnitude, which then stays in [0, 10]
 
+    def done(
+        self, operation: Operation, image: np.ndarray, magnitude: float, rng: Generator
+    ) -> np.ndarray:
+        """The image after the operation, or as it is."""
+        if rng.random() >= self.probability:
+            return image
+        if self.noise:
+            magnitude = min(max(rng.normal(magnitude, self.noise), 0.0), 10.0)
+        return operation(image, magnitude / 10.0, rng)
+
 
 def geometry(
-    name: str, image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
+    name: str, image: np.ndarray, layers: int, magnitude: float, rng: Generator
 ) -> tuple[np.ndarray, int]:
     """Draws `layers` operations of all; the image after those that move pixels, and the others.
 
@@ -163,45 +168,33 @@ def geometry(
       uint8 HxWx3, and how many of the operations are ones of colour, which `colours` does.
     """
     family, others = FAMILIES[name], 0
+    moving = list(family.moving.values())
     for _ in range(layers):
-        drawn = rng.integers(len(family.moving) + len(family.colours))
-        if drawn < len(family.moving):
-            image = _done(family, list(family.moving.values())[drawn], image, magnitude, rng)
+        drawn = rng.integers(len(moving) + len(family.colours))
+        if drawn < len(moving):
+            image = family.done(moving[drawn], image, magnitude, rng)
         else:
             others += 1
     return image, others
 
 
 def colours(
-    name: str, image: np.ndarray, layers: int, magnitude: float, rng: np.random.Generator
+    name: str, image: np.ndarray, layers: int, magnitude: float, rng: Generator
 ) -> np.ndarray:
     """The image after `layers` operations that leave every pixel in its place."""
     family = FAMILIES[name]
-    for drawn in rng.integers(len(family.colours), size=layers):
-        image = _done(family, list(family.colours.values())[drawn], image, magnitude, rng)
+    operations = list(family.colours.values())
+    for drawn in rng.integers(len(operations), size=layers):
+        image = family.done(operations[drawn], image, magnitude, rng)
     return image
 
 
-def _done(
-    family: Family,
-    operation: Operation,
-    image: np.ndarray,
-    magnitude: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    if rng.random() >= family.probability:
-        return image
-    if family.noise:
-        magnitude = min(max(rng.normal(magnitude, family.noise), 0.0), 10.0)
-    return operation(image, magnitude / 10.0, rng)
-
-
-def _signed(value: float, rng: np.random.Generator) -> float:
+def _signed(value: float, rng: Generator) -> float:
     return value if rng.random() < 0.5 else -value
 
 
 def _moving(
-    affine: Callable[[np.ndarray, tuple[float, ...]], np.ndarray],
+    affine: Callable[[np.ndarray, Sequence[float]], np.ndarray],
     inset: int,
     shift: Callable[[int], float],
 ) -> dict[str, Operation]:
@@ -213,29 +206,30 @@ def _moving(
       shift: how far an image of this height or width is moved at level 1, in pixels.
     """
 
-    def rotated(image: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    def rotated(image: np.ndarray, level: float, rng: Generator) -> np.ndarray:
         angle = math.radians(_signed(30.0 * level, rng))
         cos, sin = math.cos(angle), math.sin(angle)
         y, x = ((size - inset) / 2 for size in image.shape[:2])
         return affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
 
-    def moved(image: np.ndarray, x: float = 0, y: float = 0, right: float = 0, down: float = 0):
-        return affine(image, (1.0, x, right, y, 1.0, down))
+    def shifted(place: int, value: Callable[[np.ndarray, float], float]) -> Operation:
+        def operation(image: np.ndarray, level: float, rng: Generator) -> np.ndarray:
+            matrix = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+            matrix[place] = _signed(value(image, level), rng)
+            return affine(image, matrix)
+
+        return operation
 
     return {
         "rotate": rotated,
-        "shear_x": lambda image, level, rng: moved(image, x=_signed(0.3 * level, rng)),
-        "shear_y": lambda image, level, rng: moved(image, y=_signed(0.3 * level, rng)),
-        "translate_x": lambda image, level, rng: moved(
-            image, right=_signed(shift(image.shape[1]) * level, rng)
-        ),
-        "translate_y": lambda image, level, rng: moved(
-            image, down=_signed(shift(image.shape[0]) * level, rng)
-        ),
+        "shear_x": shifted(1, lambda image, level: 0.3 * level),
+        "shear_y": shifted(3, lambda image, level: 0.3 * level),
+        "translate_x": shifted(2, lambda image, level: shift(image.shape[1]) * level),
+        "translate_y": shifted(5, lambda image, level: shift(image.shape[0]) * level),
     }
 
 
-def _nearest(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+def _nearest(image: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
     """TensorFlow's projective transform: the nearest pixel, grey from outside of the image."""
     y, x = (np.arange(size, dtype=np.float32) for size in image.shape[:2])
     places = []
@@ -246,7 +240,7 @@ def _nearest(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
     return cv2.remap(image, places, None, cv2.INTER_NEAREST, borderValue=(128, 128, 128))
 
 
-def _bicubic(image: np.ndarray, matrix: tuple[float, ...]) -> np.ndarray:
+def _bicubic(image: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
     """Pillow's affine transform, which counts from the corner and fills only outside of the image.
 
     The parameter of OpenCV's cubic is -0.75 and of Pillow's -1: ours is a little less sharp.
@@ -268,13 +262,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return (share @ np.float32([0.2989, 0.5870, 0.1140]) * np.float32(255.5)).astype(np.int32)
 
 
-def _posterized(image: np.ndarray, bits: int) -> np.ndarray:
-    """Shifts in uint8, where a negative number wraps, and TensorFlow shifts by 7 at most."""
-    shift = min((8 - bits) % 256, 7)
-    return (image >> shift) << shift
-
-
-def _cutout(image: np.ndarray, half: int, rng: np.random.Generator) -> np.ndarray:
+def _cutout(image: np.ndarray, half: int, rng: Generator) -> np.ndarray:
     """A grey square around any pixel, as far as it is inside of the image."""
     y, x = (rng.integers(size) for size in image.shape[:2])
     image = image.copy()
@@ -304,7 +292,9 @@ SHARED = {
     "autocontrast": lambda image, level, rng: autocontrasted(image),
     "equalize": lambda image, level, rng: equalized(image),
     "invert": lambda image, level, rng: 255 - image,
-    "solarize_add": lambda image, level, rng: solarize_added(image, int(level * 110)),
+    "solarize_add": lambda image, level, rng: mapped(
+        image, np.where(VALUES < 128, VALUES + int(level * 110), VALUES)
+    ),
 }
 IMAGENET_MEAN = (124, 116, 104)  # timm's fill
 
@@ -314,7 +304,10 @@ AUGREG = Family(
     moving=_moving(_nearest, 1, lambda size: 100.0),
     colours=SHARED
     | {
-        "posterize": lambda image, level, rng: _posterized(image, int(level * 4)),
+        # Shifts in uint8, where a negative number wraps; TensorFlow shifts by 7 at most.
+        "posterize": lambda image, level, rng: (
+            image >> (shift := min((8 - int(level * 4)) % 256, 7)) << shift
+        ),
         "solarize": lambda image, level, rng: solarized(image, int(level * 256) % 256),
         "color": _enhanced(lambda image, x: blend(_grey(image)[..., None], image, x)),
         "contrast": _enhanced(_contrasted),

@@ -1,13 +1,16 @@
 """From the bytes of a record to an image and the classes of its pixels.
 
-What an image file says of itself before it is decoded: its form, size, depth, alpha and turn.
+OpenCV decodes; what a file says of itself (size, depth, alpha, orientation) is read from its header
+first. OpenCV tells none of it and drops some: by the header it is asked for plain colour, or for
+all that there is. Where it decodes nothing, the header tells what is wrong with the file.
 
-OpenCV's decoders say nothing of these, and drop some: it is asked for colour or for all that there
-is as its header tells. And where it decodes nothing, the header tells what is wrong with the file.
+The headers are parsed here, and not by Pillow: that hides the depth of colour PNGs, decodes a whole
+PNG to look for EXIF, and refuses TIFFs that OpenCV reads.
 """
 
+import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -18,235 +21,11 @@ from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.errors import SetupError
 
 MOST_SIDE = 2**20  # pixels; OpenCV's own limit to a side
-MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-} | {b"P%d" % i + end: "PNM" for i in range(1, 7) for end in (b" ", b"\t", b"\n", b"\r")}
-ORIENTATION = 0x0112  # EXIF's and TIFF's tag
+# Tags of TIFF, and so of EXIF.
+WIDTH, HEIGHT, BITS, COLOURS, ORIENTATION, SAMPLES, EXTRA = 256, 257, 258, 262, 274, 277, 338
 
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    kind: str  # a value of MAGIC, or WebP
-    height: int  # pixels as they are stored
-    width: int
-    bits: int  # of a channel
-    alpha: bool = False  # or perhaps: of a GIF only decoding tells
-    orientation: int = 1  # 1 to 8, as EXIF counts: how it is to be turned when it is shown
-    whole: bool = True  # whether its end is there
-    white: int = 0  # the value that is white, where the file says that
-    key: int | None = None  # of a grey PNG, the value that is transparent
-    unread: str = ""  # what it has that OpenCV's decoder drops
-
-
-def kind(encoded: bytes) -> str:
-    """Of which form a file is, by its first bytes; "" for one that is none of ours."""
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        return "WebP"
-    return next((name for magic, name in MAGIC.items() if encoded.startswith(magic)), "")
-
-
-def read(encoded: bytes) -> Header | None:
-    """The header of a file, or of its beginning; None if it is of another form, or damaged."""
-    parse = PARSERS.get(kind(encoded))
-    try:
-        return parse(encoded) if parse else None
-    except (IndexError, ValueError, struct.error):
-        return None
-
-
-def fault(encoded: bytes) -> str:
-    """What is wrong with a file that is not decoded, as its header tells."""
-    if not encoded:
-        return "is empty"
-    if not kind(encoded):
-        known = ", ".join(dict.fromkeys([*MAGIC.values(), "WebP"]))
-        return f"begins with {encoded[:4].hex(' ')}, which is none of {known}"
-    found = read(encoded)
-    if found is None:
-        return f"cannot be decoded: the header of a {kind(encoded)} is cut or damaged"
-    size = f"has {found.width} x {found.height}"
-    if found.height * found.width > supmim_jax.MOST_PIXELS:
-        return (
-            f"{size} = {found.width * found.height} pixels, more than the "
-            f"{supmim_jax.MOST_PIXELS} that are decoded: set the environment variable "
-            f"OPENCV_IO_MAX_IMAGE_PIXELS, here and where it is trained on"
-        )
-    if max(found.height, found.width) > MOST_SIDE:
-        return f"{size} pixels, more than {MOST_SIDE} on a side"
-    if not found.whole:
-        return "cannot be decoded: it is cut, its end is missing"
-    if found.kind == "JPEG" and found.bits != 8:
-        return f"cannot be decoded: a JPEG of {found.bits} bits a channel"
-    return f"cannot be decoded: it is damaged or cut, behind a sound header ({size[4:]} pixels)"
-
-
-def _jpeg(encoded: bytes) -> Header:
-    at, turn, frame = 2, 1, None
-    while True:
-        if encoded[at] != 0xFF:
-            raise ValueError("no marker")
-        marker = encoded[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        length = int.from_bytes(encoded[at + 2 : at + 4])
-        body = encoded[at + 4 : at + 2 + length]
-        if marker == 0xDA:
-            break
-        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            turn = _orientation(body[6:])
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = struct.unpack(">BHH", body[:5])
-        at += 2 + max(length, 2)
-    bits, height, width = frame or struct.unpack("", b"x")
-    whole = encoded.rfind(b"\xff\xd9") > at
-    return Header("JPEG", height, width, bits, orientation=turn, whole=whole)
-
-
-def _png(encoded: bytes) -> Header:
-    found, turn, alpha, key, whole = None, 1, False, None, False
-    for name, body in _chunks(encoded, 8, ">I4s", 12):
-        if name == b"IHDR":
-            found = struct.unpack(">IIBB", body[:10])
-            alpha = bool(found[3] & 4)
-        elif name == b"tRNS":
-            alpha = True
-            key = int.from_bytes(body[:2]) if found and found[3] == 0 else None
-        elif name == b"eXIf":
-            turn = _orientation(body)
-        elif name == b"IEND":
-            whole = True
-            break
-    width, height, bits, _ = found or struct.unpack("", b"x")
-    return Header("PNG", height, width, bits, alpha, turn, whole, key=key)
-
-
-def _webp(encoded: bytes) -> Header:
-    found, alpha, turn = None, False, 1
-    for name, body in _chunks(encoded, 12, "<4sI", 8):
-        if name == b"VP8X":
-            alpha = bool(body[0] & 0x10)
-            found = [1 + int.from_bytes(body[i : i + 3], "little") for i in (4, 7)]
-        elif name == b"VP8 " and not found:
-            found = [x & 0x3FFF for x in struct.unpack("<HH", body[6:10])]
-        elif name == b"VP8L":
-            size = int.from_bytes(body[1:5], "little")
-            alpha = alpha or bool(size >> 28 & 1)
-            found = found or [1 + (size & 0x3FFF), 1 + (size >> 14 & 0x3FFF)]
-        elif name == b"EXIF":
-            turn = _orientation(body.removeprefix(b"Exif\0\0"))
-    width, height = found or struct.unpack("", b"x")
-    whole = len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little")
-    return Header("WebP", height, width, 8, alpha, turn, whole)
-
-
-def _chunks(encoded: bytes, at: int, form: str, around: int) -> Iterator[tuple[bytes, bytes]]:
-    """Names and contents of the chunks of a PNG or a RIFF file; of the last perhaps a part."""
-    while at + 8 <= len(encoded):
-        a, b = struct.unpack_from(form, encoded, at)
-        name, length = (a, b) if isinstance(a, bytes) else (b, a)
-        yield name, encoded[at + 8 : at + 8 + length]
-        at += around + length + (length % 2 if around == 8 else 0)
-
-
-def _gif(encoded: bytes) -> Header:
-    width, height = struct.unpack("<HH", encoded[6:10])
-    return Header("GIF", height, width, 8, True, whole=encoded.rstrip(b"\0").endswith(b";"))
-
-
-def _bmp(encoded: bytes) -> Header:
-    size, dib, width, height = struct.unpack("<I8xIii", encoded[2:26])
-    bits, form = struct.unpack("<HI", encoded[28:34])
-    unread = "an alpha channel" if form in (3, 6) and dib >= 56 and any(encoded[66:70]) else ""
-    whole = len(encoded) >= size
-    return Header("BMP", abs(height), width, 8 if bits >= 8 else bits, whole=whole, unread=unread)
-
-
-def _tiff(encoded: bytes) -> Header:
-    tags = _tags(encoded)
-    width, height, bits = tags[256][0], tags[257][0], max(tags.get(258, [1]))
-    colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(tags.get(262, [1])[0], 1)
-    extra, alpha = tags.get(277, [1])[0] - colours, tags.get(338, [])
-    # libtiff brings these to RGBA, times alpha. Of others OpenCV drops the alpha or keeps it raw.
-    known = colours == 3 and bits == 8 and alpha in ([1], [2])
-    unread = "" if known or extra <= 0 else "an alpha channel"
-    if bits > 8 and tags.get(262) == [0]:
-        unread = "a scale on which 0 is white"
-    turn = tags.get(ORIENTATION, [1])[0]
-    return Header("TIFF", height, width, bits, extra > 0, turn, unread=unread)
-
-
-def _pnm(encoded: bytes) -> Header:
-    words: list[bytes] = []
-    for line in encoded[2:1024].split(b"\n"):
-        words += line.partition(b"#")[0].split()[: 3 - len(words)]
-    width, height = int(words[0]), int(words[1])
-    white = 0 if encoded[1:2] in b"14" else int(words[2])
-    return Header("PNM", height, width, white.bit_length() or 1, white=white)
-
-
-def _orientation(exif: bytes) -> int:
-    """How the image is to be turned, as its EXIF says; 1, not at all, where that is damaged."""
-    try:
-        found = _tags(exif).get(ORIENTATION, [1])[0]
-    except (IndexError, ValueError, struct.error, KeyError):
-        return 1
-    return found if 1 <= found <= 8 else 1
-
-
-def _tags(encoded: bytes) -> dict[int, list[int]]:
-    """The whole numbers in the first directory of a TIFF file, by tag."""
-    order = {b"II": "<", b"MM": ">"}.get(encoded[:2], "")
-    if not order:
-        raise ValueError("no TIFF")
-    (at,) = struct.unpack(f"{order}I", encoded[4:8])
-    (count,) = struct.unpack(f"{order}H", encoded[at : at + 2])
-    found = {}
-    for entry in range(at + 2, at + 2 + 12 * count, 12):
-        tag, form, number = struct.unpack(f"{order}HHI", encoded[entry : entry + 8])
-        if form not in (3, 4) or not 0 < number <= 16:
-            continue
-        size = (2 if form == 3 else 4) * number
-        place = entry + 8
-        if size > 4:
-            (place,) = struct.unpack(f"{order}I", encoded[place : place + 4])
-        letter = "H" if form == 3 else "I"
-        found[tag] = list(struct.unpack(f"{order}{number}{letter}", encoded[place : place + size]))
-    return found
-
-
-PARSERS = {
-    "JPEG": _jpeg,
-    "PNG": _png,
-    "WebP": _webp,
-    "GIF": _gif,
-    "BMP": _bmp,
-    "TIFF": _tiff,
-    "PNM": _pnm,
-}
-
-# What is wrong with a file is said by those who asked for it.
+# OpenCV would print what is wrong with a file; whoever asked for it says so.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
-def class_of(record: dict, cfg: DataConfig, example: int) -> int:
-    """The record's label.
-
-    Raises:
-      SetupError: it is none of the classes.
-    """
-    label = int(record["label"])
-    if not 0 <= label < cfg.num_classes:
-        raise SetupError(
-            f"{cfg.name} record {example} has {cfg.label_field!r} = {label}, expected 0 to "
-            f"{cfg.num_classes - 1} (config.data.num_classes). Set that, or mend the data set."
-        )
-    return label
 
 
 class BrokenRecord(Exception):
@@ -269,6 +48,216 @@ class Shown:
     max_value: float = 0.0  # white, where a channel has more than 8 bits; 0: nobody said
     floats: bool = False  # one channel of float32, whose bytes tfds stores as four channels
     setting: str = "config.data.max_value"  # where that value is set
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself; the defaults are those of a damaged header."""
+
+    kind: str = ""  # a name in FORMATS
+    height: int = 0  # pixels as they are stored
+    width: int = 0
+    bits: int = 0  # of a channel
+    alpha: bool = False  # or perhaps: of a GIF only decoding tells
+    orientation: int = 1  # 1 to 8, as EXIF counts: how it is to be turned when it is shown
+    whole: bool = True  # whether its end is there
+    white: int = 0  # the value that is white, where the file says that
+    key: int | None = None  # of a grey PNG, the value that is transparent
+    unread: str = ""  # what it has that OpenCV's decoder drops
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing of `Shown` matters: opaque, and 8 bits a channel or less."""
+        return bool(self.kind) and self.bits <= 8 and not self.alpha and self.white in (0, 255)
+
+    def shown(self, stored: np.ndarray) -> np.ndarray:
+        """A decoded image as EXIF has it shown; of a TIFF the decoder has turned it already."""
+        return stored if self.kind == "TIFF" else turned(stored, self.orientation)
+
+
+def kind(encoded: bytes) -> str:
+    """The format of a file, by its first bytes; "" for one that is none of ours."""
+    matches = (name for name, (magic, _) in FORMATS.items() if re.match(magic, encoded, re.DOTALL))
+    return next(matches, "")
+
+
+def read(encoded: bytes) -> Header:
+    """The header of a file, or of its beginning; `Header()` if it is damaged, or of no format."""
+    try:
+        return FORMATS[kind(encoded)][1](encoded)
+    except (LookupError, ValueError, struct.error):
+        return Header()
+
+
+def fault(encoded: bytes) -> str:
+    """What is wrong with a file that is not decoded, as its header tells."""
+    if not encoded:
+        return "is empty"
+    if not kind(encoded):
+        return f"begins with {encoded[:4].hex(' ')}, which is none of {', '.join(FORMATS)}"
+    header = read(encoded)
+    if not header.kind:
+        return f"cannot be decoded: the header of a {kind(encoded)} is cut or damaged"
+    size, area = f"{header.width} x {header.height}", header.width * header.height
+    if area > supmim_jax.MOST_PIXELS:
+        return (
+            f"has {size} = {area} pixels, more than the {supmim_jax.MOST_PIXELS} that are decoded: "
+            f"set OPENCV_IO_MAX_IMAGE_PIXELS in the environment, here and for training"
+        )
+    if max(header.height, header.width) > MOST_SIDE:
+        return f"has {size} pixels, more than {MOST_SIDE} on a side"
+    if not header.whole:
+        return "cannot be decoded: it is cut, its end is missing"
+    if header.kind == "JPEG" and header.bits != 8:
+        return f"cannot be decoded: a JPEG of {header.bits} bits a channel"
+    return f"cannot be decoded: it is damaged or cut, behind a sound header ({size} pixels)"
+
+
+def _jpeg(encoded: bytes) -> Header:
+    at, orientation, frame = 2, 1, None
+    while encoded[at : at + 2] != b"\xff\xda":  # the scan, which ends the header
+        if encoded[at] != 0xFF:
+            raise ValueError("no marker")
+        marker = encoded[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        length = int.from_bytes(encoded[at + 2 : at + 4])
+        body = encoded[at + 4 : at + 2 + length]
+        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            orientation = _orientation(body[6:])
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = body
+        at += 2 + max(length, 2)
+    bits, height, width = struct.unpack(">BHH", (frame or b"")[:5])
+    whole = encoded.rfind(b"\xff\xd9") > at
+    return Header("JPEG", height, width, bits, orientation=orientation, whole=whole)
+
+
+def _png(encoded: bytes) -> Header:
+    width, height, bits, colours = struct.unpack(">IIBB", encoded[16:26])
+    alpha, key, orientation, whole = bool(colours & 4), None, 1, False
+    at = 8
+    while not whole and at + 8 <= len(encoded):
+        length, name = struct.unpack_from(">I4s", encoded, at)
+        body, whole = encoded[at + 8 : at + 8 + length], name == b"IEND"
+        if name == b"tRNS":
+            alpha, key = True, None if colours else int.from_bytes(body[:2])
+        elif name == b"eXIf":
+            orientation = _orientation(body)
+        at += 12 + length
+    return Header("PNG", height, width, bits, alpha, orientation, whole, key=key)
+
+
+def _webp(encoded: bytes) -> Header:
+    size, alpha, orientation, at = None, False, 1, 12
+    while at + 8 <= len(encoded):
+        name, length = struct.unpack_from("<4sI", encoded, at)
+        body = encoded[at + 8 : at + 8 + length]
+        if name == b"VP8X":
+            alpha = bool(body[0] & 0x10)
+            size = [1 + int.from_bytes(body[i : i + 3], "little") for i in (4, 7)]
+        elif name == b"VP8 " and not size:
+            size = [side & 0x3FFF for side in struct.unpack("<HH", body[6:10])]
+        elif name == b"VP8L":
+            fields = int.from_bytes(body[1:5], "little")
+            alpha = alpha or bool(fields >> 28 & 1)
+            size = size or [1 + (fields & 0x3FFF), 1 + (fields >> 14 & 0x3FFF)]
+        elif name == b"EXIF":
+            orientation = _orientation(body.removeprefix(b"Exif\0\0"))
+        at += 8 + length + length % 2
+    width, height = size or ()
+    whole = len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little")
+    return Header("WebP", height, width, 8, alpha, orientation, whole)
+
+
+def _gif(encoded: bytes) -> Header:
+    width, height = struct.unpack("<HH", encoded[6:10])
+    return Header("GIF", height, width, 8, True, whole=encoded.rstrip(b"\0").endswith(b";"))
+
+
+def _bmp(encoded: bytes) -> Header:
+    size, dib, width, height = struct.unpack("<I8xIii", encoded[2:26])
+    bits, form = struct.unpack("<HI", encoded[28:34])
+    unread = "an alpha channel" if form in (3, 6) and dib >= 56 and any(encoded[66:70]) else ""
+    whole = len(encoded) >= size
+    return Header("BMP", abs(height), width, min(bits, 8), whole=whole, unread=unread)
+
+
+def _tiff(encoded: bytes) -> Header:
+    tags = _tags(encoded)
+    bits, (colours,) = max(tags.get(BITS, [1])), tags.get(COLOURS, [1])[:1]
+    channels = {2: 3, 5: 4, 6: 3, 8: 3}.get(colours, 1)
+    extra = tags.get(SAMPLES, [1])[0] - channels
+    # libtiff brings these to RGBA, times alpha. Of others OpenCV drops the alpha or keeps it raw.
+    known = channels == 3 and bits == 8 and tags.get(EXTRA) in ((1,), (2,))
+    unread = "" if known or extra <= 0 else "an alpha channel"
+    if bits > 8 and tags.get(COLOURS) == (0,):
+        unread = "a scale on which 0 is white"
+    (height, *_), (width, *_) = tags[HEIGHT], tags[WIDTH]
+    orientation = tags.get(ORIENTATION, [1])[0]
+    return Header("TIFF", height, width, bits, extra > 0, orientation, unread=unread)
+
+
+def _pnm(encoded: bytes) -> Header:
+    words: list[bytes] = []
+    for line in encoded[2:1024].split(b"\n"):
+        words += line.partition(b"#")[0].split()[: 3 - len(words)]
+    width, height = int(words[0]), int(words[1])
+    white = 0 if encoded[1:2] in b"14" else int(words[2])
+    return Header("PNM", height, width, white.bit_length() or 1, white=white)
+
+
+FORMATS = {  # by name: how a file begins, and what parses its header
+    "JPEG": (rb"\xff\xd8\xff", _jpeg),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", _png),
+    "GIF": (rb"GIF8", _gif),
+    "BMP": (rb"BM", _bmp),
+    "TIFF": (rb"II\*\0|MM\0\*", _tiff),
+    "PNM": (rb"P[1-6][ \t\n\r]", _pnm),
+    "WebP": (rb"RIFF....WEBP", _webp),
+}
+
+
+def _orientation(exif: bytes) -> int:
+    """How the image is to be turned, as its EXIF says; 1, not at all, where that is damaged."""
+    try:
+        (orientation, *_) = _tags(exif)[ORIENTATION]
+    except (LookupError, ValueError, struct.error):
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1
+
+
+def _tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
+    """The whole numbers in the first directory of a TIFF file, which EXIF is too, by tag."""
+    order = {b"II": "<", b"MM": ">"}[encoded[:2]]
+    (start,) = struct.unpack_from(f"{order}I", encoded, 4)
+    (count,) = struct.unpack_from(f"{order}H", encoded, start)
+    tags = {}
+    for at in range(start + 2, start + 2 + 12 * count, 12):
+        tag, kind, number = struct.unpack_from(f"{order}HHI", encoded, at)
+        if kind not in (3, 4) or not 0 < number <= 16:  # 16 or 32 bits each
+            continue
+        form, place = f"{order}{number}{'HI'[kind - 3]}", at + 8
+        if struct.calcsize(form) > 4:  # more than has room in the entry
+            (place,) = struct.unpack_from(f"{order}I", encoded, place)
+        tags[tag] = struct.unpack_from(form, encoded, place)
+    return tags
+
+
+def class_of(record: dict, cfg: DataConfig, example: int) -> int:
+    """The record's label.
+
+    Raises:
+      SetupError: it is none of the classes.
+    """
+    label = int(record["label"])
+    if not 0 <= label < cfg.num_classes:
+        raise SetupError(
+            f"{cfg.name} record {example} has {cfg.label_field!r} = {label}, expected 0 to "
+            f"{cfg.num_classes - 1} (config.data.num_classes). Set that, or mend the data set."
+        )
+    return label
 
 
 def decode_image(record: dict, cfg: DataConfig, example: int) -> np.ndarray:
@@ -298,26 +287,24 @@ def pixels(encoded: bytes, channels: int, shown: Shown = Shown()) -> np.ndarray 
       Unclear: it has more than 8 bits and nobody said what is white; or values above that; or an
         alpha channel of a form that is not read.
     """
-    head = read(encoded)
-    if head is not None and head.unread:
-        raise Unclear(f"is a {head.kind} with {head.unread}, which is not read", "Save it as PNG.")
-    plain = _plain(head)
+    header = read(encoded)
+    if header.unread:
+        raise Unclear(f"is a {header.kind} with {header.unread}, which is not read", "Save as PNG.")
     colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    image = _decoded(encoded, colour if plain else cv2.IMREAD_UNCHANGED)
+    image = _decoded(encoded, colour if header.plain else cv2.IMREAD_UNCHANGED)
     if image is None:
         return None
-    if not plain:
-        image = _over(*_split(image, head, shown.floats), head, shown)
+    if not header.plain:
+        image = _composed(image, header, shown)
         if image.shape[2] != channels:
             to = cv2.COLOR_RGB2GRAY if channels == 1 else cv2.COLOR_GRAY2RGB
             image = cv2.cvtColor(image, to)
-    image = image.reshape(*image.shape[:2], channels)
-    return np.ascontiguousarray(_turned(image, head))
+    return np.ascontiguousarray(header.shown(image.reshape(*image.shape[:2], channels)))
 
 
 def is_plain(encoded: bytes) -> bool:
     """Whether nothing of `Shown` matters to an encoded image: opaque, 8 bits a channel."""
-    return _plain(read(encoded))
+    return read(encoded).plain
 
 
 def nobody_said(found: str, shown: Shown) -> Unclear:
@@ -328,12 +315,8 @@ def nobody_said(found: str, shown: Shown) -> Unclear:
     )
 
 
-def _plain(head: Header | None) -> bool:
-    return head is not None and head.bits <= 8 and not head.alpha and head.white in (0, 255)
-
-
 def _decoded(encoded: bytes, flag: int) -> np.ndarray | None:
-    """As it is stored: `_turned` is to follow, for images and masks alike."""
+    """The image as it is stored: `Header.shown` turns images and masks alike."""
     try:
         flag |= cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(encoded, np.uint8), flag) if encoded else None
@@ -341,13 +324,6 @@ def _decoded(encoded: bytes, flag: int) -> np.ndarray | None:
         if error.code == cv2.Error.StsNoMem:
             raise MemoryError(f"No memory to decode an image: {error}") from None
         return None  # its header asks for more pixels than supmim_jax/__init__.py allows
-
-
-def _turned(image: np.ndarray, head: Header | None) -> np.ndarray:
-    """The image as EXIF has it shown; of a TIFF the decoder has done it."""
-    if head is None or head.kind == "TIFF":
-        return image
-    return turned(image, head.orientation)
 
 
 def turned(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -360,7 +336,7 @@ def turned(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _split(
-    raw: np.ndarray, head: Header | None, floats: bool = False
+    raw: np.ndarray, header: Header, floats: bool = False
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Colours HxWxC (RGB or grey) and alpha HxW in [0, 1] of what IMREAD_UNCHANGED decodes."""
     raw = raw if raw.ndim == 3 else raw[..., None]
@@ -368,26 +344,21 @@ def _split(
     if floats and raw.shape[2] == 4 and raw.dtype == np.uint8:
         return np.concatenate([colours, raw[..., 3:]], axis=2).view("<f4"), None
     if raw.shape[2] == 4:
-        return colours, raw[..., 3] / np.float32(_full(raw.dtype))
-    if head is not None and head.key is not None:  # OpenCV leaves it out of grey images alone
-        key = head.key * (255 // (2**head.bits - 1) if head.bits < 8 else 1)
+        opaque = np.iinfo(raw.dtype).max if raw.dtype.kind in "iu" else 1
+        return colours, raw[..., 3] / np.float32(opaque)
+    if header.key is not None:  # OpenCV leaves it out of grey images alone
+        key = header.key * (255 // (2**header.bits - 1) if header.bits < 8 else 1)
         return colours, (colours[..., 0] != key).astype(np.float32)
     return colours, None
 
 
-def _full(kind: np.dtype) -> int:
-    """The value of whole opacity, or of white."""
-    return np.iinfo(kind).max if kind.kind in "iu" else 1
-
-
-def _over(
-    colours: np.ndarray, alpha: np.ndarray | None, head: Header | None, shown: Shown
-) -> np.ndarray:
-    """uint8 HxWxC: the colours in 8 bits, over the background."""
-    white = (head.white if head is not None else 0) or shown.max_value
+def _composed(raw: np.ndarray, header: Header, shown: Shown) -> np.ndarray:
+    """uint8 HxWxC of what IMREAD_UNCHANGED decodes: colours in 8 bits, over the background."""
+    colours, alpha = _split(raw, header, shown.floats)
+    white = header.white or shown.max_value
     if colours.dtype != np.uint8 and not white:
         raise nobody_said(f"has values of {colours.dtype} up to {colours.max()}", shown)
-    if colours.dtype != np.uint8 or (head is not None and head.white):
+    if colours.dtype != np.uint8 or header.white:
         low, high = colours.min(), colours.max()
         if not 0 <= low <= high <= white:  # nor NaN
             raise Unclear(
@@ -398,7 +369,7 @@ def _over(
         colours = colours * (255.0 / white)
     if alpha is None or (alpha == 1).all():
         return colours if colours.dtype == np.uint8 else np.rint(colours).astype(np.uint8)
-    times = alpha if head is None or head.kind != "TIFF" else 1  # there the decoder has multiplied
+    times = 1 if header.kind == "TIFF" else alpha  # of a TIFF the decoder has multiplied
     over = [
         np.rint(np.minimum(colours[..., i % colours.shape[2]] * times + (1 - alpha) * value, 255))
         for i, value in enumerate(shown.background)
@@ -406,36 +377,36 @@ def _over(
     return np.stack(over, axis=2).astype(np.uint8)
 
 
-def _drawn(
+def _mask_values(
     encoded: bytes, shape: tuple[int, int], cfg: DataConfig, name: str, orientation: int
 ) -> np.ndarray:
     """The values HxW of a mask, as its image is shown; see `decode_mask`."""
-    head, raw = read(encoded), _decoded(encoded, cv2.IMREAD_UNCHANGED)
+    header, raw = read(encoded), _decoded(encoded, cv2.IMREAD_UNCHANGED)
     if raw is None:
         raise BrokenRecord(f"{name}: the mask, {len(encoded)} bytes, {fault(encoded)}.")
-    colours, alpha = _split(raw, head)
-    if (head and head.unread) or (alpha is not None and ((alpha > 0) & (alpha < 1)).any()):
+    colours, alpha = _split(raw, header)
+    if header.unread or (alpha is not None and ((alpha > 0) & (alpha < 1)).any()):
         raise SetupError(
             f"{name}: the mask in {cfg.masks.field!r} is half transparent, or has an alpha channel "
             f"that is not read: a mixture of two classes is none. Save the masks without it."
         )
-    value = colours[..., 0]
+    values = colours[..., 0]
     if alpha is not None:
-        seen = cfg.background[0] * (_full(value.dtype) // 255)
-        value = np.where(alpha == 0, seen, value)
-    drawn = _turned(value, head)
-    if head is not None and head.orientation != 1:
-        orientation = 1  # it is turned already
-    other = turned(drawn, orientation)
-    mask, other = (other, drawn) if cfg.masks.drawn_on == "stored" else (drawn, other)
+        scale = 257 if values.dtype == np.uint16 else 1
+        values = np.where(alpha == 0, cfg.background[0] * scale, values)
+    own = header.shown(values)
+    # EXIF of the image turns the mask too, unless EXIF of the mask has done so.
+    moved = turned(own, orientation) if header.orientation == 1 else own
+    fits = {"shown": own, "stored": moved}
+    mask = fits.pop(cfg.masks.drawn_on)
     if mask.shape == shape:
         return mask
+    ((other, values),) = fits.items()
     advice = "Name the feature with the masks in config.data.masks.field."
-    if other.shape == shape:
-        fits = "shown" if cfg.masks.drawn_on == "stored" else "stored"
+    if values.shape == shape:
         advice = (
-            f"EXIF turns the image, and the mask fits it as it is {fits}: set "
-            f"config.data.masks.drawn_on={fits!r} if all of them do."
+            f"EXIF turns the image, and the mask fits it as it is {other}: set "
+            f"config.data.masks.drawn_on={other!r} if all of them do."
         )
     raise SetupError(f"{name}: the mask has {mask.shape} pixels, but its image {shape}. {advice}")
 
@@ -461,12 +432,11 @@ def decode_mask(
       SetupError: it is an image of another size than `shape`, or of other classes.
     """
     masks, name = cfg.masks, f"{cfg.name} record {example}"
-    mask = _drawn(record["mask"], shape, cfg, name, orientation)
-    raw = mask.astype(np.int32)
+    values = _mask_values(record["mask"], shape, cfg, name, orientation)
+    raw = values.astype(np.int32)
     classes = np.where(raw == masks.ignore, IGNORED, raw + masks.offset)
-    wrong = mask[
-        (raw != mask) | ((raw != masks.ignore) & ((classes < 0) | (classes >= masks.num_classes)))
-    ]
+    outside = (raw != masks.ignore) & ((classes < 0) | (classes >= masks.num_classes))
+    wrong = values[(raw != values) | outside]  # no whole number, or no class
     if wrong.size:
         raise SetupError(
             f"{name}: config.data.masks has num_classes={masks.num_classes}, "
@@ -480,7 +450,5 @@ def decode_mask(
 def decode_both(record: dict, cfg: DataConfig, example: int) -> tuple[np.ndarray, np.ndarray]:
     """The image uint8 HxWxC and the classes of its pixels int16 HxW."""
     image = decode_image(record, cfg, example)
-    head = read(record["image"])
-    return image, decode_mask(
-        record, image.shape[:2], cfg, example, head.orientation if head is not None else 1
-    )
+    orientation = read(record["image"]).orientation
+    return image, decode_mask(record, image.shape[:2], cfg, example, orientation)

@@ -1,28 +1,27 @@
-"""Formula-driven images: the built-in tfds dataset `fractals`, with nothing to download.
+"""Formula-driven images: the built-in tfds data set `fractals`, with nothing to download.
 
 In the manner of FractalDB (Kataoka et al., "Pre-training without Natural Images", ACCV 2020): a
-class is a random iterated function system (see `ifs`), an example a perturbed rendering of it.
+class is a random iterated function system, an example a perturbed rendering of it.
 
 An image is a pure function of (seed, split, class, instance), from which its random generator is
 keyed: the same bits in any batch and with any number of processes. Record i has id i and label
 i % num_classes, so that every prefix of a split is balanced.
 
-
-Iterated function systems: random figures, one per class, and the chaos game that draws them.
-
 A system is 2 to MAX_MAPS contractive maps (a b c d e f): x' = a x + b y + e, y' = c x + d y + f.
 Arithmetic is + - * / in float64, element by element, so a figure does not depend on its batch.
-M stands for MAX_MAPS, T for the steps of the chaos game, C for its chains."""
+In names of shapes M stands for MAX_MAPS, T for the steps of the chaos game, C for its chains.
+"""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
+import multiprocessing
 import os
-import pickle
-import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -32,11 +31,10 @@ from etils import epath
 from numpy.typing import NDArray
 
 from supmim_jax import storage
+from supmim_jax.data import worker
 
 MAX_MAPS = 4
-MAX_STRETCH = (
-    0.8  # of a map; with entries off by 15 % it still contracts: 0.8 (1 + 0.15 sqrt 2) < 1
-)
+MAX_STRETCH = 0.8  # of a map; with entries off by 15 % it contracts: 0.8 (1 + 0.15 sqrt 2) < 1
 CHAINS, BURN_IN = 64, 8  # of the chaos game: chains side by side, first steps thrown away
 RASTER = 32  # pixels: the figures of the classes are judged and compared at this size
 FILL = (0.12, 0.45)  # the share of the raster that a figure may cover
@@ -283,42 +281,21 @@ def _encode(spec: Spec, split: str, start: int) -> list[tuple[bytes, bytes]]:
     return [(image.tobytes(), mask.tobytes()) for image, mask in zip(images, masks)]
 
 
-def _work() -> None:
-    """A worker process: takes (spec, split, starts) from stdin, writes each chunk to stdout."""
-    cv2.setNumThreads(0)
-    spec, split, starts = pickle.load(sys.stdin.buffer)
-    for start in starts:
-        pickle.dump(_encode(spec, split, start), sys.stdout.buffer)
-        sys.stdout.buffer.flush()
-
-
 def _encode_in_processes(spec: Spec, split: str, processes: int) -> Iterator[list]:
-    """All chunks of a split in order. Workers wait on full pipes, which bounds memory.
-
-    Plain subprocesses, as those of multiprocessing import the main module, and JAX with it.
-    """
-    # Ctrl-C goes to them, too: they end without a word, unless a shell has all of them ignore it.
-    quiet = "from signal import *; getsignal(SIGINT) == SIG_IGN or signal(SIGINT, SIG_DFL); "
-    quiet += "signal(SIGPIPE, SIG_DFL)"
-    command = [sys.executable, "-c", f"{quiet}; from {__name__} import _work; _work()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    starts = range(0, spec.num_examples(split), CHUNK)
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for rank in range(processes):
-            worker = stack.enter_context(subprocess.Popen(command, env=environment, **pipes))
-            stack.callback(worker.kill)
-            with worker.stdin:
-                pickle.dump((spec, split, starts[rank::processes]), worker.stdin)
-            workers.append(worker)
-        for chunk in range(len(starts)):
-            worker = workers[chunk % processes]
-            try:
-                yield pickle.load(worker.stdout)
-            except EOFError:
-                message = f"A process rendering {spec.name}/{split} exited with {worker.wait()}."
-                raise RuntimeError(message) from None
+    """All chunks of a split in order; a few of each process wait, which bounds memory."""
+    worker.keep_light()  # or they would import the script of this one, and JAX with it
+    starts, context = (
+        range(0, spec.num_examples(split), CHUNK),
+        multiprocessing.get_context("spawn"),
+    )
+    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+        pending: deque[concurrent.futures.Future] = deque()
+        for start in starts:
+            pending.append(pool.submit(_encode, spec, split, start))
+            if len(pending) >= 4 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 class FractalsConfig(tfds.core.BuilderConfig):

@@ -6,6 +6,7 @@ decoder, bit for bit. The library is the system's, or that in the wheel `turbojp
 without it, and for files of any other kind, OpenCV decodes the whole image.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -32,27 +33,19 @@ class Region(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """libjpeg-turbo 3, or None."""
-    found = [ctypes.util.find_library("turbojpeg")]
-    try:
+    paths, handle = [ctypes.util.find_library("turbojpeg")], ctypes.c_void_p
+    with contextlib.suppress(metadata.PackageNotFoundError):
         files = metadata.files("turbojpeg") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    found += [str(file.locate()) for file in files if "libturbojpeg" in file.name]
-    for path in filter(None, found):
-        try:
-            return _declared(ctypes.CDLL(path))
-        except (OSError, AttributeError):  # another architecture, or an older version
-            continue
+        paths += [str(file.locate()) for file in files if "libturbojpeg" in file.name]
+    for path in filter(None, paths):
+        with contextlib.suppress(OSError, AttributeError):  # another architecture, an older version
+            lib, data = ctypes.CDLL(path), (ctypes.c_char_p, ctypes.c_size_t)
+            lib.tj3Init.restype, lib.tj3Init.argtypes = handle, [ctypes.c_int]
+            lib.tj3DecompressHeader.argtypes = [handle, *data]
+            lib.tj3SetCroppingRegion.argtypes = [handle, Region]
+            lib.tj3Decompress8.argtypes = [handle, *data, handle, ctypes.c_int, ctypes.c_int]
+            return lib
     return None
-
-
-def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    handle, data = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_size_t)
-    lib.tj3Init.restype, lib.tj3Init.argtypes = handle, [ctypes.c_int]
-    lib.tj3DecompressHeader.argtypes = [handle, *data]
-    lib.tj3SetCroppingRegion.argtypes = [handle, Region]
-    lib.tj3Decompress8.argtypes = [handle, *data, ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    return lib
 
 
 _own = threading.local()  # a decoder per thread
@@ -63,16 +56,12 @@ def size(encoded: bytes) -> tuple[int, int] | None:
     if encoded[:2] != b"\xff\xd8" or not encoded.endswith(b"\xff\xd9") or library() is None:
         return None
     at = 2
-    while at + 10 <= len(encoded) and encoded[at] == 0xFF:
-        marker = encoded[at + 1]
-        if marker in FRAMES:
+    while at + 10 <= len(encoded) and encoded[at] == 0xFF and encoded[at + 1] != EXIF:
+        if encoded[at + 1] in FRAMES:
             precision, components = encoded[at + 4], encoded[at + 9]
             height, width = (int.from_bytes(encoded[i : i + 2]) for i in (at + 5, at + 7))
-            if (precision, components) != (8, 3) or height * width > supmim_jax.MOST_PIXELS:
-                return None
-            return (height, width) if height else None
-        if marker == EXIF:
-            return None
+            fits = 0 < height * width <= supmim_jax.MOST_PIXELS
+            return (height, width) if fits and (precision, components) == (8, 3) else None
         at += 2 + int.from_bytes(encoded[at + 2 : at + 4])
     return None
 
@@ -95,12 +84,9 @@ def region(encoded: bytes, box: Box, shape: tuple[int, int]) -> np.ndarray | Non
     bottom = min(shape[0], box.top + box.height + MARGIN)
     right = min(shape[1], box.left + box.width + MARGIN)
     pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-    wanted = Region(left, top, right - left, bottom - top)
     failed = (
         lib.tj3DecompressHeader(_own.handle, encoded, len(encoded))
-        or lib.tj3SetCroppingRegion(_own.handle, wanted)
+        or lib.tj3SetCroppingRegion(_own.handle, Region(left, top, right - left, bottom - top))
         or lib.tj3Decompress8(_own.handle, encoded, len(encoded), pixels.ctypes.data, 0, RGB)
     )
-    if failed:
-        return None
-    return Box(box.top - top, box.left - left, box.height, box.width).of(pixels)
+    return None if failed else box._replace(top=box.top - top, left=box.left - left).of(pixels)

@@ -1,7 +1,8 @@
 """The order of training and evaluation, as worker processes follow it.
 
 The training sequence is one infinite list, epoch after epoch, each a permutation of all ids. A
-position in it is one number, and nothing in it depends on hosts, devices or workers.
+position in it is one number, and nothing in it depends on hosts, devices or workers. The classes
+below are transforms of Grain: they are called with an element, and travel to workers.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,11 +79,11 @@ class Intact:
         for offset in range(min(MOST_BROKEN, len(self.source))):
             example = (wanted + offset) % len(self.source)
             try:
-                found = self.make((number, example, self.source[example]))
+                fields = self.make((number, example, self.source[example]))
             except BrokenRecord as error:
                 reasons.append(str(error))
             else:
-                return found | {"broken": np.int32(wanted if offset else NONE)}
+                return fields | {"broken": np.int32(wanted if offset else NONE)}
         raise SetupError(
             f"{len(reasons)} records in a row are broken, the first and the last: {reasons[0]}; "
             f"{reasons[-1]}. Remove the data set's directory and prepare it again."

@@ -1,19 +1,17 @@
 """The records of tfds data sets: found, checked against the config, and read at random.
 
-What a data set from elsewhere may say of itself: a name, and the classes of its features.
-
-ArrayRecord files read at random, few of them open at a time.
-
-A process may have 1,024 files open, often, and a data set may have more shards. And a read that the
-system refuses (no more open files, a disk or a server that fails) says nothing of the record: it
-ends the run, which a record that is broken does not.
-
-Seals: what tells, without reading all of it, whether a file is still the one that was written.
+Of a data set from elsewhere, its name may lead to no other place, and its features.json may name
+classes of tfds alone, as tfds imports the modules of what is named there.
 
 `data.prepare` leaves seals.json beside a data set: of each shard its size and a checksum of both
-ends, of the small files one of all their bytes. Shards that were swapped, replaced, cut or appended
-to are found when the data set is opened. Bytes between the ends are in ArrayRecord's checksums,
-which are looked at record by record. Checksums are no signatures: they find accidents."""
+ends, of the small files one of all their bytes. So shards that were swapped, replaced, cut or
+appended to are found when the data set is opened. Bytes between the ends are in ArrayRecord's own
+checksums, which are verified as records are read. Checksums are no signatures: they find accidents.
+
+A process may often have 1,024 files open, and a data set may have more shards: few are open at a
+time. A read that the system refuses (a disk or a server that fails) says nothing of the record, and
+ends the run; a record that is broken does not.
+"""
 
 import bisect
 import concurrent.futures
@@ -28,9 +26,8 @@ import resource
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -43,11 +40,23 @@ from tensorflow_datasets.core.utils import file_utils
 from supmim_jax.config import DataConfig
 from supmim_jax.data import fractals
 from supmim_jax.data.decode import BrokenRecord
-from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.errors import SetupError
 
+PREPARE = "python -m supmim_jax.data.prepare"
 NAME = re.compile(r"\w[\w-]*(/\w[\w.+-]*)?(:[\d*]+\.[\d*]+\.[\d*]+)?", re.ASCII)
 FEATURES = "features.json"
 CLASS_KEYS = ("type", "pythonClassName", "python_class_name")  # of a class in features.json
+
+MANY_FILES = 2**16  # more makes nothing faster
+FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")  # what ArrayRecord says of a system call
+ERRNO = {os.strerror(number): number for number in errno.errorcode}
+OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 2**15}
+# What ArrayRecord raises for a wrong checksum, and a parser for a record of another form.
+UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, DecodeError)
+
+CHECKSUMS = "seals.json"
+IMAGE_END = 2**12  # bytes at each end of an image that its checksum is of
+SHARD_END = 2**16  # and of a shard
 
 
 def check_name(name: str, field: str) -> None:
@@ -59,64 +68,51 @@ def check_name(name: str, field: str) -> None:
         )
 
 
-def check_classes(name: str, data_dir: str) -> None:
+def _check_classes(name: str, data_dir: str) -> None:
     """Raises SetupError if a features.json names a class that is not of tfds.
 
     tfds would import its module, whatever that is: a data set from elsewhere could run code.
     """
-    place, _ = naming.parse_builder_name_kwargs(name)  # which tfds may spell in another way
+    place, _ = naming.parse_builder_name_kwargs(name)  # tfds may spell the name in another way
+    classes: list[str] = []
+
+    def collect(values: dict) -> None:
+        classes.extend(str(values[key]) for key in CLASS_KEYS if isinstance(values.get(key), str))
+
     for root in file_utils.list_data_dirs(data_dir or None):
-        directory = epath.Path(root) / str(place)
-        if not directory.is_dir():
-            continue
-        # Of all configs: tfds takes one that the data set names, where the name has none.
-        for path in _features(directory, depth=2):
+        # Of all versions and configs: where the name has no config, the data set says which it is.
+        versions = _directories(epath.Path(root) / str(place))
+        for directory in itertools.chain(versions, *map(_directories, versions)):
+            path = directory / FEATURES
+            if not path.exists():
+                continue
             try:
-                found = list(_named(json.loads(path.read_text())))
+                json.loads(path.read_text(), object_hook=collect)
             except (OSError, ValueError, RecursionError) as error:
                 raise SetupError(
-                    f"{path} cannot be read: {first_line(error)}. Prepare the data set again."
+                    f"{path} cannot be read: {_first_line(error)}. Prepare the data set again."
                 ) from None
-            foreign = [x for x in found if not x.startswith("tensorflow_datasets.")]
+            foreign = [x for x in classes if not x.startswith("tensorflow_datasets.")]
             if foreign:
                 raise SetupError(
                     f"{path} names the class {foreign[0]!r}, which is not of tensorflow_datasets: "
-                    f"opening it would run code of another module. Only features of tfds are read."
+                    f"opening it would run code of another module. Only tfds's features are read."
                 )
 
 
-def _features(directory: epath.Path, depth: int) -> Iterator[epath.Path]:
-    """The features.json of each directory below; a pattern would pass over [ and hidden ones."""
-    for path in directory.iterdir() if depth else ():
-        if path.is_dir():
-            if (path / FEATURES).exists():
-                yield path / FEATURES
-            yield from _features(path, depth - 1)
+def _directories(above: epath.Path) -> list[epath.Path]:
+    """Those in a directory; a pattern would pass over hidden ones, and over [ in a name."""
+    return [path for path in above.iterdir() if path.is_dir()] if above.is_dir() else []
 
 
-def _named(values: Any) -> Iterator[str]:
-    """The classes that a features.json names."""
-    if isinstance(values, dict):
-        yield from (str(values[key]) for key in CLASS_KEYS if isinstance(values.get(key), str))
-    for inner in values.values() if isinstance(values, dict) else values:
-        if isinstance(inner, dict | list):
-            yield from _named(inner)
-
-
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip(". ")[:300]
-
-
-ENOUGH = 2**16  # files; more makes nothing faster
-FAILED = re.compile(r"\w+\(\) failed: ([^;]+)")  # what ArrayRecord says of a system call
-NUMBERS = {os.strerror(number): number for number in errno.errorcode}
-OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 2**15}
 
 
 def allow_many_files() -> None:
     """Raises this process's limit to open files to what the system lets it have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = ENOUGH if hard == resource.RLIM_INFINITY else min(hard, ENOUGH)
+    most = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         with contextlib.suppress(ValueError, OSError):  # macOS has a limit that it does not tell
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -125,28 +121,28 @@ def allow_many_files() -> None:
 def most_open() -> int:
     """How many files one reader may hold; a process has a few readers, and files of its own."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return ENOUGH if soft == resource.RLIM_INFINITY else max(soft // 8, 1)
+    return MANY_FILES if soft == resource.RLIM_INFINITY else max(soft // 8, 1)
 
 
-def check_system(error: Exception, path: str) -> None:
+def _check_system(error: Exception, path: str) -> None:
     """Returns if ArrayRecord found fault with what a file holds.
 
     Raises:
       SetupError: this process has too many files open.
       OSError: another call to the system failed.
     """
-    said = FAILED.search(str(error))
-    if not said:
+    failed = FAILED_CALL.search(str(error))
+    if not failed:
         return
-    number = NUMBERS.get(said[1].strip(), errno.EIO)
+    reason = failed[1].strip()
+    number = ERRNO.get(reason, errno.EIO)
     if number == errno.EMFILE:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise SetupError(
             f"{path} cannot be opened: this process has as many files open as it may, {soft}. "
-            f"Raise that limit (`ulimit -n 65536`; it may be set to {hard} here, and by an "
-            f"administrator to more), then run the same command again."
+            f"Raise that limit (`ulimit -n {hard}`; an administrator may set more)."
         )
-    raise OSError(number, said[1].strip(), path)
+    raise OSError(number, reason, path)
 
 
 def count(path: str) -> int:
@@ -154,16 +150,16 @@ def count(path: str) -> int:
 
     Raises:
       ValueError: it is cut, or of another form.
-      SetupError, OSError: as `check_system`.
+      SetupError, OSError: the system refuses to read it.
     """
     reader = array_record_module.ArrayRecordReader(path, **OPTIONS)
     try:
-        found = reader.num_records()
+        records = reader.num_records()
         reader.close()  # which tells what has gone wrong before
     except (RuntimeError, ValueError) as error:
-        check_system(error, path)
+        _check_system(error, path)
         raise ValueError(f"is cut or no ArrayRecord file ({str(error)[:200]})") from None
-    return found
+    return records
 
 
 class Readers:
@@ -174,25 +170,22 @@ class Readers:
         self.open: OrderedDict[int, array_record_module.ArrayRecordReader] = OrderedDict()
         self.lock = threading.Lock()
 
-    def __getstate__(self) -> Sequence[str]:
-        return self.paths
-
-    def __setstate__(self, paths: Sequence[str]) -> None:
-        self.__init__(paths)
+    def __reduce__(self) -> tuple:
+        return Readers, (self.paths,)
 
     def read(self, index: int, position: int) -> bytes:
         """The record at a position of the file with this index.
 
         Raises:
           RuntimeError, ValueError, IndexError: what ArrayRecord finds wrong with the file.
-          SetupError, OSError: as `check_system`.
+          SetupError, OSError: the system refuses to read it.
         """
         try:
             return self._reader(index).read([position])[0]
         except (RuntimeError, ValueError) as error:
             with self.lock:
                 self.open.pop(index, None)  # it would repeat its fault for ever
-            check_system(error, self.paths[index])
+            _check_system(error, self.paths[index])
             raise
 
     def _reader(self, index: int) -> array_record_module.ArrayRecordReader:
@@ -206,74 +199,77 @@ class Readers:
             return self.open[index]
 
 
-FILE = "seals.json"
-END = 2**12  # bytes at each end of an image
-SHARD_END = 2**16  # of a shard
-UNSEALED = (FILE, "lock")
-
-
 def mark(encoded: bytes) -> int:
     """CRC-32 of an image's length and of its ends, and so of all of a small one."""
-    found = zlib.crc32(len(encoded).to_bytes(8, "little"))
-    if len(encoded) <= 2 * END:
-        return zlib.crc32(encoded, found)
-    return zlib.crc32(encoded[-END:], zlib.crc32(encoded[:END], found))
+    checksum = zlib.crc32(len(encoded).to_bytes(8, "little"))
+    if len(encoded) <= 2 * IMAGE_END:
+        return zlib.crc32(encoded, checksum)
+    return zlib.crc32(encoded[-IMAGE_END:], zlib.crc32(encoded[:IMAGE_END], checksum))
 
 
-def seal(path: epath.Path) -> str:
-    """The seal of a file."""
-    size = path.stat().length
-    with path.open("rb") as file:
-        if "array_record" not in path.name:
-            return f"{size}-{zlib.crc32(file.read()):08x}"
-        found = zlib.crc32(file.read(SHARD_END))
-        file.seek(max(size - SHARD_END, 0))
-        return f"{size}-{zlib.crc32(file.read(SHARD_END), found):08x}"
+def _checksum(path: epath.Path) -> str | None:
+    """Size and CRC-32 of a file, of a shard those of its ends; None if it is not there."""
+    try:
+        size = path.stat().length
+        with path.open("rb") as file:
+            if "array_record" not in path.name:
+                return f"{size}-{zlib.crc32(file.read()):08x}"
+            first = zlib.crc32(file.read(SHARD_END))
+            file.seek(max(size - SHARD_END, 0))
+            return f"{size}-{zlib.crc32(file.read(SHARD_END), first):08x}"
+    except FileNotFoundError:
+        return None
 
 
-def write(directory: epath.Path) -> None:
-    """Seals all files of a data set that is complete."""
-    paths = sorted(path for path in directory.iterdir() if path.name not in UNSEALED)
+def _of_each(function: Callable, items: Sequence) -> list:
+    """function(item) of each item, by a few threads."""
+    with concurrent.futures.ThreadPoolExecutor(min(64, most_open())) as pool:
+        return list(pool.map(function, items))
+
+
+def write_checksums(directory: epath.Path) -> None:
+    """Writes seals.json, of all files of a data set that is complete."""
+    paths = sorted(p for p in directory.iterdir() if p.name not in (CHECKSUMS, "lock"))
     paths = [path for path in paths if not path.name.endswith(".part")]
-    found = dict(zip((path.name for path in paths), _each(paths), strict=True))
-    part = directory / f"{FILE}.part"
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(directory / FILE)
+    checksums = dict(zip((path.name for path in paths), _of_each(_checksum, paths)))
+    part = directory / f"{CHECKSUMS}.part"
+    part.write_text(json.dumps(checksums, indent=1) + "\n")
+    part.replace(directory / CHECKSUMS)
 
 
-def check(directory: epath.Path) -> None:
-    """Returns if every sealed file is as it was; at once for a data set without seals.
+def _check_checksums(directory: epath.Path) -> None:
+    """Returns if every file that seals.json names is as it was, or if there is none.
 
     Raises:
-      SetupError: a file is missing or is another one, or the seals cannot be read.
+      SetupError: a file is missing or is another one, or seals.json cannot be read.
     """
-    path = directory / FILE
+    path = directory / CHECKSUMS
     if not path.exists():
         return
     try:
-        wanted = json.loads(path.read_text())
-        if not isinstance(wanted, dict) or not wanted or set(map(type, wanted.values())) != {str}:
+        expected = json.loads(path.read_text())
+        if not isinstance(expected, dict) or set(map(type, expected.values())) != {str}:
             raise ValueError("it is no object of texts")
-        strange = [name for name in wanted if epath.Path(name).name != name]
-        if strange:
-            raise ValueError(f"it names {strange[0]!r}, which is not in the directory")
+        outside = [name for name in expected if epath.Path(name).name != name]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}, which is not in the directory")
     except (OSError, ValueError, RecursionError) as error:
         raise SetupError(
             f"{path} cannot be used: {error}. Prepare the data set again, or remove this file to "
             f"train without its checks."
         ) from None
-    paths = [directory / name for name in wanted]
+    checksums = _of_each(_checksum, [directory / name for name in expected])
     wrong = [
-        f"{path.name} {'is missing' if found is None else f'is {found}, expected {seal}'}"
-        for path, found, seal in zip(paths, _each(paths), wanted.values(), strict=True)
-        if found != seal
+        f"{name} {f'is {checksum}, expected {expected[name]}' if checksum else 'is missing'}"
+        for name, checksum in zip(expected, checksums)
+        if checksum != expected[name]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise SetupError(
             f"The data set in {directory} is not as data.prepare wrote it: {'; '.join(wrong[:3])}"
-            f"{more} (size and checksum, by {FILE}). Copy it again or prepare it again; if the "
-            f"change was meant, remove {FILE}."
+            f"{more} (size and checksum, by {CHECKSUMS}). Copy it again or prepare it again; if "
+            f"the change was meant, remove {CHECKSUMS}."
         )
 
 
@@ -283,50 +279,28 @@ def check_shards(directory: str, shards: tuple[tuple[str, int], ...]) -> None:
 
     Ids count on it: with one record more or less in a file, those behind it would move.
     """
-    check(epath.Path(directory))
+    _check_checksums(epath.Path(directory))
 
     def fault(shard: tuple[str, int]) -> str:
-        path, expected = shard
-        if epath.Path(path).parent != epath.Path(directory):
+        path, expected = epath.Path(shard[0]), shard[1]
+        if path.parent != epath.Path(directory):
             return f"{path} is not in the directory"
         try:
-            found = count(path)
+            records = count(str(path))
         except FileNotFoundError:
-            return f"{epath.Path(path).name} is missing"
+            return f"{path.name} is missing"
         except ValueError as error:
-            return f"{epath.Path(path).name} {error}"
-        told = f"{epath.Path(path).name} has {found} records, dataset_info.json says {expected}"
-        return "" if found == expected else told
+            return f"{path.name} {error}"
+        if records == expected:
+            return ""
+        return f"{path.name} has {records} records, dataset_info.json says {expected}"
 
-    with _pool() as pool:
-        wrong = next(filter(None, pool.map(fault, shards)), None)
+    wrong = next(filter(None, _of_each(fault, shards)), None)
     if wrong:
         raise SetupError(
             f"The data set in {directory} is damaged: {wrong}. Copy it again from where it came, "
             f"or remove the directory and prepare it again."
         )
-
-
-def _each(paths: list[epath.Path]) -> list[str | None]:
-    """The seal of each file; None for one that is not there."""
-
-    def one(path: epath.Path) -> str | None:
-        try:
-            return seal(path)
-        except FileNotFoundError:
-            return None
-
-    with _pool() as pool:
-        return list(pool.map(one, paths))
-
-
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(min(64, most_open()))
-
-
-# What ArrayRecord raises for a wrong checksum, and a parser for a record of another form.
-UNREADABLE = (RuntimeError, ValueError, LookupError, TypeError, DecodeError)
-PREPARE = "python -m supmim_jax.data.prepare"
 
 
 class Shards(Sequence):
@@ -364,14 +338,13 @@ class Records(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         encoded = [name for ours, name in self.fields.items() if ours in ("image", "mask")]
+        decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())
         try:
-            found = self.features.deserialize_example_np(
-                self.raw[index], decoders=dict.fromkeys(encoded, tfds.decode.SkipDecoding())
-            )
+            example = self.features.deserialize_example_np(self.raw[index], decoders=decoders)
         except UNREADABLE as error:
             raise BrokenRecord(f"Record {index} cannot be read: {error}") from None
         floats = {"floats": True} if self.features["image"].np_dtype == np.float32 else {}
-        return {ours: found[name] for ours, name in self.fields.items()} | floats
+        return {ours: example[name] for ours, name in self.fields.items()} | floats
 
 
 def open_source(cfg: DataConfig, split: str) -> Records:
@@ -383,18 +356,11 @@ def open_source(cfg: DataConfig, split: str) -> Records:
       SetupError: the data set, its split or a field is missing, or is not what the config says.
     """
     builder = _builder(cfg)
-    feature = _feature(builder, cfg, cfg.label_field, "label_field")
-    if not isinstance(feature, tfds.features.ClassLabel):
-        others = _of_kind(builder, tfds.features.ClassLabel)
-        raise SetupError(
-            f"The data set {cfg.name!r} has no single class in its feature {cfg.label_field!r} "
-            f"(config.data.label_field), which is {_shown(feature)}; expected is a ClassLabel. "
-            f"Name one of {others}, or make a data set with one class for each image."
-        )
-    if feature.num_classes != cfg.num_classes:
+    label = _feature(builder, cfg, "label_field", cfg.label_field, tfds.features.ClassLabel)
+    if label.num_classes != cfg.num_classes:
         raise SetupError(
             f"config.data.num_classes is {cfg.num_classes}, but the data set {cfg.name!r} has "
-            f"{feature.num_classes or 'no'} classes in its feature {cfg.label_field!r}."
+            f"{label.num_classes or 'no'} classes in its feature {cfg.label_field!r}."
         )
     return _open(builder, cfg, split, {"image": "image", "label": cfg.label_field})
 
@@ -406,54 +372,61 @@ def open_masks(cfg: DataConfig, split: str) -> Records:
       SetupError: the data set, its split or the masks are missing.
     """
     builder = _builder(cfg)
-    feature = _feature(builder, cfg, cfg.masks.field, "masks.field")
-    if not isinstance(feature, tfds.features.Image) or feature.np_dtype == np.float32:
-        raise SetupError(
-            f"config.data.masks.field is {cfg.masks.field!r}, which is no image of whole numbers "
-            f"in {cfg.name!r}: it is {_shown(feature)}. Name one of "
-            f"{_of_kind(builder, tfds.features.Image)}."
-        )
+    _feature(builder, cfg, "masks.field", cfg.masks.field, tfds.features.Image)
     return _open(builder, cfg, split, {"image": "image", "mask": cfg.masks.field})
 
 
-def _feature(builder: tfds.core.DatasetBuilder, cfg: DataConfig, name: str, field: str):
-    """The feature that config.data.<field> names, of a data set that has an image, too."""
-    features = dict(builder.info.features)
-    check_image(features, cfg.name)
-    if name not in features:
-        raise SetupError(
-            f"The data set {cfg.name!r} has no feature {name!r}, the config.data.{field}; it has "
-            f"{', '.join(features)}."
-        )
-    if features["image"].np_dtype != np.uint8 and not cfg.max_value:
-        raise SetupError(
-            f"The data set {cfg.name!r} has 'image' as {_shown(features['image'])}, and nothing "
-            f"says which value is white. Set config.data.max_value to that: 65535 of photographs "
-            f"of 16 bits, 4095 of data of 12 bits, 1 of floats from 0 to 1."
-        )
-    return features[name]
+def feature_names(cfg: DataConfig) -> list[str]:
+    """What each example of the data set has."""
+    return list(_builder(cfg).info.features)
+
+
+def version(cfg: DataConfig) -> str:
+    """Of the prepared data set, as tfds names it: another one may have other images."""
+    return str(_builder(cfg).version)
 
 
 def check_image(features: Mapping[str, tfds.features.FeatureConnector], name: str) -> None:
     """Raises SetupError unless a data set has one encoded image, in its feature 'image'."""
     image = dict(features).get("image")
     if not isinstance(image, tfds.features.Image):
-        found = f"'image' as {_shown(image)}" if image else f"{', '.join(features)}, no 'image'"
+        has = f"'image' as {_shown(image)}" if image else f"{', '.join(features)}, no 'image'"
         raise SetupError(
-            f"The data set {name!r} has {found}; it needs one encoded image in 'image' "
+            f"The data set {name!r} has {has}; it needs one encoded image in 'image' "
             f"(tfds.features.Image). Write the images as files and make a data set of them: "
             f"`{PREPARE} --image_folder`."
         )
 
 
+def _feature(
+    builder: tfds.core.DatasetBuilder, cfg: DataConfig, field: str, name: str, kind: type
+) -> tfds.features.FeatureConnector:
+    """The feature `name`, config.data.<field>: of this kind, and beside an image.
+
+    Raises:
+      SetupError: there is no such feature, or no image whose white is known.
+    """
+    features = dict(builder.info.features)
+    check_image(features, cfg.name)
+    fit = {x: f for x, f in features.items() if isinstance(f, kind) and f.np_dtype != np.float32}
+    if name not in fit:
+        raise SetupError(
+            f"config.data.{field} is {name!r}, which in the data set {cfg.name!r} is "
+            f"{_shown(features[name]) if name in features else 'no feature'}. Expected is one "
+            f"{kind.__name__} of whole numbers, of which it has {', '.join(fit) or 'none'}."
+        )
+    if features["image"].np_dtype != np.uint8 and not cfg.max_value:
+        raise SetupError(
+            f"The data set {cfg.name!r} has 'image' as {_shown(features['image'])}, and nothing "
+            f"says which value is white. Set config.data.max_value to that: 65535 for photographs "
+            f"of 16 bits, 4095 for data of 12 bits, 1 for floats from 0 to 1."
+        )
+    return fit[name]
+
+
 def _shown(feature: tfds.features.FeatureConnector) -> str:
     """A feature as a message repeats it, in one line."""
     return " ".join(repr(feature).split())[:120]
-
-
-def _of_kind(builder: tfds.core.DatasetBuilder, kind: type) -> str:
-    found = [name for name, feature in builder.info.features.items() if isinstance(feature, kind)]
-    return ", ".join(found) or "those that it has not"
 
 
 def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields: dict) -> Records:
@@ -468,40 +441,13 @@ def _open(builder: tfds.core.DatasetBuilder, cfg: DataConfig, split: str, fields
         parts = builder.info.splits[split].file_instructions
         shards = tuple((str(part.filename), part.examples_in_shard) for part in parts)
     except Exception as error:  # whatever tfds makes of a split's name or of broken metadata
-        known = ", ".join(builder.info.splits)
         raise SetupError(
-            f"{cfg.name!r} has no split {split!r} ({first_line(error)}). Its splits are "
-            f"{known}; parts are written as 'train[:90%]'. Set config.data.train_split and "
-            f"config.data.eval_split."
+            f"{cfg.name!r} has no split {split!r} ({_first_line(error)}). Its splits are "
+            f"{', '.join(builder.info.splits)}; parts are written as 'train[:90%]'. Set "
+            f"config.data.train_split and config.data.eval_split."
         ) from None
     check_shards(str(builder.data_dir), shards)
     return Records(Shards(parts), tfds.features.FeaturesDict(features), fields)
-
-
-def feature_names(cfg: DataConfig) -> list[str]:
-    """What each example of the data set has."""
-    return list(_builder(cfg).info.features)
-
-
-def version(cfg: DataConfig) -> str:
-    """Of the prepared data set, as tfds names it: another one may have other images."""
-    return str(_builder(cfg).version)
-
-
-def open_training_source(cfg: DataConfig, masks: bool = False) -> Records:
-    """The training split, with masks in place of labels if asked for.
-
-    Raises:
-      SetupError: as `open_source`, or its size is not config.data.train_examples.
-    """
-    source = (open_masks if masks else open_source)(cfg, cfg.train_split)
-    if len(source) != cfg.train_examples:
-        raise ConfigError(
-            f"config.data.train_examples is {cfg.train_examples}, but {cfg.name!r} has "
-            f"{len(source)} examples in {cfg.train_split!r}. Set it to that: the number of steps "
-            f"follows from it."
-        )
-    return source
 
 
 def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
@@ -511,16 +457,10 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     try:
         if name == "fractals":
             return fractals.prepare(variant, cfg.data_dir)
-        check_classes(cfg.name, cfg.data_dir)
+        _check_classes(cfg.name, cfg.data_dir)
         builder = tfds.builder(cfg.name, data_dir=cfg.data_dir or None)
     except SetupError:
         raise
-    except (ValueError, tfds.core.DatasetNotFoundError) as error:
-        raise SetupError(
-            f"config.data.name is {cfg.name!r}, which is neither one of tfds's nor in {where} "
-            f"(config.data.data_dir): {first_line(error)}. A folder of images becomes a "
-            f"data set with `{PREPARE} --image_folder`."
-        ) from None
     except OSError as error:
         raise SetupError(
             f"The data set {cfg.name!r} cannot be made or read in {where}: {error}. Set "
@@ -528,9 +468,10 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
         ) from None
     except Exception as error:  # tfds wraps what json and protobuf raise in many ways
         raise SetupError(
-            f"The data set {cfg.name!r} in {where} cannot be opened: its dataset_info.json, "
-            f"features.json or names of classes are damaged ({first_line(error)}). "
-            f"Prepare it again."
+            f"config.data.name is {cfg.name!r}, which tfds cannot open in {where} "
+            f"(config.data.data_dir): {_first_line(error)}. If it is there, its metadata are "
+            f"damaged: prepare it again. A folder of images becomes a data set with `{PREPARE} "
+            f"--image_folder`."
         ) from None
     if not epath.Path(builder.data_dir).exists():
         where = f" --data_dir {cfg.data_dir}" if cfg.data_dir else ""

@@ -6,10 +6,12 @@ Contrastive crops follow a table of boxes, too. A masked-token target is of the 
 that the tokens of a view can be computed once, before training.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator, Philox
 
 from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.data import augment, jpeg, source
@@ -21,9 +23,7 @@ from supmim_jax.data.token_cache import TokenCache
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
 
 
-def generator(
-    seed: int, number: int, example: int, stream: int, crop: int = 0
-) -> np.random.Generator:
+def generator(seed: int, number: int, example: int, stream: int, crop: int = 0) -> Generator:
     """The generator of one example's geometry in a view, or of its colours in an epoch.
 
     Args:
@@ -33,50 +33,37 @@ def generator(
       stream: GEOMETRY or COLOURS.
       crop: 0 or 1, the first or the second crop that the step sees of the image.
     """
-    return np.random.Generator(
-        np.random.Philox(key=[seed, example], counter=[0, crop, stream, number])
-    )
-
-
-def moved(image: np.ndarray, cfg: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """A crop after the operations that move pixels, and how many of colour are left to do."""
-    if not cfg.moves_pixels:
-        return image, 0
-    return augment.geometry(cfg.augment, image, cfg.augment_layers, cfg.augment_magnitude, rng)
-
-
-def decoded_crop(
-    record: dict,
-    cfg: DataConfig,
-    example: int,
-    rng: np.random.Generator,
-    bounds: Sequence[int] | None = None,
-) -> np.ndarray:
-    """A random crop of the record's image; of a JPEG only that part is decoded, if possible."""
-    shape = jpeg.size(record["image"]) if cfg.channels == 3 else None
-    if shape:
-        crop = draw_crop(*shape, cfg, rng, bounds)
-        part = jpeg.region(record["image"], crop.box, shape) if crop.extent == shape else None
-        if part is not None:
-            return finished(part, crop, cfg)
-        return cropped(decode_image(record, cfg, example), crop, cfg)
-    image = decode_image(record, cfg, example)
-    return cropped(image, draw_crop(*image.shape[:2], cfg, rng, bounds), cfg)
+    return Generator(Philox(key=[seed, example], counter=[0, crop, stream, number]))
 
 
 def decoded_crops(
     record: dict,
     cfg: DataConfig,
     example: int,
-    rngs: Sequence[np.random.Generator],
+    rngs: Sequence[Generator],
     bounds: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
-    """A random crop of the record's image by each generator; it is decoded once."""
-    if len(rngs) == 1:
-        return [decoded_crop(record, cfg, example, rngs[0], bounds)]
+    """A random crop of the record's image by each generator.
+
+    The image is decoded once; of a JPEG with one crop only that part, if possible.
+    """
+    drawn = []
+    if len(rngs) == 1 and cfg.channels == 3 and (shape := jpeg.size(record["image"])):
+        crop = draw_crop(*shape, cfg, rngs[0], bounds)
+        part = jpeg.region(record["image"], crop.box, shape) if crop.extent == shape else None
+        if part is not None:
+            return [finished(part, crop, cfg)]
+        drawn = [crop]  # the generator is not asked again
     image = decode_image(record, cfg, example)
-    drawn = [draw_crop(*image.shape[:2], cfg, rng, bounds) for rng in rngs]
+    drawn = drawn or [draw_crop(*image.shape[:2], cfg, rng, bounds) for rng in rngs]
     return [cropped(image, crop, cfg) for crop in drawn]
+
+
+def moved(image: np.ndarray, cfg: DataConfig, rng: Generator) -> tuple[np.ndarray, int]:
+    """A crop after the operations that move pixels, and how many of colour are left to do."""
+    if not cfg.moves_pixels:
+        return image, 0
+    return augment.geometry(cfg.augment, image, cfg.augment_layers, cfg.augment_magnitude, rng)
 
 
 def coloured(
@@ -115,7 +102,7 @@ class TrainExample:
     with_target: bool = False  # also the view before colour augmentation
     tokens: TokenCache | None = None
     crops: int = 1  # of an image that a step sees, 1 or 2
-    boxes: np.ndarray | None = None  # of every record, as in contrastive_crop.py
+    boxes: np.ndarray | None = None  # of every record, a table as in crops.py
 
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
         epoch, example, record = drawn
@@ -125,14 +112,14 @@ class TrainExample:
             coloured(target, layers, self.cfg, self.seed, epoch, example, crop)
             for crop, (target, layers) in enumerate(targets)
         ]
-        found = packed(images[0], class_of(record, self.cfg, example), example, 1.0)
+        fields = packed(images[0], class_of(record, self.cfg, example), example, 1.0)
         if self.crops == 2:
-            found["second_image"] = images[1]
+            fields["second_image"] = images[1]
         if self.with_target:
-            found["target"] = targets[0][0]
+            fields["target"] = targets[0][0]
         if self.tokens is not None:
-            found["tokens"] = self.tokens.read(view, example, record["image"])
-        return found
+            fields["tokens"] = self.tokens.read(view, example, record["image"])
+        return fields
 
     def targets(self, view: int, example: int, record: dict) -> list[tuple[np.ndarray, int]]:
         """Of each crop, what tokens are computed of, and the colour operations that follow."""
@@ -157,7 +144,8 @@ class TargetExample:
 class EvalExample:
     """Grain transform: (id, record) to one example.
 
-    Of None as the record (padding, or nothing could be read) it has weight 0.
+    A broken image counts, as a grey one with "broken" its id. Of None as the record (padding, or
+    nothing could be read) the example has weight 0.
     """
 
     cfg: DataConfig
@@ -165,18 +153,13 @@ class EvalExample:
 
     def __call__(self, drawn: tuple[int, dict | None]) -> dict:
         example, record = drawn
-        if record is None:
-            return packed(grey_image(self.cfg), 0, example, 0.0) | {"broken": np.int32(example)}
-        image, broken = self.image(record, example)
-        found = packed(image, class_of(record, self.cfg, example), example, 1.0)
-        return found | {"broken": np.int32(broken)}
-
-    def image(self, record: dict, example: int) -> tuple[np.ndarray, int]:
-        """The image and NONE, or a grey one and the id: a broken example counts, as unknown."""
-        try:
-            return self.view(decode_image(record, self.cfg, example), self.cfg), NONE
-        except BrokenRecord:
-            return grey_image(self.cfg), example
+        image, label, broken = grey_image(self.cfg), 0, example
+        if record is not None:
+            label = class_of(record, self.cfg, example)
+            with contextlib.suppress(BrokenRecord):
+                image, broken = self.view(decode_image(record, self.cfg, example), self.cfg), NONE
+        fields = packed(image, label, example, float(record is not None))
+        return fields | {"broken": np.int32(broken)}
 
 
 @dataclass(frozen=True)
@@ -189,10 +172,9 @@ class MaskedTrainExample:
     def __call__(self, drawn: tuple[int, int, dict]) -> dict:
         epoch, example, record = drawn
         image, mask = decode_both(record, self.cfg, example)
-        size, rng = self.cfg.image_size, generator(self.seed, epoch, example, GEOMETRY)
-        crop = draw_crop(*mask.shape, self.cfg, rng)
+        crop = draw_crop(*mask.shape, self.cfg, generator(self.seed, epoch, example, GEOMETRY))
         image = coloured(cropped(image, crop, self.cfg), 0, self.cfg, self.seed, epoch, example)
-        masks = cropped_mask(mask, crop, size)
+        masks = cropped_mask(mask, crop, self.cfg.image_size)
         return packed(image, 0, example, 1.0) | {"masks": masks.astype(np.int32)}
 
 
@@ -204,17 +186,15 @@ class MaskedExample:
 
     def __call__(self, drawn: tuple[int, dict | None]) -> dict:
         example, record = drawn
-        broken = NONE
-        try:
-            if record is None:
-                raise BrokenRecord
-            image, mask = decode_both(record, self.cfg, example)
-            image, mask = eval_image(image, self.cfg), eval_mask(mask, self.cfg)
-        except BrokenRecord:
-            image, broken = grey_image(self.cfg), example
-            mask = np.full(image.shape[:2], IGNORED)
-        found = packed(image, 0, example, float(record is not None))
-        return found | {"masks": mask.astype(np.int32), "broken": np.int32(broken)}
+        image, broken = grey_image(self.cfg), example
+        mask = np.full(image.shape[:2], IGNORED)
+        if record is not None:
+            with contextlib.suppress(BrokenRecord):
+                image, mask = decode_both(record, self.cfg, example)
+                image, mask = eval_image(image, self.cfg), eval_mask(mask, self.cfg)
+                broken = NONE
+        fields = packed(image, 0, example, float(record is not None))
+        return fields | {"masks": mask.astype(np.int32), "broken": np.int32(broken)}
 
 
 def grey_image(cfg: DataConfig) -> np.ndarray:
@@ -223,6 +203,7 @@ def grey_image(cfg: DataConfig) -> np.ndarray:
 
 
 def packed(image: np.ndarray, label: int, example: int, weight: float) -> dict:
+    """The fields of a Batch, of one example."""
     return {
         "image": image,
         "label": np.int32(label),

@@ -19,7 +19,6 @@ from multiprocessing import resource_tracker
 
 from supmim_jax.errors import SetupError
 
-NAME = "supmim_jax.data.worker"
 SHARED = "/dev/shm"  # where batches pass from a worker to its parent, as long as Linux has it
 # Batches that are there at a time: of each worker one that waits and one that waits for its place;
 # then those on the way to the devices, or in use, and some whose memory is about to be given back.
@@ -33,7 +32,7 @@ def keep_light() -> None:
 
     Grain starts its workers whenever it needs them, so this holds until the end.
     """
-    sys.modules["__main__"].__spec__ = importlib.util.find_spec(NAME)
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("supmim_jax.data.worker")
     # multiprocessing's own helper lives through SIGTERM and Ctrl-C; with this, through SIGHUP too.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     resource_tracker.ensure_running()
@@ -42,26 +41,24 @@ def keep_light() -> None:
 
 def check_room(workers: int, size: float) -> None:
     """Raises SetupError if finished batches of `size` bytes each have no room."""
-    needed, (free, total) = MARGIN * (OF_A_WORKER * workers + TAKEN) * size, _shared()
+    needed, (free, space) = MARGIN * (OF_A_WORKER * workers + TAKEN) * size, _shared()
     if needed > free:
         raise SetupError(
-            f"config.data.workers is {workers}, which needs about {needed / MB:.1f} MB of "
-            f"shared memory for finished batches, and {SHARED} has {free / MB:.1f} MB free of "
-            f"{total / MB:.1f} MB. {_more(needed)}"
+            f"config.data.workers is {workers}, which needs about {needed / MB:.1f} MB of shared "
+            f"memory for finished batches, and {space}. {_more(needed)}"
         )
 
 
 def ended(error: RuntimeError) -> Exception:
     """What is to be done about an error of Grain's: if a worker died, why."""
-    found = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-    if not found:
+    died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    if not died:
         return error
-    code, (free, total) = int(found[1]), _shared()
+    code = int(died[1])
     if code == -signal.SIGBUS:
         return SetupError(
-            f"A process that decodes images met SIGBUS: {SHARED} was full (now {free / MB:.1f} MB "
-            f"free of {total / MB:.1f} MB), or a file of the data set was cut while it was read. "
-            f"{_more(0)}"
+            f"A process that decodes images met SIGBUS: shared memory was full (now {_shared()[1]})"
+            f", or a file of the data set was cut while it was read. {_more(0)}"
         )
     if code == -signal.SIGKILL:
         return ChildProcessError(
@@ -73,13 +70,14 @@ def ended(error: RuntimeError) -> Exception:
     return ChildProcessError(f"A process that decodes images ended by {name}. Its output is above.")
 
 
-def _shared() -> tuple[float, float]:
-    """Bytes of SHARED that are free, and all; infinite where there is none."""
+def _shared() -> tuple[float, str]:
+    """Bytes of SHARED that are free, infinite where there is none; and the same in words."""
     try:
-        found = os.statvfs(SHARED)
+        status = os.statvfs(SHARED)
     except OSError:
-        return float("inf"), float("inf")
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+        return math.inf, f"{SHARED} is not there"
+    free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+    return free, f"{SHARED} has {free / MB:.1f} MB free of {total / MB:.1f} MB"
 
 
 def _more(needed: float) -> str:
@@ -90,7 +88,7 @@ def _more(needed: float) -> str:
     )
 
 
-def end_with(parent: int) -> None:
+def _end_with(parent: int) -> None:
     """Ends this process when its parent has died, which may have had no time to say so."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -102,4 +100,4 @@ if __name__ == "__mp_main__":
     # A signal to the whole group: the parent saves first, for which it may need a batch more.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -77,7 +77,7 @@ def measure(plan: data_plan.Plan, directory: str) -> dict:
     """
     images = photographs.prepare(directory, plan.images, plan.seed)
     cfg = data_plan.config(plan, directory, images)
-    source = source_module.open_training_source(cfg.data)
+    source = source_module.open_source(cfg.data, cfg.data.train_split)
     sizes = [len(source[i]["image"]) / 1e3 for i in range(images)]
     result = {
         "plan": dataclasses.asdict(plan),

@@ -135,13 +135,13 @@ def prepare(
     storage.check_disk_space(local, needed or 0, name, output.MAKE_ROOM)
     if local == root:
         _build(builder, name, root, manual)
-        source.write(final)
+        source.write_checksums(final)
     else:  # tfds writes ArrayRecord to local disks alone
         storage.make_directory(final)
         with tempfile.TemporaryDirectory(prefix="supmim_jax_") as temporary:
             made = _builder(name, temporary)
             _build(made, name, local, manual)
-            source.write(epath.Path(made.data_path))
+            source.write_checksums(epath.Path(made.data_path))
             storage.upload_all(epath.Path(made.data_path), final, last=output.INFO)
         builder = _builder(name, data_dir)
     return output.report(builder, name, data_dir, "Prepared")

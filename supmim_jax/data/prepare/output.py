@@ -249,7 +249,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
         for path in part.iterdir():
             if path.name == LOCK or path.name.endswith(".part"):
                 path.unlink()
-        source.write(part)
+        source.write_checksums(part)
         storage.rename(part, final, last=INFO)
 
 
