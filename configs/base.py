@@ -1,6 +1,6 @@
 """What the experiment files share; not an experiment itself.
 
-An experiment file has a function `experiment()` that returns a c.Config (or, in probes/, a
+An experiment file has a function `experiment()` that returns a Config (or, in probes/, a
 ProbeConfig). The commands shrink it with `:debug` behind the file's name.
 """
 
