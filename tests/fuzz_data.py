@@ -90,7 +90,7 @@ def make(root: Path) -> None:
     cfg = config(root, cached=False)
     (root / "cache").mkdir()
     plan = token_cache.Plan(
-        fingerprint=token_cache.fingerprint(cfg, "0" * 64),
+        fingerprint=token_cache.fingerprint(cfg, "0" * 64, source_module.version(cfg.data)),
         **{"views": VIEWS, "examples": EXAMPLES, "tokens": 25, "codes": 16},
         records_per_shard=27,
     )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import shutil
 import tarfile
 
 import pytest
@@ -68,6 +69,14 @@ def test_a_damaged_copy_is_answered_by_shard_and_record_and_goes_on_once_repaire
     path.write_bytes((toys / "toy_pictures/2.3.4" / path.name).read_bytes())
     tfrecords.prepare(toy, str(tmp_path / "data"))
     assert len(source(tmp_path / "data", "toy_pictures")) == 23
+
+
+def test_a_copy_that_names_a_class_of_other_code_is_refused(toy, tmp_path):
+    copy = shutil.copytree(toy, tmp_path / "toy")
+    features = copy / "features.json"
+    features.write_text(features.read_text().replace("tensorflow_datasets.", "mine.", 1))
+    with pytest.raises(SetupError, match=r"features\.json names the class 'mine\."):
+        tfrecords.prepare(epath.Path(copy), str(tmp_path / "out"))
 
 
 def test_what_is_no_tfrecord_copy_is_refused(toy, tmp_path):

@@ -68,36 +68,42 @@ def check_name(name: str, field: str) -> None:
         )
 
 
-def _check_classes(name: str, data_dir: str) -> None:
-    """Raises SetupError if a features.json names a class that is not of tfds.
+def check_classes(path: epath.Path) -> None:
+    """Returns if a features.json names classes of tfds alone, or is not there.
 
-    tfds would import its module, whatever that is: a data set from elsewhere could run code.
+    tfds would import the module of any class: a data set from elsewhere could run code.
+
+    Raises:
+      SetupError: it cannot be read, or names another class.
     """
-    place, _ = naming.parse_builder_name_kwargs(name)  # tfds may spell the name in another way
+    if not path.exists():
+        return
     classes: list[str] = []
 
     def collect(values: dict) -> None:
         classes.extend(str(values[key]) for key in CLASS_KEYS if isinstance(values.get(key), str))
 
+    try:
+        json.loads(path.read_text(), object_hook=collect)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SetupError(
+            f"{path} cannot be read: {_first_line(error)}. Prepare the data set again."
+        ) from None
+    if foreign := [x for x in classes if not x.startswith("tensorflow_datasets.")]:
+        raise SetupError(
+            f"{path} names the class {foreign[0]!r}, which is not of tensorflow_datasets: opening "
+            f"it would run code of another module. Only tfds's features are read."
+        )
+
+
+def _check_classes(name: str, data_dir: str) -> None:
+    """`check_classes` of all versions and configs of a data set of this name."""
+    place, _ = naming.parse_builder_name_kwargs(name)  # tfds may spell the name in another way
     for root in file_utils.list_data_dirs(data_dir or None):
-        # Of all versions and configs: where the name has no config, the data set says which it is.
+        # Where the name has no config, the data set says which it is.
         versions = _directories(epath.Path(root) / str(place))
         for directory in itertools.chain(versions, *map(_directories, versions)):
-            path = directory / FEATURES
-            if not path.exists():
-                continue
-            try:
-                json.loads(path.read_text(), object_hook=collect)
-            except (OSError, ValueError, RecursionError) as error:
-                raise SetupError(
-                    f"{path} cannot be read: {_first_line(error)}. Prepare the data set again."
-                ) from None
-            foreign = [x for x in classes if not x.startswith("tensorflow_datasets.")]
-            if foreign:
-                raise SetupError(
-                    f"{path} names the class {foreign[0]!r}, which is not of tensorflow_datasets: "
-                    f"opening it would run code of another module. Only tfds's features are read."
-                )
+            check_classes(directory / FEATURES)
 
 
 def _directories(above: epath.Path) -> list[epath.Path]:

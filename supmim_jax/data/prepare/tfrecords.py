@@ -16,7 +16,7 @@ from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from supmim_jax.data.prepare import output
 from supmim_jax.data.prepare.output import INFO
-from supmim_jax.data.source import check_image
+from supmim_jax.data.source import check_classes, check_image
 from supmim_jax.errors import SetupError
 
 
@@ -42,6 +42,7 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
             f"{source} is where the ArrayRecord copy would go. Give another --data_dir; the copy "
             f"is written to <data_dir>/{name}/{info.version}."
         )
+    check_classes(source / "features.json")
     features = tfds.features.FeaturesDict.from_config(source)
     check_image(features, name)
     splits = _shards(source, info)
