@@ -162,7 +162,7 @@ def main() -> None:
     cfg, directory = from_configdict(CONFIG.value), epath.Path(CACHE.value)
     cli.agree(cfg, {"cache": CACHE.value, "epochs": EPOCHS.value, "shard": SHARD.value})
     plan = tokenize(cfg, directory, EPOCHS.value, SHARD.value)
-    size = sum(path.stat().length for path in directory.glob("*.arrayrecord"))
+    size = sum(storage.stat(path).size for path in directory.glob("*.arrayrecord"))
     print(f"{directory}: {plan.records} views, {size / plan.records:.1f} bytes each.")
 
 

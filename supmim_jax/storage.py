@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from absl import flags
@@ -163,6 +163,20 @@ def files(directory: epath.Path) -> dict[str, epath.Path]:
         system, root = fsspec.core.url_to_fs(str(directory))
         names = [name.removeprefix(f"{root}/") for name in system.find(root)]
     return {name: directory / name for name in sorted(names)}
+
+
+class Stat(NamedTuple):
+    size: int  # bytes
+    mtime: float  # seconds since 1970
+
+
+def stat(path: epath.Path) -> Stat:
+    """Size and time of a file; epath's own looks for its owner's name, which may have none."""
+    if is_local(path):
+        found = os.stat(path)
+        return Stat(found.st_size, found.st_mtime)
+    found = path.stat()
+    return Stat(found.length, found.mtime)
 
 
 def write(path: epath.Path, data: str | bytes) -> None:

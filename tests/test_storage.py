@@ -2,10 +2,12 @@
 
 import ast
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import REPOSITORY
 from etils import epath
@@ -14,6 +16,7 @@ from supmim_jax import checkpoint, storage
 from supmim_jax.config import CheckpointConfig, Config, DataConfig
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import SetupError
+from supmim_jax.train import train
 
 REFUSED = [
     *("s3://bucket/run", "az://container/run", "hdfs://host/run", "abfss://c@a.x/run"),
@@ -101,3 +104,15 @@ def test_files_appear_whole(tmp_path):
     with storage.made(epath.Path(tmp_path / "d"), "last") as part:
         (part / "x").write_text("1")
     assert list(storage.files(epath.Path(tmp_path / "d"))) == ["x"]
+
+
+def test_a_user_without_a_name_trains_and_goes_on(cfg, tmp_path, monkeypatch):
+    """As in a container that runs under any uid: the system knows no name for it."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    train(cfg, tmp_path, stop_at=2, devices=jax.devices()[:1])
+    train(cfg, tmp_path, stop_at=4, devices=jax.devices()[:1])
+    assert checkpoint.steps(tmp_path)[-1] == 4

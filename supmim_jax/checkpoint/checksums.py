@@ -149,8 +149,8 @@ def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[s
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = dict(zip(names, pool.map(lambda name: digest(present[name]), names)))
     return [
-        f"{name} has {present[name].stat().length} bytes of SHA-256 {hashes[name][:16]}..., and "
-        f"{NAME} says {listed[name][:16]}..."
+        f"{name} has {storage.stat(present[name]).size} bytes of SHA-256 {hashes[name][:16]}..., "
+        f"and {NAME} says {listed[name][:16]}..."
         for name in names
         if hashes[name] != listed[name]
     ]

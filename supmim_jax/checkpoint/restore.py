@@ -276,7 +276,7 @@ class Step(ocp.path.step.Metadata):
     @property
     def commit_timestamp(self) -> datetime.datetime:
         """That of the directory: orbax would read it from a file that the sums leave out."""
-        return datetime.datetime.fromtimestamp(self.path.stat().mtime, tz=datetime.UTC)
+        return datetime.datetime.fromtimestamp(storage.stat(self.path).mtime, tz=datetime.UTC)
 
 
 class Names(ocp.path.step.NameFormat):

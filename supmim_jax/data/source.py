@@ -37,6 +37,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.utils import file_utils
 
+from supmim_jax import storage
 from supmim_jax.config import DataConfig
 from supmim_jax.data import fractals
 from supmim_jax.data.decode import BrokenRecord
@@ -216,7 +217,7 @@ def mark(encoded: bytes) -> int:
 def _checksum(path: epath.Path) -> str | None:
     """Size and CRC-32 of a file, of a shard those of its ends; None if it is not there."""
     try:
-        size = path.stat().length
+        size = storage.stat(path).size
         with path.open("rb") as file:
             if "array_record" not in path.name:
                 return f"{size}-{zlib.crc32(file.read()):08x}"

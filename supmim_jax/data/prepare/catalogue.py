@@ -212,7 +212,7 @@ def _fault(path: epath.Path, archive: Archive, verify: bool) -> str:
     """What is wrong with an archive; "" for nothing."""
     if not path.exists():
         return f"missing, expected {archive.size:,} bytes"
-    size = path.stat().length
+    size = storage.stat(path).size
     if size != archive.size:
         state = "cut, or still being copied" if size < archive.size else "not the official file"
         return f"has {size:,} bytes, expected {archive.size:,}: {state}"

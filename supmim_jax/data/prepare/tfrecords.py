@@ -14,6 +14,7 @@ from etils import epath
 from tensorflow_datasets.core import dataset_info, file_adapters
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
+from supmim_jax import storage
 from supmim_jax.data.prepare import output
 from supmim_jax.data.prepare.output import INFO
 from supmim_jax.data.source import check_classes, check_image
@@ -106,7 +107,7 @@ def _shards(
     Raises:
       SetupError: files of the source are missing, or are not in its directory.
     """
-    sizes = {path.name: path.stat().length for path in source.iterdir()}
+    sizes = {path.name: storage.stat(path).size for path in source.iterdir()}
     splits = dataset_info.get_split_dict_from_proto(info, source, "tfrecord").values()
     paths = [path for split in splits for path in split.filepaths]
     if outside := [path for path in paths if path.parent != source]:
