@@ -2,18 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from supmim_jax.sharding import everywhere
-
-
-def smoothed_one_hot(labels_B, classes: int, smoothing: float) -> jax.Array:
-    """Targets BxV: (1 - smoothing) on the label, the rest spread evenly over all classes."""
-    return jax.nn.one_hot(labels_B, classes) * (1.0 - smoothing) + smoothing / classes
-
-
-def softmax_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
-    """Cross-entropy of soft targets, B."""
-    return -(targets_BxV * jax.nn.log_softmax(logits_BxV)).sum(-1)
 
 
 def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
@@ -21,8 +12,7 @@ def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
 
     The sum is in nats per image, like softmax's, so that it balances with the masked-token term.
     """
-    log_yes, log_no = jax.nn.log_sigmoid(logits_BxV), jax.nn.log_sigmoid(-logits_BxV)
-    return -(targets_BxV * log_yes + (1.0 - targets_BxV) * log_no).sum(-1)
+    return optax.sigmoid_binary_cross_entropy(logits_BxV, targets_BxV).sum(-1)
 
 
 def token_cross_entropy(logits_BxMxV, ids_BxM) -> jax.Array:

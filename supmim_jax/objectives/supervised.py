@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from supmim_jax.batch import Batch, Metrics
@@ -16,7 +17,7 @@ def binary(logits_BxV, targets_BxV) -> jax.Array:
 
 
 LOSSES = {
-    "softmax": losses.softmax_cross_entropy,
+    "softmax": optax.softmax_cross_entropy,
     "sigmoid": losses.sigmoid_cross_entropy,
     "bce": binary,
     "bce_mean": lambda logits, targets: binary(logits, targets) / logits.shape[-1],
@@ -46,7 +47,7 @@ def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> t
     Each image is mixed with its mirror in the batch, with one coefficient per batch, as in scenic,
     timm and DeiT-III; when both are on a coin chooses, as in the latter two.
     """
-    targets = losses.smoothed_one_hot(batch.label, classes, cfg.label_smoothing)
+    targets = optax.smooth_labels(jax.nn.one_hot(batch.label, classes), cfg.label_smoothing)
     if not (cfg.mixup or cfg.cutmix):
         return images, targets
     coin_key, beta_key, box_key = jax.random.split(key, 3)
