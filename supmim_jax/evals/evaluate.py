@@ -21,7 +21,6 @@ from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import features, few_shot, knn, linear_probe, retrieval, segmentation
-from supmim_jax.evals import segmentation as heads
 from supmim_jax.evals.features import CannotEvaluate, Results, on_host
 
 COUNTED = 20_000  # labels are counted in splits of so many records or fewer
@@ -293,7 +292,7 @@ def segmented(subject: Subject) -> Results:
     matrices = dict.fromkeys(cfg.heads, 0)
     for batch in subject.masked(subject.split):
         for head, segmenter in segmenters.items():
-            matrices[head] += heads.confusions(
+            matrices[head] += segmentation.confusions(
                 segmenter, *batch, batch_size=cfg.training.batch_size
             )
     scores = {head: segmentation.score(matrix) for head, matrix in matrices.items()}
@@ -304,13 +303,13 @@ def segmented(subject: Subject) -> Results:
     return Results(metrics, {"iou": iou, "trained_on": count})
 
 
-def fitted(subject: Subject, names: Sequence[str]) -> tuple[dict[str, heads.Segmenter], int]:
+def fitted(subject: Subject, names: Sequence[str]) -> tuple[dict[str, segmentation.Segmenter], int]:
     """Heads on frozen tokens by name, and how many training images they learned from."""
     cfg = subject.cfg.eval.segmentation
     training_split = subject.masked(subject.cfg.data.train_split)
     tokens, masks = features.first_rows(training_split, cfg.max_examples)
     segmenters = {
-        head: heads.fit(
+        head: segmentation.fit(
             tokens,
             masks,
             classes=subject.cfg.data.masks.num_classes,
