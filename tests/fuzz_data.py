@@ -4,9 +4,9 @@
   python tests/fuzz_data.py --what cache --mutations 500
 
 Each mutation is done to a copy of a whole data set (as data.prepare writes it) or token cache, and
-undone afterwards. All of it is then read by the product's own path: `feed.check`, every record by
-`records`, `feed.training` and `feed.evaluation`, and every entry of the cache. That happens in a
-child process, so that a crash or a hang is an outcome, too. With --unsealed the data set has no
+undone afterwards. All of it is then read by the product's own path, `Dataset.open`, training and
+evaluation, and every record and every entry of the cache one by one. That happens in a child
+process, so that a crash or a hang is an outcome, too. With --unsealed the data set has no
 seals.json, as tfds's own builder leaves it; then files may take each other's places unnoticed.
 """
 
@@ -14,15 +14,15 @@ import argparse
 import json
 import os
 import random
-import select
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -194,14 +194,13 @@ def read_cache(cfg: Config) -> None:
 def mutate(files: list[Path], draw: random.Random) -> str:
     """Damages one of the files, or two; tells how."""
     path, before = draw.choice(files), [path.read_bytes() for path in files]
-    kinds: list[Callable] = [flip, flip, cut, remove, append, zero]
-    if sum(is_metadata(x) == is_metadata(path) for x in files) > 1:
-        kinds += [swap, duplicate]
-    if is_metadata(path):
-        kinds += 4 * [edit]
-    kind = draw.choice(kinds)
+    alike = [x for x in files if x != path and is_metadata(x) == is_metadata(path)]
+    kinds: list[Callable] = [flip, flip, cut, append, zero]
+    kinds += [swap, duplicate] if alike else []
+    kinds += 4 * [edit] if is_metadata(path) else []
+    kind = draw.choice([*kinds, remove])
     while all(x.exists() for x in files) and before == [x.read_bytes() for x in files]:
-        kind(path, files, draw)
+        kind(path, alike, draw)
     return f"{kind.__name__}: {'metadata' if is_metadata(path) else 'shard'}"
 
 
@@ -243,19 +242,16 @@ def zero(path: Path, _, draw: random.Random) -> None:
     path.write_bytes(bytes(content))
 
 
-def swap(path: Path, files: list[Path], draw: random.Random) -> None:
+def swap(path: Path, alike: list[Path], draw: random.Random) -> None:
     """Swaps two files of a kind, as a copy that went wrong might."""
-    others = [x for x in files if x != path and is_metadata(x) == is_metadata(path)]
-    other = draw.choice(others)
-    mine = path.read_bytes()
+    other, mine = draw.choice(alike), path.read_bytes()
     path.write_bytes(other.read_bytes())
     other.write_bytes(mine)
 
 
-def duplicate(path: Path, files: list[Path], draw: random.Random) -> None:
+def duplicate(path: Path, alike: list[Path], draw: random.Random) -> None:
     """One file in place of another."""
-    others = [x for x in files if x != path and is_metadata(x) == is_metadata(path)]
-    path.write_bytes(draw.choice(others).read_bytes())
+    path.write_bytes(draw.choice(alike).read_bytes())
 
 
 def edit(path: Path, _, draw: random.Random) -> None:
@@ -266,8 +262,7 @@ def edit(path: Path, _, draw: random.Random) -> None:
         path.write_text("\n".join(lines) + "\n")
         return
     values = json.loads(path.read_text())
-    places = list(_places(values))
-    holder, key = draw.choice(places)
+    holder, key = draw.choice(list(places(values)))
     old = holder[key]
     new = [None, "", "../../x", "x", [], {}, 0, -1, 2**63, [[]], "12", ["11", "13", "12"], True]
     number = isinstance(old, int) or (isinstance(old, str) and old.isdecimal())
@@ -277,13 +272,12 @@ def edit(path: Path, _, draw: random.Random) -> None:
     path.write_text(json.dumps(values))
 
 
-def _places(values):
+def places(values) -> Iterator[tuple]:
     """Every container and key in nested JSON."""
-    keys = values if isinstance(values, dict) else range(len(values))
-    for key in keys:
+    for key in values if isinstance(values, dict) else range(len(values)):
         yield values, key
         if isinstance(values[key], dict | list):
-            yield from _places(values[key])
+            yield from places(values[key])
 
 
 def child(root: Path, what: str) -> None:
@@ -310,31 +304,23 @@ class Reader:
 
     def __call__(self) -> str:
         if self.process is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            quiet = {"stderr": subprocess.DEVNULL, "text": True}
-            self.process = subprocess.Popen(self.command, **pipes, **quiet)
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        end = time.monotonic() + TIMEOUT
-        while time.monotonic() < end:
-            ready, _, _ = select.select([self.process.stdout], [], [], 1.0)
-            if not ready:
-                continue
-            line = self.process.stdout.readline()
-            if line.startswith("outcome "):
-                return line.removeprefix("outcome ").strip()
-            if not line:
-                code = self.process.wait()
-                self.process = None
-                return f"VIOLATION the process died with {code}"
-        self.close()
-        return "VIOLATION it hung"
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.process = subprocess.Popen(self.command, stderr=subprocess.DEVNULL, **pipes)
+        print("go", file=self.process.stdin, flush=True)
+        hung = threading.Timer(TIMEOUT, self.process.kill)
+        hung.start()
+        lines = iter(self.process.stdout.readline, "")
+        outcome = next((line for line in lines if line.startswith("outcome ")), "")
+        hung.cancel()
+        if outcome:
+            return outcome.removeprefix("outcome ").strip()
+        code, self.process = self.process.wait(), None
+        return f"VIOLATION the process died with {code}, or hung and was killed"
 
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            self.process = None
 
 
 def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[Counter, dict]:

@@ -1,5 +1,6 @@
 """Decoding a part of a JPEG against OpenCV's decoding of the whole."""
 
+import contextlib
 import io
 import zlib
 from importlib import metadata
@@ -42,54 +43,38 @@ def test_a_region_is_bit_for_bit_that_of_the_whole(subsampling, progressive):
         assert jpeg.size(file) == (height, width)
         whole = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
         for _ in range(60):
-            top, left = random.integers(height), random.integers(width)
-            box = crops.Box(
-                int(top),
-                int(left),
-                int(random.integers(1, height - top + 1)),
-                int(random.integers(1, width - left + 1)),
-            )
+            top, left = (int(random.integers(side)) for side in (height, width))
+            rest = (int(random.integers(1, n + 1)) for n in (height - top, width - left))
+            box = crops.Box(top, left, *rest)
             assert np.array_equal(jpeg.region(file, box, (height, width)), box.of(whole)), box
 
 
 @needs_library
 def test_training_crops_do_not_depend_on_the_library(monkeypatch):
     files = [encoded(photograph(60 + i, 90 - i, i), subsampling="4:2:0") for i in range(12)]
-    decoded = []
-    region = jpeg.region
+    decoded, region = [], jpeg.region
     monkeypatch.setattr(jpeg, "region", lambda *a: decoded.append(1) or region(*a))
     make = transforms.TrainExample(CFG, 5, 10)
 
     def views() -> list[np.ndarray]:
-        found = [make((i, i, {"image": file, "label": 0})) for i, file in enumerate(files)]
-        return [example["image"] for example in found]
+        return [make((i, i, {"image": f, "label": 0}))["image"] for i, f in enumerate(files)]
 
     with_library = views()
-    assert len(decoded) == len(files)
     monkeypatch.setattr(jpeg, "library", lambda: None)
-    for a, b in zip(with_library, views(), strict=True):
-        assert np.array_equal(a, b)
-    assert len(decoded) == len(files)
-
-
-def with_exif(file: bytes) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    out = io.BytesIO()
-    Image.open(io.BytesIO(file)).save(out, "JPEG", exif=exif, quality=92)
-    return out.getvalue()
+    assert np.array_equal(with_library, views()) and len(decoded) == len(files)
 
 
 def others() -> dict[str, bytes]:
     """Files that OpenCV alone decodes, by what they are."""
-    plain = encoded(photograph(40, 50))
-    cmyk = io.BytesIO()
-    Image.fromarray(photograph(40, 50)).convert("CMYK").save(cmyk, "JPEG")
+    photo, exif, cmyk = photograph(40, 50), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.fromarray(photo).convert("CMYK").save(cmyk, "JPEG")
+    plain = encoded(photo)
     return {
-        "png": cv2.imencode(".png", photograph(40, 50))[1].tobytes(),
-        "grey": encoded(photograph(40, 50)[..., 0]),
+        "png": cv2.imencode(".png", photo)[1].tobytes(),
+        "grey": encoded(photo[..., 0]),
         "cmyk": cmyk.getvalue(),
-        "turned": with_exif(plain),
+        "turned": encoded(photo, exif=exif),
         "cut": plain[:-200],
         "more": plain + b"\0",
         "empty": b"",
@@ -99,10 +84,8 @@ def others() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", list(others()))
 def test_files_of_other_kinds_are_left_to_opencv(kind):
-    file = others()[kind]
-    assert jpeg.size(file) is None
-    example = {"image": file, "label": 0}
-    make = transforms.TrainExample(CFG, 0, 1)
+    example, make = {"image": others()[kind], "label": 0}, transforms.TrainExample(CFG, 0, 1)
+    assert jpeg.size(example["image"]) is None
     if kind in ("cut", "empty", "marker"):
         with pytest.raises(decode.BrokenRecord):
             make((0, 0, example))
@@ -113,21 +96,18 @@ def test_files_of_other_kinds_are_left_to_opencv(kind):
 
 
 @needs_library
-def test_a_fault_inside_is_left_to_opencv_too(monkeypatch):
+def test_a_fault_inside_is_left_to_opencv_too():
     """The library's warning is enough: OpenCV then decides whether the image is one."""
-    file = bytearray(encoded(photograph(64, 64), subsampling="4:2:0"))
-    scan = file.index(b"\xff\xda") + 40
-    file[scan : scan + 60] = bytes(60)
-    file[scan + 30 : scan + 32] = b"\xff\xd3"  # a marker where none belongs
-    file = bytes(file)
+    damaged = bytearray(encoded(photograph(64, 64), subsampling="4:2:0"))
+    scan = damaged.index(b"\xff\xda") + 40
+    damaged[scan : scan + 60] = bytes(60)
+    damaged[scan + 30 : scan + 32] = b"\xff\xd3"  # a marker where none belongs
+    file = bytes(damaged)
     assert jpeg.size(file) == (64, 64)
     assert jpeg.region(file, crops.Box(0, 0, 64, 64), (64, 64)) is None
-    found = decode.pixels(file, 3)
     make = transforms.TrainExample(CFG, 0, 1)
-    if found is None:
-        with pytest.raises(decode.BrokenRecord):
-            make((0, 0, {"image": file, "label": 0}))
-    else:
+    broken = decode.pixels(file, 3) is None
+    with pytest.raises(decode.BrokenRecord) if broken else contextlib.nullcontext():
         assert make((0, 0, {"image": file, "label": 0}))["image"].shape == (32, 32, 3)
 
 
@@ -142,16 +122,12 @@ def test_an_older_or_foreign_library_is_none(monkeypatch, tmp_path):
 
 
 def test_a_very_wide_image_is_read_where_it_is_cropped():
-    """20,000 pixels a side are read where they are cropped."""
     strip = np.zeros((2000, 20_000, 3), np.uint8)
     strip[:, 10_000:] = 250
-    file = cv2.imencode(".jpg", strip)[1].tobytes()
-    example = transforms.EvalExample(CFG)((0, {"image": file, "label": 0}))
+    record = {"image": cv2.imencode(".jpg", strip)[1].tobytes(), "label": 0}
+    example = transforms.EvalExample(CFG)((0, record))
     assert np.isin(example["image"][:, [0, -1]], (0, 250)).all() and example["broken"] == -1
-    views = [
-        transforms.TrainExample(CFG, seed, 1)((0, 0, {"image": file, "label": 0}))["image"]
-        for seed in range(8)
-    ]
+    views = [transforms.TrainExample(CFG, seed, 1)((0, 0, record))["image"] for seed in range(8)]
     assert all(view.shape == (32, 32, 3) for view in views)
     assert {0, 250} <= {int(np.median(view)) for view in views}
 
@@ -162,8 +138,8 @@ def test_an_image_of_more_pixels_than_can_be_is_broken():
     file[16:24] = (60_000).to_bytes(4, "big") * 2
     file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
     assert decode.pixels(bytes(file), 3) is None
-    found = transforms.EvalExample(CFG)((7, {"image": bytes(file), "label": 0}))
-    assert found["broken"] == 7 and (found["image"] == 128).all()
+    example = transforms.EvalExample(CFG)((7, {"image": bytes(file), "label": 0}))
+    assert example["broken"] == 7 and (example["image"] == 128).all()
 
 
 @pytest.mark.parametrize("label", [-1, 30])

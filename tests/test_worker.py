@@ -12,7 +12,7 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
 
-def roomy(cfg, monkeypatch, free: float) -> None:
+def roomy(monkeypatch, free: float) -> None:
     """As if /dev/shm had so many bytes."""
 
     class Found:
@@ -29,7 +29,7 @@ def busy(cfg, workers: int = 1, **evaluation):
 
 
 def test_shared_memory_that_is_too_small_is_told_before_a_worker_starts(cfg, monkeypatch):
-    roomy(cfg, monkeypatch, 100_000)
+    roomy(monkeypatch, 100_000)
     monkeypatch.setattr(worker, "keep_light", lambda: pytest.fail("it went on"))
     for asked in (busy(cfg, 2), busy(cfg, 1, batch_size=2048)):
         with pytest.raises(SetupError, match=r"data\.workers is \d.*/dev/shm.*0\.1 MB.*shm-size"):
@@ -41,7 +41,7 @@ def test_shared_memory_that_is_too_small_is_told_before_a_worker_starts(cfg, mon
 
 
 def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeypatch):
-    roomy(cfg, monkeypatch, 300_000)
+    roomy(monkeypatch, 300_000)
     Dataset.open(busy(cfg)).train_on_host(range(cfg.batch_size)).close()
     with pytest.raises(SetupError, match="/dev/shm"):
         Dataset.open(busy(cfg, every=4)).train_on_host(range(cfg.batch_size))
