@@ -170,6 +170,18 @@ def test_parts_of_splits_are_the_records_that_tfds_names(many):
         assert [part[i]["image"] for i in range(len(part))] == images
 
 
+@pytest.mark.parametrize(("at", "is_found"), [(10, True), (500, False), (990, True)])
+def test_checksums_are_of_both_ends_of_a_shard(tmp_path, monkeypatch, at, is_found):
+    monkeypatch.setattr(source_module, "SHARD_END", 64)
+    shard = tmp_path / "x.array_record-00000-of-00001"
+    shard.write_bytes(bytes(1000))
+    source_module.write_checksums(epath.Path(tmp_path))
+    shard.write_bytes(bytes(at) + b"x" + bytes(999 - at))
+    refused = pytest.raises(SetupError, match=rf"{shard.name} is 1000-")
+    with refused if is_found else contextlib.nullcontext():
+        source_module.check_shards(str(tmp_path), ())
+
+
 @contextlib.contextmanager
 def limit(soft: int):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -63,7 +63,7 @@ class DataConfig:
     # Repeated augmentation (arXiv 1902.05509): each image comes so often in a row, cropped and
     # coloured anew, and an epoch, as long as ever, has a share of the images.
     repeats: int = within(1, 1, 16)
-    # rand_augment: AugReg's; timm_rand_augment: rand-m9-mstd0.5-inc1; see rand_augment.py
+    # rand_augment: AugReg's; timm_rand_augment: rand-m9-mstd0.5-inc1; see augment.py
     augment: Literal[
         "none", "rand_augment", "timm_rand_augment", "three_augment", "color_jitter"
     ] = "none"

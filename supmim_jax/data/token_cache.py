@@ -143,7 +143,7 @@ def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
 
 
 def packed(plan: Plan, index: int, rows: Iterator[tuple[np.ndarray, int]]) -> Iterator[bytes]:
-    """The records of a shard from the ids of each and the mark of its image (`seals.mark`)."""
+    """The records of a shard from the ids of each and the mark of its image (`source.mark`)."""
     digest = bytes.fromhex(plan.digest)
     for record, (ids, mark) in zip(plan.shard(index), rows, strict=True):
         encoded = ids.astype("<u2").tobytes()
