@@ -303,9 +303,7 @@ def segmented(subject: Subject) -> Results:
     return Results(metrics, {"iou": iou, "trained_on": count})
 
 
-def fitted(
-    subject: Subject, names: Sequence[str]
-) -> tuple[dict[str, segmentation.Segmenter], int]:
+def fitted(subject: Subject, names: Sequence[str]) -> tuple[dict[str, segmentation.Segmenter], int]:
     """Heads on frozen tokens by name, and how many training images they learned from."""
     cfg = subject.cfg.eval.segmentation
     training_split = subject.masked(subject.cfg.data.train_split)
