@@ -177,17 +177,11 @@ class Clock:
         self.steps, self.window_seconds, self.waited = 0, 0.0, 0.0
 
 
-SHOWN = (  # of a step, where there
-    *("loss", "ce", "mim", "reconstruction", "position", "contrastive"),
-    *("accuracy", "psnr", "code_usage"),
-)
-
-
 class ProgressLine:
     """One line that rewrites itself on a terminal; elsewhere a plain line every tenth of a run."""
 
     def __init__(self, cfg: Config, stream=None):
-        self.name, self.total = cfg.objective.name, cfg.total_steps
+        self.objective, self.total = cfg.objective, cfg.total_steps
         self.batch_size = cfg.batch_size
         self.stream = stream or sys.stderr
         self.active = jax.process_index() == 0
@@ -200,11 +194,11 @@ class ProgressLine:
         if not self.active or (not self.terminal and tenth == self.tenth):
             return
         self.tenth = tenth
-        terms = " ".join(f"{k} {values[k]:.3f}" for k in SHOWN if k in values)
+        terms = " ".join(f"{k} {values[k]:.3f}" for k in self.objective.terms if k in values)
         left = (self.total - step) * self.batch_size / values["images_per_second"]
         minutes, seconds = divmod(round(left), 60)
         line = (
-            f"{self.name} {step}/{self.total} {100 * step // self.total:3d}% | {terms} | "
+            f"{self.objective.name} {step}/{self.total} {100 * step // self.total:3d}% | {terms} | "
             f"{values['images_per_second']:.0f} img/s | "
             f"data {100 * values['data_wait']:.0f}% | {minutes}:{seconds:02d} left"
         )

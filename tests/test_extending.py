@@ -5,6 +5,7 @@ in config/experiment.py, and a config file. The evaluation: evals/evaluate.py, c
 Nothing else is touched here, and commands, checkpoints and reports know them.
 """
 
+import re
 import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -85,7 +86,9 @@ def extended(monkeypatch):
     monkeypatch.setitem(evaluate.EVALUATIONS, "norm", norm)
 
 
-def test_a_sixth_objective_and_another_evaluation(extended, data_dir, tmp_path, jax_devices=ONE):
+def test_a_sixth_objective_and_another_evaluation(
+    extended, data_dir, tmp_path, capsys, jax_devices=ONE
+):
     (tmp_path / "brightness.py").write_text(CONFIG_FILE)
     cfg = from_configdict(cli.load(str(tmp_path / "brightness.py")))
     assert cfg.objective == BrightnessConfig(weight=2.0)
@@ -99,6 +102,7 @@ def test_a_sixth_objective_and_another_evaluation(extended, data_dir, tmp_path, 
         checkpoint={"every": 2, "keep_best": "norm"},
     )
     results = train(cfg, tmp_path / "run", devices=jax_devices)
+    assert re.search(r"\| loss \d\S* error \d\S* \|", capsys.readouterr().err)  # its own terms
     assert results["objective"] == "brightness" and {"knn", "norm"} <= set(results)
     best = Checkpoint.open(f"{tmp_path / 'run'}@best")
     assert best.config == cfg
