@@ -117,7 +117,7 @@ def test_ratios_are_of_rounds():
     def turns(*pairs):
         return [step.Turn(*pair) for pair in pairs]
 
-    found = step.compared(
+    found = torch_rival.compared(
         {step.OURS: turns((1, 1), (2, 2), (1, 4)), "eager": turns((3, 1), (2, 2), (2, 2))}
     )
     ratios = {"ratio": [2.0, 1.0, 3.0], "cpu_ratio": [1.0, 0.5, 1.0]}

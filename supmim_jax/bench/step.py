@@ -1,15 +1,10 @@
 """The train step on this machine: speed, share of its matmul peak, memory, where time goes.
 
-Times of a step on this process's devices, and what they are measured against.
-
-The step fed by the run's own input pipeline: what share of the time waits for data.
-
-Where a step's time goes: a profile of it, each operation given to the part that traced it.
-
-The profiler (jax.profiler, read without TensorFlow) names operations as the compiled program does,
-whose text has the Python functions that traced each.
-
-The result of the bench of the train step as tables for people."""
+Times are of rounds of steps on one random batch that stays on the devices; with --data also of
+steps that the run's own input pipeline feeds. Where a step's time goes is from a profile
+(jax.profiler, read without TensorFlow). It names operations as the compiled program does, whose
+text has the Python functions that traced each.
+"""
 
 import contextlib
 import dataclasses
@@ -42,6 +37,9 @@ from supmim_jax.train_step import TrainStep
 
 WARM_UP = 2  # steps before the first round
 REPEATS = 5  # of each matmul; the fastest counts
+
+
+OURS = "supmim_jax"
 
 
 class Turn(NamedTuple):
@@ -267,7 +265,9 @@ def report(result: dict) -> str:
         *numbers(result),
     ]
     if "rival" in result:
-        lines += ["", *rival(result)]
+        from rivals import torch_rival
+
+        lines += ["", *torch_rival.table(result)]
     if "where" in result:
         lines += ["", *where(result)]
     return "\n".join(lines)
@@ -301,29 +301,6 @@ def numbers(result: dict) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def rival(result: dict) -> list[str]:
-    """Ours beside PyTorch's."""
-    found, batch, ours = result["rival"], result["batch_size"], result["step"]
-    lines = [
-        "| by turns | images/s | step, ms | CPU ms | time / ours (rounds) | CPU time / ours |",
-        "|---|---|---|---|---|---|",
-        f"| supmim_jax | {ours['images_per_s']:.1f} | {1e3 * ours['median_s']:.1f} | "
-        f"{1e3 * ours['cpu_s']:.1f} | 1 | 1 |",
-    ]
-    for how, row in found["times"].items():
-        ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[x]) for x in ("ratio", "cpu_ratio")]
-        lines.append(
-            f"| PyTorch {found['version']}, {how} | {batch / row['median_s']:.1f} | "
-            f"{1e3 * row['median_s']:.1f} | {1e3 * row['cpu_s']:.1f} | {' | '.join(ratios)} |"
-        )
-    least = min(row["ratio"][0] for row in found["times"].values())
-    told = f"Above 1 ours is faster: {least:.2f} times PyTorch's best. {found['threads']} threads "
-    told += f"each; PyTorch compiled and warmed up in {found['compile_s']:.0f} s."
-    if found["not_compiled"]:
-        told += f" Without torch.compile: {found['not_compiled']}"
-    return [*lines, "", told]
-
-
 def where(result: dict) -> list[str]:
     """Shares of time from the profile, beside those of counted FLOPs."""
     if not result["where"]:
@@ -343,7 +320,6 @@ def where(result: dict) -> list[str]:
     ]
 
 
-OURS = "supmim_jax"
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -429,7 +405,7 @@ def measure(cfg: Config, plan: Plan) -> dict:
             for how in rival.about["ways"]:
                 runners[how] = functools.partial(rival.run, how)
             turns = by_turns(runners, plan.rounds, plan.steps)
-            result["rival"] = rival.about | {"times": compared(turns)}
+            result["rival"] = rival.about | {"times": torch_rival.compared(turns)}
     else:
         turns = by_turns(runners, plan.rounds, plan.steps)
     result["step"] = summed(turns[OURS], cfg.batch_size) | {
@@ -495,23 +471,3 @@ def summed(turns: list[Turn], images: int) -> dict[str, float]:
         "images_per_s": images / median,
         "cpu_s": float(np.median([turn.cpu for turn in turns])),
     }
-
-
-def compared(turns: dict[str, list[Turn]]) -> dict:
-    """PyTorch's times each way, and their ratio to ours by round: above 1 ours is the faster."""
-    found = {}
-    for how, theirs in turns.items():
-        if how != OURS:
-            pairs = list(zip(theirs, turns[OURS], strict=True))
-            found[how] = {
-                "median_s": float(np.median([turn.wall for turn in theirs])),
-                "cpu_s": float(np.median([turn.cpu for turn in theirs])),
-                "ratio": spread([a.wall / b.wall for a, b in pairs]),
-                "cpu_ratio": spread([a.cpu / b.cpu for a, b in pairs]),
-            }
-    return found
-
-
-def spread(values: list[float]) -> list[float]:
-    """[median, least, most]"""
-    return [float(np.median(values)), min(values), max(values)]

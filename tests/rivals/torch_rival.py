@@ -3,10 +3,11 @@
 import os
 from importlib.util import find_spec
 
+import numpy as np
 from jax.sharding import Mesh
 
 from rivals.companion import Companion
-from supmim_jax.bench.step import Turn
+from supmim_jax.bench.step import OURS, Turn
 from supmim_jax.config import Config
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import num_masked
@@ -114,3 +115,46 @@ class Rival(Companion):
     def run(self, how: str, steps: int) -> Turn:
         """Of `steps` one after the other; how: of about["ways"]."""
         return Turn(*self.asked([how, steps]))
+
+
+def compared(turns: dict[str, list[Turn]]) -> dict:
+    """PyTorch's times each way, and their ratio to ours by round: above 1 ours is the faster."""
+    found = {}
+    for how, theirs in turns.items():
+        if how != OURS:
+            pairs = list(zip(theirs, turns[OURS], strict=True))
+            found[how] = {
+                "median_s": float(np.median([turn.wall for turn in theirs])),
+                "cpu_s": float(np.median([turn.cpu for turn in theirs])),
+                "ratio": spread([a.wall / b.wall for a, b in pairs]),
+                "cpu_ratio": spread([a.cpu / b.cpu for a, b in pairs]),
+            }
+    return found
+
+
+def spread(values: list[float]) -> list[float]:
+    """[median, least, most]"""
+    return [float(np.median(values)), min(values), max(values)]
+
+
+def table(result: dict) -> list[str]:
+    """Ours beside PyTorch's."""
+    found, batch, ours = result["rival"], result["batch_size"], result["step"]
+    lines = [
+        "| by turns | images/s | step, ms | CPU ms | time / ours (rounds) | CPU time / ours |",
+        "|---|---|---|---|---|---|",
+        f"| supmim_jax | {ours['images_per_s']:.1f} | {1e3 * ours['median_s']:.1f} | "
+        f"{1e3 * ours['cpu_s']:.1f} | 1 | 1 |",
+    ]
+    for how, row in found["times"].items():
+        ratios = ["{:.2f} ({:.2f} to {:.2f})".format(*row[x]) for x in ("ratio", "cpu_ratio")]
+        lines.append(
+            f"| PyTorch {found['version']}, {how} | {batch / row['median_s']:.1f} | "
+            f"{1e3 * row['median_s']:.1f} | {1e3 * row['cpu_s']:.1f} | {' | '.join(ratios)} |"
+        )
+    least = min(row["ratio"][0] for row in found["times"].values())
+    told = f"Above 1 ours is faster: {least:.2f} times PyTorch's best. {found['threads']} threads "
+    told += f"each; PyTorch compiled and warmed up in {found['compile_s']:.0f} s."
+    if found["not_compiled"]:
+        told += f" Without torch.compile: {found['not_compiled']}"
+    return [*lines, "", told]
