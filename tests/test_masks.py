@@ -27,7 +27,7 @@ from supmim_jax.errors import SetupError
 ONE = jax.devices()[:1]
 
 
-class Shapes(tfds.core.GeneratorBasedBuilder):
+class MaskedShapes(tfds.core.GeneratorBasedBuilder):
     """Bright squares: the product is their brightness; masks in red, instances in green."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -60,8 +60,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
 @pytest.fixture(scope="module")
 def shapes_dir(tmp_path_factory) -> str:
-    directory = str(tmp_path_factory.mktemp("shapes"))
-    Shapes(data_dir=directory, file_format="array_record").download_and_prepare()
+    directory = str(tmp_path_factory.mktemp("masked_shapes"))
+    MaskedShapes(data_dir=directory, file_format="array_record").download_and_prepare()
     return directory
 
 
@@ -110,7 +110,7 @@ def test_a_mask_that_is_none_is_refused():
 def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
     """A colour mask whose red channel is 0 (to ignore), 1 and 2; products to retrieve."""
     data = ProbeDataConfig(
-        name="shapes",
+        name="masked_shapes",
         data_dir=shapes_dir,
         train_split="train",
         eval_split="test",
