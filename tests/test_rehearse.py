@@ -17,10 +17,7 @@ from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import aot, estimate
-from supmim_jax.rehearse.estimate import Need
 from supmim_jax.rehearse.hlo import Collective
-
-GIB = 2**30
 
 
 @pytest.mark.parametrize(
@@ -97,38 +94,23 @@ def large(cfg, batch_size: int = 4096, remat: str = "names"):
     return dataclasses.replace(cfg, model=model, batch_size=batch_size)
 
 
-def test_advice_names_the_first_change_that_suffices(cfg, monkeypatch):
-    monkeypatch.setattr(estimate, "state_gib", lambda cfg, mesh: 2.0)
-    part, mesh = aot.parse("v5e:16x16"), mesh_of(16, 16)
-    cfg = large(cfg)
+def test_advice_where_a_step_does_not_fit(cfg):
+    def advised(remat: str) -> str:
+        return " ".join(estimate.advise(large(cfg, remat=remat), mesh_of(16, 16), False))
 
-    def smaller(cfg, total: float, temporaries: float) -> str:
-        return estimate.advise(cfg, mesh, part, Need(total, temporaries, 16.0))[0]
-
-    assert estimate.advise(cfg, mesh, part, Need(15.9, 10.0, 16.0)) == []
-    plain = dataclasses.replace(cfg.model, remat="none")
-    first = smaller(dataclasses.replace(cfg, model=plain), 40.0, 39.0)
-    assert "needs 40.00 GiB of 16.00. First set model.remat='names'" in first
-    # 2 GiB of state on 16 times the chips leave 1/16: 17 - 1.875.
-    assert "First set mesh.fsdp=256, mesh.data=1: about 15.12 GiB" in smaller(cfg, 17.0, 15.0)
-    assert "First set optim.accumulate=2: about 12.00 GiB" in smaller(cfg, 22.0, 20.0)
-    assert "No single change" in smaller(cfg, 90.0, 60.0)
+    cheapest_first = [
+        "model.remat='names'", "mesh.fsdp=256 with mesh.data=1", "optim.accumulate=2",
+        "model.remat='full'", "more chips",
+    ]  # fmt: skip
+    assert ", ".join(cheapest_first) in advised("none")
+    assert "names" not in advised("names") and "remat" not in advised("full")
 
 
 def test_advice_on_rows_and_permutations(cfg):
-    part = aot.parse("v5e:16x16")
-    (rows,) = estimate.advise(large(cfg, 768), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0))
+    (rows,) = estimate.advise(large(cfg, 768), mesh_of(16, 16), True)
     assert "3 rows at once, not a multiple of 8" in rows and "multiple of 2048" in rows
-    (permutations,) = estimate.advise(large(cfg), mesh_of(16, 16), part, Need(1.0, 1.0, 16.0, 96))
+    (permutations,) = estimate.advise(large(cfg), mesh_of(16, 16), True, 96)
     assert "96 permutations: mesh.fsdp=16 leaves 48 of a width of 768" in permutations
-
-
-def test_what_remat_stores_by_hand(supervised):
-    cfg = large(supervised, 256)
-    patches, rows = 25, 16
-    names = rows * patches * 12 * (3 * 768 + 768 + 768 + 3072 + 768) * 2 / GIB
-    assert estimate.saved_gib(cfg, mesh_of(4, 4), "names") == pytest.approx(names)
-    assert estimate.saved_gib(cfg, mesh_of(4, 4), "full") == pytest.approx(names * 768 / 7680)
 
 
 def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest(cfg):
@@ -227,10 +209,3 @@ def test_a_dim_of_a_slice_may_be_split_between_axes(monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:4])
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-
-
-def test_state_and_parameters_by_hand(supervised):
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4), jax.devices())
-    whole = estimate.parameter_bytes(supervised, mesh) / 2
-    each = estimate.state_gib(supervised, mesh) * GIB
-    assert 3 * 4 * whole / 4 < each < 3 * 4 * whole  # parameters and two moments, mostly a quarter

@@ -15,7 +15,6 @@ from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.rehearse import aot, estimate
-from supmim_jax.rehearse.estimate import Need, advise, state_gib, subject
 
 
 def rehearse(cfg: Config, part: aot.Slice) -> dict:
@@ -32,18 +31,15 @@ def rehearse(cfg: Config, part: aot.Slice) -> dict:
     mesh = sharding.make_mesh(cfg.mesh, aot.devices(part))
     try:
         result = estimate.estimate(cfg, mesh, part, aot.compile_step(cfg, mesh))
-        memory = result["hbm_gib"]
-        permutes = result["collectives"].get("collective-permute", {"count": 0})["count"]
-        need = Need(memory["total"], memory["temporaries"], memory["of"], permutes)
     except aot.TooLarge as error:
-        need = Need(error.needed, error.needed - state_gib(cfg, mesh), error.available)
         result = {
-            **subject(cfg, mesh, part),
+            **estimate.subject(cfg, mesh, part),
             "fits": False,
             "needed_gib": error.needed,
             "available_gib": error.available,
         }
-    return {**result, "advice": advise(cfg, mesh, part, need)}
+    permutes = result.get("collectives", {}).get("collective-permute", {"count": 0})["count"]
+    return {**result, "advice": estimate.advise(cfg, mesh, result["fits"], permutes)}
 
 
 def compare(cfg: Config, part: aot.Slice, limit: int) -> list[dict]:

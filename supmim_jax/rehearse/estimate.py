@@ -5,9 +5,7 @@ chips by the links that a collective keeps busy.
 """
 
 import dataclasses
-import math
 from collections import Counter
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +14,6 @@ from jax.sharding import Mesh
 
 from supmim_jax import train_step
 from supmim_jax.config import Config, MeshConfig
-from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import flops as flops_module
 from supmim_jax.rehearse import hlo
 from supmim_jax.rehearse.aot import Compiled, Slice
@@ -181,12 +178,6 @@ def parameter_bytes(cfg: Config, mesh: Mesh) -> int:
     return jnp.dtype(jnp.bfloat16).itemsize * sum(x.size for x in jax.tree.leaves(params))
 
 
-def state_gib(cfg: Config, mesh: Mesh) -> float:
-    """Of parameters and optimizer on one chip."""
-    leaves = jax.tree.leaves(train_step.build(cfg, mesh).state)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / GIB
-
-
 def _ratio(found: float, expected: float) -> float | None:
     return found / expected if expected else None
 
@@ -247,25 +238,14 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-@dataclass(frozen=True)
-class Need:
-    """GiB of one chip; `temporaries` is all but the state where the compiler gave up.
-
-    `permutations` are the collective-permutes of a step.
-    """
-
-    total: float
-    temporaries: float
-    available: float
-    permutations: int = 0
-
-
-def advise(cfg: Config, mesh: Mesh, part: Slice, need: Need) -> list[str]:
-    """Sentences, the most urgent first; [] if there is nothing to say."""
+def advise(cfg: Config, mesh: Mesh, fits: bool, permutations: int = 0) -> list[str]:
+    """Sentences, the most urgent first; `permutations` are the collective-permutes of a step."""
     sentences = []
+    if not fits:
+        sentences.append(
+            f"What takes less memory, the cheapest in time first: {', '.join(smaller(cfg, mesh))}."
+        )
     rows = rows_per_shard(cfg, mesh) // cfg.optim.accumulate
-    if need.total > need.available:
-        sentences.append(smaller(cfg, mesh, part, need))
     if rows % ROWS:
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
         sentences.append(
@@ -273,72 +253,29 @@ def advise(cfg: Config, mesh: Mesh, part: Slice, need: Need) -> list[str]:
             f"XLA may emulate all-gathers by all-reduces. With {shards} shards take a batch_size "
             f"that is a multiple of {ROWS * shards * cfg.optim.accumulate}, or a smaller slice."
         )
-    if need.permutations >= cfg.model.depth:
+    if permutations >= cfg.model.depth:
         fsdp, width = mesh.shape["fsdp"], cfg.model.width
         sentences.append(
-            f"{need.permutations} permutations: mesh.fsdp={fsdp} leaves {width // fsdp} of a width "
+            f"{permutations} permutations: mesh.fsdp={fsdp} leaves {width // fsdp} of a width "
             f"of {width} to a chip, which XLA pads for its reduce-scatters and then mends. Compare "
             f"other mesh.fsdp (--sweep)."
         )
     return sentences
 
 
-def smaller(cfg: Config, mesh: Mesh, part: Slice, need: Need) -> str:
-    """The first change that should make a step fit, by the size of what it removes."""
-    over = f"It needs {need.total:.2f} GiB of {need.available:.2f}."
-    if cfg.model.remat == "none":
-        return (
-            f"{over} First set model.remat='names': it stores "
-            f"{saved_gib(cfg, mesh, 'names'):.2f} GiB of activations and recomputes attention's "
-            f"logits only."
-        )
-    for change, saves in changes(cfg, mesh, part, need):
-        if need.total - saves <= need.available:
-            return f"{over} First set {change}: about {need.total - saves:.2f} GiB."
-    together = ", ".join(change for change, _ in changes(cfg, mesh, part, need))
-    return f"{over} No single change mends that: take more chips, or together {together}."
-
-
-def changes(cfg: Config, mesh: Mesh, part: Slice, need: Need) -> list[tuple[str, float]]:
-    """Changes and the GiB that each should save, the cheapest in time first."""
-    found = []
+def smaller(cfg: Config, mesh: Mesh) -> list[str]:
+    """Changes of the config that reduce the memory of a chip."""
     fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
-    if data > 1:
-        state = state_gib(cfg, mesh)
-        found.append((f"mesh.fsdp={fsdp * data}, mesh.data=1", state * (1 - 1 / data)))
-    rows = rows_per_shard(cfg, mesh)
-    parts = next((n for n in (2, 4, 8, 16) if rows % (n * ROWS) == 0 and over_by(need, n) <= 0), 0)
-    if parts > cfg.optim.accumulate:
-        found.append((f"optim.accumulate={parts}", need.temporaries * (1 - 1 / parts)))
-    if cfg.model.remat == "names":
-        saves = saved_gib(cfg, mesh, "names") - saved_gib(cfg, mesh, "full")
-        found.append(("model.remat='full'", saves))
-    return found
-
-
-def over_by(need: Need, parts: int) -> float:
-    """GiB too much if temporaries were of one of `parts` micro-batches."""
-    return need.total - need.temporaries * (1 - 1 / parts) - need.available
-
-
-def saved_gib(cfg: Config, mesh: Mesh, remat: str) -> float:
-    """What rematerialization stores of encoder and decoder on one chip, by arithmetic.
-
-    "names" keeps qkv, attention, mid and fc1 of each block; both keep its input.
-    """
-    rows = rows_per_shard(cfg, mesh) // cfg.optim.accumulate
-    patches = (cfg.data.image_size // cfg.model.patch) ** 2
-    tokens, stacks = patches, []
-    if cfg.objective.masks_patches and cfg.objective.leaves == "classifier":
-        visible = cfg.objective.encoder_input == "visible"
-        masked = num_masked(patches, cfg.objective.mask_ratio) if visible else 0
-        tokens += patches - masked
-        stacks.append((cfg.objective.decoder, patches))
-    values = 0
-    for stack, count in [(cfg.model, tokens), *stacks]:
-        width = {"names": 6 * stack.width + stack.mlp_dim, "full": stack.width}[remat]
-        values += count * stack.depth * width
-    return rows * values * jnp.dtype(cfg.model.dtype).itemsize / GIB
+    parts = 2 * cfg.optim.accumulate
+    changes = {
+        # Attention's logits alone are computed again.
+        "model.remat='names'": cfg.model.remat == "none",
+        f"mesh.fsdp={fsdp * data} with mesh.data=1": data > 1,
+        f"optim.accumulate={parts}": rows_per_shard(cfg, mesh) % (parts * ROWS) == 0,
+        "model.remat='full'": cfg.model.remat != "full",
+        "more chips": True,
+    }
+    return [change for change, helps in changes.items() if helps]
 
 
 LOWER_BOUND = (
