@@ -90,14 +90,13 @@ class TrainStep:
                     # A loss may overwrite variables; the update is then added to what it left.
                     grads, aux = jax.grad(loss, has_aux=True)(state.params, batch)
                     metrics, params, moving = aux
-            updates, opt_state = transform.update(grads, state.opt_state, state.params)
-            metrics |= {
-                "grad_norm": optax.tree.norm(grads),
-                "learning_rate": learning_rate(state.step),
-            }
-            params, ema = optax.apply_updates(params, updates), {}
-            if state.ema:
-                ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.ema)
+            with jax.named_scope("optimizer"):
+                updates, opt_state = transform.update(grads, state.opt_state, state.params)
+                params, ema = optax.apply_updates(params, updates), {}
+                if state.ema:
+                    ema = optax.incremental_update(params, state.ema, 1 - cfg.optim.ema)
+                norm = optax.tree.norm(grads)
+            metrics |= {"grad_norm": norm, "learning_rate": learning_rate(state.step)}
             return TrainState(state.step + 1, params, moving, opt_state, ema), metrics
 
         return cls(

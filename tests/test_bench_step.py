@@ -132,8 +132,9 @@ def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
     parts = {}
     for computation in module.computations.values():
         for name, instruction in computation.instructions.items():
-            parts.setdefault(step.part_of(instruction, module), []).append(name)
-    expected = {part for _, part in step.TIMED} - {"contrastive"}  # mixing: one-hot labels
+            parts.setdefault(step.part_of(instruction), []).append(name)
+    expected = {name.replace("_", " ") for name in hlo.SCOPES} - {"contrastive", "encoder"}
+    expected |= {"encoder, between blocks"}
     assert expected | {step.LOSS_AND_HEAD, step.UNNAMED} == set(parts)
     spent = step.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
     assert spent == {"attention": 3, "MLP": 5, step.UNNAMED: 2}

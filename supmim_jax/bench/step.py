@@ -3,7 +3,7 @@
 Times are of rounds of steps on one random batch that stays on the devices; with --data also of
 steps that the run's own input pipeline feeds. Where a step's time goes is from a profile
 (jax.profiler, read without TensorFlow). It names operations as the compiled program does, whose
-text has the Python functions that traced each.
+text has the jax.named_scope of each.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import flops, hlo
-from supmim_jax.rehearse.hlo import Instruction, Module
+from supmim_jax.rehearse.hlo import Instruction
 from supmim_jax.train_step import TrainStep
 
 WARM_UP = 2  # steps before the first round
@@ -179,19 +179,6 @@ def fed_by_pipeline(
     }
 
 
-# The first part one of whose functions an operation was traced in; optax's have an update_fn.
-TIMED = (
-    *(found for found in flops.PARTS if found[1] not in ("encoder", "head")),
-    ("Block.attend", "attention"),
-    ("Block.__call__", "MLP"),
-    ("ViT.encode", "encoder, between blocks"),
-    ("SupMIM.mask", "masks"),
-    ("MAE.mask", "masks"),
-    ("mix", "mixing"),
-    ("update_fn", "optimizer"),
-    ("apply_updates", "optimizer"),
-    ("norm", "optimizer"),
-)
 LOSS_AND_HEAD = "head and losses"
 UNNAMED = "copies and fills of the compiler"
 CONTAINERS = ("while", "call", "conditional")  # their time is that of what they run
@@ -239,17 +226,17 @@ def by_part(text: str, operations) -> Counter:
     for name, nanoseconds in operations:
         instruction = known.get(name)
         if instruction is None or instruction.opcode not in CONTAINERS:
-            spent[part_of(instruction, module)] += nanoseconds
+            spent[part_of(instruction)] += nanoseconds
     return spent
 
 
-def part_of(instruction: Instruction | None, module: Module) -> str:
-    """The part of the step that an operation belongs to."""
-    functions = module.functions(instruction) if instruction else ()
-    if not functions:
+def part_of(instruction: Instruction | None) -> str:
+    """The part of the step that an operation belongs to; of the encoder also which part of it."""
+    if instruction is None or not instruction.op_name:
         return UNNAMED
-    names = {function.rpartition("<locals>.")[2] for function in functions}
-    return next((part for function, part in TIMED if function in names), LOSS_AND_HEAD)
+    names = hlo.scopes(instruction.op_name) or [LOSS_AND_HEAD]
+    name = names[-1] if names[0] == "encoder" else names[0]
+    return "encoder, between blocks" if name == "encoder" else name.replace("_", " ")
 
 
 GIGA, MIB = 1e9, 2**20

@@ -50,6 +50,7 @@ class Decoder(nnx.Module):
         self.norm = layer_norm(cfg.width, dtype, rngs)
         self.output = linear(cfg.width, outputs, dtype, rngs)
 
+    @jax.named_scope("decoder")
     def __call__(self, tokens_BxNxD, mask: Mask, every_patch: bool = False) -> jax.Array:
         """Predictions in the encoder's dtype: BxMx(outputs), as `mask.hidden`.
 

@@ -58,6 +58,7 @@ class PatchCodes(nnx.Module):
         self.channels = data.channels
         self.codes = Frozen(jnp.zeros(shape(cfg, patch, data.channels), jnp.float32))
 
+    @jax.named_scope("tokenizer")
     def encode(self, images) -> jax.Array:
         """int32 ids BxL of float BxHxWxC images in [-1, 1]."""
         return nearest(described(images, self.patch, self.normalize), self.codes[...])

@@ -114,6 +114,7 @@ class Block(nnx.Module):
             self.scale1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
             self.scale2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
 
+    @jax.named_scope("MLP")
     def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1, key=None):
         """Tokens after this block; attention stays within each run of `segments` tokens.
 
@@ -133,6 +134,7 @@ class Block(nnx.Module):
         hidden = dropped(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"), 1)
         return x + _kept(dropped(self.project(self.fc2, hidden, 1), 2), 1, keep_2xBxNx1)
 
+    @jax.named_scope("attention")
     def attend(self, x_BxNxD, segments: tuple[int, ...]):
         """Multi-head self-attention within each segment of the packed sequence."""
         qkv = checkpoint_name(self.qkv(x_BxNxD), "qkv")

@@ -73,6 +73,7 @@ class ViT(nnx.Module):
         """Tokens before the patches: 1 with a CLS token, else 0."""
         return int(self.cfg.pooling == "cls")
 
+    @jax.named_scope("patch_embedding")
     def embed(
         self, images_BxHxWxC, visible: Mask | None = None, masked=None, unplaced=None
     ) -> jax.Array:
@@ -105,6 +106,7 @@ class ViT(nnx.Module):
             x = jnp.concatenate([cls, x], axis=1)
         return x
 
+    @jax.named_scope("encoder")
     def encode(self, inputs: tuple[jax.Array, ...], key=None) -> tuple[jax.Array, ...]:
         """Normalised tokens of each BxNxD input, all in one pass; attention stays within one."""
         segments = tuple(x.shape[1] for x in inputs)

@@ -108,6 +108,7 @@ class VQGAN(nnx.Module):
         draw = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
         self.codebook = nnx.Param(draw(rngs.params(), (cfg.codes, cfg.code_dim), jnp.float32))
 
+    @jax.named_scope("tokenizer")
     def encode(self, images) -> jax.Array:
         """int32 ids BxL of the nearest codes; of equally near ones the first."""
         latents = self.latents(images)

@@ -113,6 +113,7 @@ class CMAE(MAE):
         hits = (logits.argmax(-1) == places).astype(jnp.float32)
         return -log_p.mean((1, 2)), hits.mean(1)
 
+    @jax.named_scope("contrastive")
     def contrastive(self, outputs, views, mask: masking.Mask, weight_B) -> tuple:
         """Symmetric InfoNCE of two views over the global batch, and its accuracy; scalars."""
         cfg = self.cfg.contrastive

@@ -42,6 +42,7 @@ class MAE(nnx.Module):
         loss = losses.mean(errors, batch.weight)
         return loss, {"loss": loss}
 
+    @jax.named_scope("masks")
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
         """The masks of the examples with these ids."""
         return masking.sample("random", self.cfg.mask_ratio, self.encoder.side, key, ids_B)

@@ -41,6 +41,7 @@ def accuracy(logits_BxV, batch: Batch) -> jax.Array:
     return losses.mean(hit, batch.weight)
 
 
+@jax.named_scope("mixing")
 def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> tuple:
     """Images and soft targets BxV after mixup (1710.09412) or CutMix (1905.04899), if on.
 

@@ -71,6 +71,7 @@ class SupMIM(nnx.Module):
             **self.target.metrics(predicted, target, batch.weight),
         }
 
+    @jax.named_scope("masks")
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
         """The masks of the examples with these ids."""
         return masking.sample(

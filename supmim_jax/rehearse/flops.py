@@ -46,7 +46,7 @@ def is_counted(cfg: Config) -> bool:
 
 
 def train(cfg: Config) -> dict[str, Work]:
-    """The parts of a train step; names as in `flops.PARTS`."""
+    """The parts of a train step; names as `part_of` gives them."""
     model, objective = cfg.model, cfg.objective
     patches = (cfg.data.image_size // model.patch) ** 2
     pixels = model.patch**2 * cfg.data.channels
@@ -168,17 +168,6 @@ def _stack(cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str) -> W
     return Work(forward, 2 * forward, cfg.depth * recomputed[remat])
 
 
-# A part is named by a function that its matmuls were traced in; the first that fits. The head is
-# a linear layer that the objective calls itself.
-PARTS = (
-    ("PatchCodes.encode", "tokenizer"),
-    ("VQGAN.encode", "tokenizer"),
-    ("Decoder.__call__", "decoder"),
-    ("CMAE.contrastive", "contrastive"),
-    ("ViT.embed", "patch embedding"),
-    ("ViT.encode", "encoder"),
-    ("Linear.__call__", "head"),
-)
 DIRECTIONS = ("forward", "backward", "recomputed")
 GIGA = 1e9
 
@@ -249,9 +238,9 @@ def compare(cfg: Config, scopes: dict[str, int], parts: dict[str, Work]) -> dict
 
 
 def part_of(path: str) -> str:
-    """The part of the model that the functions of a scope belong to."""
-    functions = path.split("/")
-    return next((part for function, part in PARTS if function in functions), "other")
+    """The part of the model that a scope belongs to; what names none is the objective's head."""
+    part = path.split("/")[0]
+    return "head" if part == "none" else part.replace("_", " ")
 
 
 def report(result: dict) -> str:

@@ -134,11 +134,6 @@ class Computation:
 class Module:
     computations: dict[str, Computation]
     entry: str
-    frames: dict[int, tuple[str, ...]]  # of a stack_frame_id: Python functions, outermost first
-
-    def functions(self, instruction: Instruction) -> tuple[str, ...]:
-        """The Python functions that an instruction was traced in, outermost first."""
-        return self.frames.get(int(instruction.text("stack_frame_id", "0")), ())
 
 
 def parse(text: str) -> Module:
@@ -148,8 +143,7 @@ def parse(text: str) -> Module:
       ValueError: there is no ENTRY computation.
     """
     computations, entry, current = {}, None, None
-    lines = text.splitlines()
-    for line in lines:
+    for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
         if header:
             name, current, root = header[2], {}, None
@@ -163,7 +157,7 @@ def parse(text: str) -> Module:
             root = instruction if line.lstrip().startswith("ROOT ") else root
     if entry is None:
         raise ValueError("The text is no HLO module: it has no ENTRY computation.")
-    return Module(computations, entry, _frames(lines))
+    return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
@@ -183,41 +177,6 @@ def _closing(text: str) -> int:
         if not depth:
             return found.end()
     raise ValueError(f"A parenthesis is never closed in the HLO line {text[:80]!r}.")
-
-
-def _frames(lines: list[str]) -> dict[int, tuple[str, ...]]:
-    """The tables FunctionNames, FileLocations and StackFrames, followed to the function names."""
-    tables: dict[str, dict[int, str]] = {}
-    rows = None
-    for line in lines:
-        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            rows = tables[line] = {}
-        elif rows is not None and re.match(r"\d+ ", line):
-            number, row = line.split(" ", 1)
-            rows[int(number)] = row
-        else:
-            rows = None
-
-    def field(row: str, key: str) -> int:
-        found = re.search(rf"{key}=(\d+)", row)
-        return int(found[1]) if found else 0
-
-    names = {n: row.strip('"') for n, row in tables.get("FunctionNames", {}).items()}
-    places = {
-        n: names[field(row, "function_name_id")]
-        for n, row in tables.get("FileLocations", {}).items()
-    }
-    links = {
-        n: (places[field(row, "file_location_id")], field(row, "parent_frame_id"))
-        for n, row in tables.get("StackFrames", {}).items()
-    }
-    # Frame 1 has no parent. XLA prints parents one too high, so that it seems to be its own.
-    shift = links[1][1] if 1 in links else 0
-    chains: dict[int, tuple[str, ...]] = {0: ()}
-    for n, (function, parent) in links.items():  # parents come before their children
-        chains[n] = (*chains[parent - shift], function)
-    # A call inside a scan repeats its callers' frames.
-    return {n: tuple(dict.fromkeys(chain)) for n, chain in chains.items()}
 
 
 NUMBERS = r"\[([\d,]+)\]"
@@ -633,6 +592,11 @@ OPAQUE = re.compile(
 )
 OPAQUE_OPS = ("ragged-dot", "scaled-dot")
 CALLERS = ("fusion", "call", "async-start")  # run what they call once
+# What models, objectives and the train step say by jax.named_scope.
+SCOPES = (
+    *("tokenizer", "decoder", "contrastive", "patch_embedding", "encoder", "MLP", "attention"),
+    *("masks", "mixing", "optimizer"),
+)
 
 
 @dataclass(frozen=True)
@@ -640,8 +604,7 @@ class Counts:
     """FLOPs of one execution.
 
     `by_scope` splits them by "forward", "backward" or "recomputed" (by jax.checkpoint), and by the
-    Python functions that traced the matmul, outermost first: "forward: SupMIM.loss/ViT.encode/...".
-    Local functions and lambdas are left out; where nothing is left, op_name stands in.
+    names of jax.named_scope, outermost first: "forward: encoder/MLP/attention".
     """
 
     flops: int
@@ -695,9 +658,9 @@ class FlopWalk:
         if any(called) and opcode not in ("async-update", "async-done"):
             raise UnknownCost(f"{instruction.name}: a matmul inside {opcode} runs unknown times.")
         if instruction.text("custom_call_target") in FUSED_ATTENTION:
-            return attention_cost(instruction, computation, scope(instruction, self.module))
+            return attention_cost(instruction, computation, scope(instruction))
         flops = matmul_flops(instruction, computation)
-        return Counter({scope(instruction, self.module): flops}) if flops else Counter()
+        return Counter({scope(instruction): flops}) if flops else Counter()
 
     def loop_cost(self, loop: Instruction, computation: Computation) -> Counter:
         (condition,), (body,) = loop.called("condition"), loop.called("body")
@@ -782,7 +745,7 @@ def convolution_flops(instruction: Instruction, inputs: tuple, kernel: tuple) ->
     return 2 * multiply_adds
 
 
-def scope(instruction: Instruction, module: Module) -> str:
+def scope(instruction: Instruction) -> str:
     """As in `Counts.by_scope`."""
     name = instruction.op_name
     direction = "forward"
@@ -790,5 +753,9 @@ def scope(instruction: Instruction, module: Module) -> str:
         direction = "recomputed"
     elif re.search(r"(^|/)transpose\(", name):
         direction = "backward"
-    functions = [f for f in module.functions(instruction) if "<" not in f]
-    return f"{direction}: {'/'.join(functions) or name or 'no metadata'}"
+    return f"{direction}: {'/'.join(scopes(name)) or 'none'}"
+
+
+def scopes(op_name: str) -> list[str]:
+    """The names of SCOPES that an operation was traced in, outermost first."""
+    return [name for name in re.findall(r"\w+", op_name) if name in SCOPES]
