@@ -30,14 +30,13 @@ from jax._src import distributed as coordination
 from jax.experimental import multihost_utils
 
 from supmim_jax.config.configdict import differences
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 
 EXIT_TRY_AGAIN = 1  # a process is missing or died; the same command may work the next time
 EXIT_SETUP = 2  # the config, data, workdir or checkpoint must be changed first
 HEARTBEAT = 20  # seconds of silence after which JAX's own service takes a process for dead
 PATIENCE = 300  # seconds for what another process, which is there, is about to say
 PULSE = 2.0  # seconds between signs of life, and between looks at whether somebody failed
-MOST = 5  # differences shown for a process, and processes shown
 ROOT = "supmim_jax"  # of all keys
 FAILED, ALIVE = f"{ROOT}/failed", f"{ROOT}/alive"
 PREEMPTED = "RECEIVED_PREEMPTION_NOTICE"  # of XLA's preemption_sync_manager.cc
@@ -181,11 +180,11 @@ def agree(topic: str, here: dict[str, dict]) -> None:
         store.key_value_set(f"{key}/wanted", json.dumps(here))
     wanted = json.loads(_heard(f"{key}/wanted", 0))
     changed = [x for name in here for x in differences(wanted[name], here[name], name)]
-    store.key_value_set(f"{key}/{me}", "; ".join(_few(changed)))
+    store.key_value_set(f"{key}/{me}", first_few(changed))
     if me == 0:
         said = {i: _heard(f"{key}/{i}", i) for i in hosts}
         odd = [f"{_name(i)}: {text}" for i, text in said.items() if text]
-        store.key_value_set(f"{key}/verdict", "\n  ".join(_few(odd)))
+        store.key_value_set(f"{key}/verdict", first_few(odd, "\n  "))
     if verdict := _heard(f"{key}/verdict", 0):
         raise SetupError(
             f"The processes of this run have different {topic} ({_name(0)}; the one named):\n"
@@ -236,12 +235,6 @@ def _heard(key: str, process: int, patience: float = PATIENCE) -> str:
         ) from None
 
 
-def _few(texts: list[str]) -> list[str]:
-    """The first of them, and how many more there are."""
-    rest = len(texts) - MOST
-    return texts[:MOST] + ([f"and {rest} more"] if rest > 0 else [])
-
-
 # --- failing together
 
 
@@ -263,7 +256,7 @@ def behind() -> str:
         return _name(0)  # whom nobody can ask
     steps = {int(key.rpartition("/")[2]): int(text.split()[1]) for key, text in said.items()}
     late = [f"{_name(i)} at step {n}" for i, n in sorted(steps.items()) if n < max(steps.values())]
-    return ", ".join(_few(late))
+    return first_few(late, ", ")
 
 
 def end_watch() -> None:
@@ -284,7 +277,7 @@ def leave(message: str, code: int) -> None:
         said = _watch.failure() if code == EXIT_TRY_AGAIN else None
         if said is None:
             if code == EXIT_TRY_AGAIN and (dead := _watch.silent()):
-                names = " and ".join(_few([_name(i) for i in dead]))
+                names = first_few([_name(i) for i in dead], " and ")
                 message = f"{names} died: killed, out of memory or preempted. {message}"
             said = _watch.publish(message, code)
         if code == EXIT_TRY_AGAIN:

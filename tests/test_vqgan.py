@@ -215,7 +215,7 @@ def test_half_precision_and_collections_beside_the_parameters_are_read(published
 def test_another_architecture_is_refused(published):
     wider = dataclasses.replace(SMALL, res_blocks=1)
     with pytest.raises(
-        SetupError, match=r"ResBlock_\d/.* is missing; .* is not of this model .*and \d+ more"
+        SetupError, match=r"ResBlock_\d/.* is missing; .* is not of this model.* and \d+ more"
     ):
         maskgit.load(published[0], wider, ours(wider, 4, 16)[1])
 

@@ -20,7 +20,7 @@ import tensorstore as ts
 from etils import epath
 
 from supmim_jax import multihost, storage
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 
 NAME = "SHA256SUMS"
 # orbax writes these after the sums, as it commits. Nothing here reads what they hold.
@@ -33,7 +33,6 @@ ANOTHER = (
     "Choose another step with @step. A training run goes on from the step before with "
     "--use_older_checkpoint, which sets this one aside."
 )
-SHOWN = 3  # problems that a message names
 PATIENCE = 3600  # seconds for another process to read its share
 
 _calls = itertools.count()  # names of exchanges between processes are used once
@@ -137,8 +136,7 @@ def _problem(directory: epath.Path) -> str:
     problems = problems or _different(listed, present) or _misplaced(directory)
     if not problems:
         return ""
-    more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
-    return f"{'; '.join(problems[:SHOWN])}{more}. {ANOTHER}"
+    return f"{first_few(problems)}. {ANOTHER}"
 
 
 def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[str]:

@@ -25,13 +25,12 @@ from supmim_jax.checkpoint import retention
 from supmim_jax.checkpoint.checksums import ANOTHER, Damaged, verify
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 from supmim_jax.sharding import path_name
 
 BEST, EMA = "best", "@ema"
 STEP = re.compile(r"0|[1-9]\d*")
 TEMPORARY = ".orbax-checkpoint-tmp"
-SHOWN = 5  # differences that a message names
 
 # Numbers of a run that has not begun.
 BEGIN = {
@@ -182,10 +181,9 @@ class Checkpoint:
             if on_disk.get(path) != asked.get(path)
         ]
         if problems:
-            more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
             raise SetupError(
                 f"{self.directory} is of another architecture or optimizer: "
-                f"{'; '.join(problems[:SHOWN])}{more}. Use the config that is saved beside it, or "
+                f"{first_few(problems)}. Use the config that is saved beside it, or "
                 f"another --workdir."
             )
 

@@ -41,7 +41,7 @@ from supmim_jax import storage
 from supmim_jax.config import DataConfig
 from supmim_jax.data import fractals
 from supmim_jax.data.decode import BrokenRecord
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 
 PREPARE = "python -m supmim_jax.data.prepare"
 NAME = re.compile(r"\w[\w-]*(/\w[\w.+-]*)?(:[\d*]+\.[\d*]+\.[\d*]+)?", re.ASCII)
@@ -272,10 +272,9 @@ def _check_checksums(directory: epath.Path) -> None:
         if checksum != expected[name]
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise SetupError(
-            f"The data set in {directory} is not as data.prepare wrote it: {'; '.join(wrong[:3])}"
-            f"{more} (size and checksum, by {CHECKSUMS}). Copy it again or prepare it again; if "
+            f"The data set in {directory} is not as data.prepare wrote it: {first_few(wrong)} "
+            f"(size and checksum, by {CHECKSUMS}). Copy it again or prepare it again; if "
             f"the change was meant, remove {CHECKSUMS}."
         )
 

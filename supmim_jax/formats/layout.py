@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from supmim_jax.config import DataConfig, ViTConfig
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 from supmim_jax.models.transformer import sincos2d
 
 BLOCKS = "encoder/transformer/blocks"
@@ -137,11 +137,9 @@ def check(found: dict[str, np.ndarray], wanted: dict[str, Any], file: str) -> No
         if name in found and found[name].shape != x.shape
     ]
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise SetupError(
             f"{file} does not hold the weights of the ViT that it describes: "
-            f"{'; '.join(problems[:5])}{more}. Nothing was imported; is --from right, and the file "
-            f"whole?"
+            f"{first_few(problems)}. Nothing was imported; is --from right, and the file whole?"
         )
 
 

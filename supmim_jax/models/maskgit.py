@@ -10,7 +10,7 @@ from etils import epath
 from flax import serialization, traverse_util
 
 from supmim_jax.config import VQGANConfig
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 
 # Our path in models/vqgan.py, and MaskGIT's. Linen numbers the modules of a class in the order in
 # which they are called: in a block norm, conv, norm, conv, shortcut.
@@ -55,10 +55,9 @@ def load(path: epath.Path, cfg: VQGANConfig, like: dict) -> dict:
         if name in stored and _kind(stored[name]) != f"float32{list(shape)}"
     ]
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise SetupError(
-            f"{path} is not the tokenizer that the config describes: {'; '.join(problems[:5])}"
-            f"{more}. The defaults of VQGANConfig are MaskGIT's ImageNet tokenizer at 256 px."
+            f"{path} is not the tokenizer that the config describes: {first_few(problems)}. The "
+            f"defaults of VQGANConfig are MaskGIT's ImageNet tokenizer at 256 px."
         )
     flat = {ours: stored[name] for name, (ours, _) in wanted.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
