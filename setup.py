@@ -12,7 +12,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["supmim_jax", "supmim_jax.*"]),
-    package_data={"supmim_jax.report": ["template.html", "style.css"]},
+    package_data={
+        "supmim_jax": ["py.typed"],
+        "supmim_jax.report": ["template.html", "style.css"],
+    },
     install_requires=[
         "absl-py",
         "array-record>=0.8",
@@ -30,6 +33,7 @@ setup(
         "opencv-python-headless>=4.10",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
+        "pillow",
         "matplotlib",
         "msgpack",
         "safetensors>=0.5",
@@ -49,6 +53,7 @@ setup(
         "parity": ["torch", "transformers>=5.9"],
         "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
         "bench": ["faiss-cpu"],
+        "parquet": ["pyarrow"],  # for supmim_jax.embed --out=*.parquet
         "fast": ["turbojpeg"],  # libjpeg-turbo 3, of which supmim_jax/data/jpeg.py uses the library
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

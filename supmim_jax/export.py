@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from supmim_jax import cli, encoder, sharding, storage
+from supmim_jax import cli, encoder, sharding, storage, workdir
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
@@ -51,7 +51,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.tree.map(np.asarray, encoder.restore(checkpoint, mesh, 1).params)
-    tensors, documents = WRITERS[to](params, cfg)
+    tensors, documents = WRITERS[to](params, cfg, workdir.class_names(checkpoint.workdir))
     files.write(out, tensors, documents)
     return LOADING[to][cfg.objective.leaves].format(out)
 

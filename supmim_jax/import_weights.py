@@ -8,6 +8,7 @@ such as a published MAE's, becomes a checkpoint of objective `mae` to be probed 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,13 +25,16 @@ from supmim_jax.errors import SetupError
 from supmim_jax.formats import augreg, files, layout, timm, transformers
 from supmim_jax.formats.layout import Foreign, from_foreign
 from supmim_jax.metrics import write_json
+from supmim_jax.workdir import CLASS_NAMES
 
 READERS = {"timm": timm.read, "transformers": transformers.read}
 SOURCES = ("augreg", *READERS)
 
 
-def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
-    """The config and the parameters of the model at `path`; `base` sets the rest of the config.
+def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str, ...]]:
+    """The config, the parameters and the names of the classes of the model at `path`.
+
+    `base` sets the rest of the config. Where the file names no classes, there are no names.
 
     Raises:
       SetupError: a file is missing or broken, or is not exactly a model of ours.
@@ -49,7 +53,7 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict]:
     params = layout.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
-    return cfg, params
+    return cfg, params, found.class_names
 
 
 def encoder_of(arrays: dict[str, np.ndarray], found: Foreign, file: str) -> dict[str, np.ndarray]:
@@ -100,10 +104,11 @@ def images(data: DataConfig, found: Foreign) -> DataConfig:
         channels=found.channels,
         eval_resize=max(found.eval_resize, found.image_size),
         augment=data.augment if found.channels == 3 else "none",
+        resize=found.resize or data.resize,
     )
 
 
-def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
+def save(workdir: epath.Path, cfg: Config, params: dict, class_names: Sequence[str] = ()) -> None:
     """Writes the checkpoint of step 0, with an optimizer that has not seen anything.
 
     Raises:
@@ -115,6 +120,8 @@ def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
         params = jax.tree.map(jnp.asarray, params)
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, optim.make(cfg).init(params))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+        if class_names:
+            write_json(workdir / CLASS_NAMES, list(class_names))
         write_json(workdir / "config.json", to_configdict(cfg).to_dict())
         checkpoints.save(state, cfg, checkpoint.BEGIN)
         checkpoints.close()
@@ -125,8 +132,8 @@ def save(workdir: epath.Path, cfg: Config, params: dict) -> None:
 def main() -> None:
     base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
     with storage.fetched(epath.Path(PATH.value)) as path:
-        cfg, params = load(FROM.value, path, base)
-    save(epath.Path(WORKDIR.value), cfg, params)
+        cfg, params, class_names = load(FROM.value, path, base)
+    save(epath.Path(WORKDIR.value), cfg, params, class_names)
     print(f"{WORKDIR.value}: {cfg.model}")
 
 

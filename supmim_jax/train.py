@@ -52,7 +52,8 @@ def train(
     Args:
       cfg: the experiment.
       workdir: is given config.json, environment.json, metrics.jsonl, checkpoints/, results.json,
-        and of its tokenizer the identity and a codebook that was fitted.
+        of a classifier class_names.json, and of its tokenizer the identity and a codebook that was
+        fitted.
       stop_at: saves and returns after this step, as if interrupted; the schedule is that of cfg.
       devices: what to train on; default: all of this run's.
       use_older_checkpoint: goes on from the newest whole checkpoint; damaged ones are set aside.
@@ -76,7 +77,8 @@ def train(
     evals.check(dataset, cfg.data.eval_split)
     frozen = Frozen.open(cfg, dataset, workdir.path, step_fn)
     multihost.agree("frozen arrays", {"sha256": frozen.digests})
-    with workdir.claimed(frozen):
+    names = dataset.class_names() if cfg.objective.leaves == "classifier" else ()
+    with workdir.claimed(frozen, names):
         checkpoints = Checkpoints.open(workdir.path, cfg)
         newest = checkpoints.newest(use_older_checkpoint)
         checkpoints.check_disk_space(checkpoint.plain(step_fn.state))

@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -36,7 +36,7 @@ MAY_CHANGE = (
     "config.data.max_broken:",
 )
 MASKS = ("config.data.masks.",)  # may change where only an evaluation reads them
-LOCK = "lock"
+LOCK, CLASS_NAMES = "lock", "class_names.json"
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as Lustre mounted without flock
 SHARED_WITHIN = 20  # seconds after which every host must see a file that another one wrote
 
@@ -73,12 +73,13 @@ class Workdir:
         return storage.read_json(path, "Remove it to evaluate again.") if path.exists() else None
 
     @contextlib.contextmanager
-    def claimed(self, frozen: Frozen) -> Iterator[None]:
+    def claimed(self, frozen: Frozen, class_names: Sequence[str] = ()) -> Iterator[None]:
         """The workdir, made if need be, belongs to this run alone as long as the context is open.
 
-        A new one is given what the run begins from: the config and the tokenizer. The kernel frees
-        the lock of a process that was killed at once. Object stores (gs://) and some mounts have no
-        locks; there nothing is checked.
+        A new one is given what the run begins from: the config, the tokenizer, and the names of the
+        classes, which are needed where the encoder is used and the data set is not. The kernel
+        frees the lock of a process that was killed at once. Object stores (gs://) and some mounts
+        have no locks; there nothing is checked.
 
         Raises:
           SetupError: another run has it, its config has changed, it cannot be written, or not all
@@ -98,6 +99,8 @@ class Workdir:
                     config = self.path / "config.json"
                     if not config.exists():
                         frozen.save(self.cfg, self.path)
+                        if class_names:
+                            write_json(self.path / CLASS_NAMES, class_names)
                         write_json(config, to_configdict(self.cfg).to_dict())
                 except OSError as error:
                     raise SetupError(
@@ -181,3 +184,13 @@ class Workdir:
                 f"here). The steps after {step} would draw or round other numbers. Set these "
                 f"variables as they were (None: unset), or choose another --workdir."
             )
+
+
+def class_names(path: epath.Path) -> list[str]:
+    """The names of a classifier's outputs, in order; [] where the run did not note them.
+
+    Raises:
+      SetupError: the file cannot be read.
+    """
+    file = path / CLASS_NAMES
+    return storage.read_json(file, "Remove it to go on without.") if file.exists() else []

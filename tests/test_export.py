@@ -193,7 +193,7 @@ def test_augreg_computes_here_what_it_computes_in_transformers(supervised, tmp_p
     weights = {name: x.numpy() for name, x in model.state_dict().items()}
     np.savez(tmp_path / "vit.npz", **published(weights, 4))
 
-    cfg, params = import_weights.load("augreg", tmp_path / "vit.npz", supervised)
+    cfg, params, _ = import_weights.load("augreg", tmp_path / "vit.npz", supervised)
     assert cfg.model == dataclasses.replace(
         cfg.model, patch=8, width=32, depth=2, mlp_dim=56, heads=4, pooling="cls", gelu="tanh"
     )
@@ -214,7 +214,7 @@ def test_a_model_saved_by_transformers_is_read(supervised, tmp_path, pooling):
     torch.manual_seed(0)
     model = model(config(**size, image_size=24, patch_size=8, layer_norm_eps=1e-6)).eval()
     model.save_pretrained(tmp_path / "saved")
-    cfg, params = import_weights.load("transformers", tmp_path / "saved", supervised)
+    cfg, params, _ = import_weights.load("transformers", tmp_path / "saved", supervised)
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
     assert (cfg.model.pooling, cfg.data.num_classes, cfg.data.eval_resize) == (pooling, 2, 24)
     assert_close(make_features(cfg, params, images).logits, model(pixels(images)).logits)

@@ -68,7 +68,7 @@ def test_a_model_saved_by_timm_is_read(supervised, tmp_path, arguments):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     timm.models.save_for_hf(model, tmp_path / "saved", safe_serialization=True)
-    cfg, params = import_weights.load("timm", tmp_path / "saved", supervised)
+    cfg, params, _ = import_weights.load("timm", tmp_path / "saved", supervised)
     assert cfg.model.heads == 3 and cfg.data.eval_resize == 35  # crop_pct 0.9
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     assert_close(make_features(cfg, params, images).logits, model(pixels(images)))

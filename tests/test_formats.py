@@ -91,7 +91,7 @@ def test_export_and_import_are_inverse_bit_for_bit(supervised, tmp_path, to, poo
         supervised, pooling=pooling, positions=positions, gelu="tanh", layer_scale=scale
     )
     params = make_params(cfg)
-    found, back = import_weights.load(to, write(cfg, params, to, tmp_path / "out"), cfg)
+    found, back, _ = import_weights.load(to, write(cfg, params, to, tmp_path / "out"), cfg)
     assert_same(back, params)
     assert found == cfg  # eval_resize, classes, channels and the rest of the data section too
 
@@ -103,10 +103,10 @@ def test_an_encoder_by_itself_comes_back_too(mae, supervised, tmp_path, capsys, 
     params = make_params(cfg)
     assert params.keys() == {"encoder"}
     out = write(cfg, params, to, tmp_path / "out")
-    found, back = import_weights.load(to, out, cfg)
+    found, back, _ = import_weights.load(to, out, cfg)
     assert_same(back, params)
     assert found == cfg
-    other, back = import_weights.load(to, out, supervised)
+    other, back, _ = import_weights.load(to, out, supervised)
     assert_same(back, params)
     assert other.objective == MAEConfig() and other.eval.which == ("knn",)
     assert other.data == supervised.data and capsys.readouterr().out == ""
@@ -115,7 +115,7 @@ def test_an_encoder_by_itself_comes_back_too(mae, supervised, tmp_path, capsys, 
 def test_layer_scale_goes_into_the_weights_for_transformers(supervised, tmp_path):
     cfg = with_model(supervised, layer_scale=0.1)
     params = make_params(cfg)
-    found, back = import_weights.load(
+    found, back, _ = import_weights.load(
         "transformers", write(cfg, params, "transformers", tmp_path / "out"), cfg
     )
     assert found == with_model(cfg, layer_scale=0.0)

@@ -70,7 +70,7 @@ def test_the_encoder_of_mae(supervised, tmp_path, capsys, kind, positions):
     model, encoder = mae(kind, positions)
     model.save_pretrained(tmp_path)
     see(tmp_path, MEAN, STD)
-    cfg, params = import_weights.load("transformers", tmp_path, supervised)
+    cfg, params, _ = import_weights.load("transformers", tmp_path, supervised)
     assert cfg.objective == MAEConfig() and cfg.eval.which == ("knn",)
     assert (cfg.model.pooling, cfg.model.positions) == ("cls", positions)
     assert params.keys() == {"encoder"} and ("positions" in params["encoder"]) == (
@@ -94,7 +94,7 @@ def test_the_pooler_of_a_plain_vit_stays_behind(supervised, tmp_path, capsys):
     base = dataclasses.replace(supervised, objective=MAEConfig(mask_ratio=0.6))
     model = random(hf.ViTModel(hf.ViTConfig(**SIZE)), fixed="none")
     model.save_pretrained(tmp_path)
-    cfg, params = import_weights.load("transformers", tmp_path, base)
+    cfg, params, _ = import_weights.load("transformers", tmp_path, base)
     assert cfg.objective == base.objective
     assert "left out pooler.* (2 arrays)" in capsys.readouterr().out
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
@@ -117,7 +117,7 @@ def test_pixels_are_what_the_files_processor_makes_of_them(supervised, tmp_path,
     model.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     base = dataclasses.replace(supervised, objective=MAEConfig())
-    cfg, params = import_weights.load("transformers", tmp_path, base)
+    cfg, params, _ = import_weights.load("transformers", tmp_path, base)
     images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
     seen = images.astype(np.float64)
     if processor.get("do_rescale") is not False:

@@ -28,7 +28,8 @@ LAYERS = [
         "data.prepare",
         "rehearse",
     },
-    {"report", "bench"},
+    {"report", "bench", "inference"},
+    {"embed"},
 ]
 APART = {("evals", "objectives"), ("evals", "encoder")}
 

@@ -14,6 +14,7 @@ from etils import epath
 from pictures import contents, encoded, put, source
 
 from supmim_jax import storage
+from supmim_jax.data import worker
 from supmim_jax.data.prepare import __main__ as command
 from supmim_jax.data.prepare import folder, output, tfrecords
 from supmim_jax.errors import SetupError
@@ -77,7 +78,7 @@ def test_reading_ahead_keeps_order_and_is_bounded():
             seen.append(item)
         return item * 2
 
-    results = output.prefetched(make, range(1000))
+    results = worker.prefetched(make, range(1000))
     assert [next(results) for _ in range(10)] == list(range(0, 20, 2))
     time.sleep(0.1)
     assert len(seen) <= 10 + 4 * min(8, os.cpu_count())

@@ -8,6 +8,7 @@ is read: orbax alone accepts a misspelt subtree or another depth.
 import contextlib
 import dataclasses
 import datetime
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.errors import SetupError, first_few
 from supmim_jax.sharding import path_name
+
+# orbax warns of a file that only its CheckpointManager writes, and only that reads.
+logging.getLogger("absl").addFilter(lambda x: "Metadata file does not exist" not in x.getMessage())
 
 BEST, EMA = "best", "@ema"
 STEP = re.compile(r"0|[1-9]\d*")

@@ -21,6 +21,11 @@ from supmim_jax.config import IGNORED, DataConfig
 from supmim_jax.errors import SetupError
 
 MOST_SIDE = 2**20  # pixels; OpenCV's own limit to a side
+# Of the names of files of all formats that are read; what a file is, its first bytes say.
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 # Tags of TIFF, and so of EXIF.
 WIDTH, HEIGHT, BITS, COLOURS, ORIENTATION, SAMPLES, EXTRA = 256, 257, 258, 262, 274, 277, 338
 

@@ -75,6 +75,12 @@ class Dataset:
             self.opened[split, masks] = open_records(self.cfg.data, split)
         return self.opened[split, masks]
 
+    def class_names(self, split: str = "") -> list[str]:
+        """Those of the labels, in order; a class that is only a number is called "class 7"."""
+        records = self.records(split or self.cfg.data.train_split)
+        names = records.features[self.cfg.data.label_field].names
+        return [f"class {name}" if name.isdecimal() else name for name in names]
+
     def training_records(self) -> source.Records:
         """Those of the training split, with what the objective learns from.
 

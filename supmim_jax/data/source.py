@@ -382,6 +382,20 @@ def open_masks(cfg: DataConfig, split: str) -> Records:
     return _open(builder, cfg, split, {"image": "image", "mask": cfg.masks.field})
 
 
+def open_images(cfg: DataConfig, split: str) -> Records:
+    """The records of a split, each with "image", and with "label" where the data set has labels.
+
+    Raises:
+      SetupError: the data set, its split or its images are missing.
+    """
+    builder = _builder(cfg)
+    features = dict(builder.info.features)
+    check_image(features, cfg.name)
+    has_labels = isinstance(features.get(cfg.label_field), tfds.features.ClassLabel)
+    fields = {"image": "image"} | ({"label": cfg.label_field} if has_labels else {})
+    return _open(builder, cfg, split, fields)
+
+
 def feature_names(cfg: DataConfig) -> list[str]:
     """What each example of the data set has."""
     return list(_builder(cfg).info.features)

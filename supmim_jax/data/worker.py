@@ -1,4 +1,6 @@
-"""The processes that decode images: without JAX, ended with their parent, explained when they die.
+"""Threads that read ahead, and the processes that decode images.
+
+The processes are without JAX, end with their parent, and are explained when they die.
 
 A spawned process first imports, under the name __mp_main__, the module that its parent ran as a
 script: `supmim_jax.train`, and so all of JAX, Flax and Orbax. Here it imports this one, which bars
@@ -7,6 +9,7 @@ not imported by anything that a worker needs. And it ends the process with its p
 workers would outlive one that was killed.
 """
 
+import concurrent.futures
 import importlib.util
 import math
 import os
@@ -15,7 +18,10 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
+from typing import TypeVar
 
 from supmim_jax.errors import SetupError
 
@@ -25,6 +31,23 @@ SHARED = "/dev/shm"  # where batches pass from a worker to its parent, as long a
 OF_A_WORKER, TAKEN, MARGIN = 2, 4, 1.25
 PAGE = 4096  # bytes in which shared memory is given
 MB = 2**20
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def prefetched(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """make(item) of each item, in order, by a few threads that are never far ahead."""
+    threads = min(8, os.cpu_count() or 1)
+    pending: deque[concurrent.futures.Future] = deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(make, item))
+                if len(pending) >= 4 * threads:
+                    yield pending.popleft().result()
+            yield from (future.result() for future in pending)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def keep_light() -> None:

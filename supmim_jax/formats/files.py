@@ -105,6 +105,17 @@ def _float32(array: np.ndarray, name: str, path: Path) -> np.ndarray:
     return array.astype(np.float32)
 
 
+def library(directory: Path) -> str:
+    """Which library wrote a directory: "timm" or "transformers"."""
+    return "transformers" if "model_type" in read_json(directory / CONFIG) else "timm"
+
+
+def strings(values: Any, count: int) -> tuple[str, ...]:
+    """So many texts of a JSON list; () where it is anything else."""
+    known = isinstance(values, list) and len(values) == count
+    return tuple(values) if known and all(isinstance(x, str) for x in values) else ()
+
+
 class Section:
     """A JSON object whose values are asked for by name and type."""
 

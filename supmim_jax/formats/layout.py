@@ -164,7 +164,8 @@ class Foreign(NamedTuple):
 
     num_classes is 0 where there is no classifier. Arrays whose names begin with one of `leaves_out`
     are no part of the encoder. The model sees pixels in [0, 1] less `mean` and divided by `std`,
-    which have a number per channel or one for all.
+    which have a number per channel or one for all. `resize` is "" where the file's filter is none
+    of ours.
     """
 
     model: ViTConfig
@@ -174,6 +175,8 @@ class Foreign(NamedTuple):
     eval_resize: int
     layout: Layout
     leaves_out: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    resize: str = ""
     mean: tuple[float, ...] = (0.5,)  # this encoder's: it sees pixels / 127.5 - 1
     std: tuple[float, ...] = (0.5,)
 

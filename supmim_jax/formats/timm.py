@@ -6,11 +6,12 @@ It expresses every model of ours: without a CLS token, with the last norm before
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from supmim_jax.config import VARIANTS, Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import Section
+from supmim_jax.formats.files import Section, strings
 from supmim_jax.formats.layout import (
     BLOCKS,
     Foreign,
@@ -70,7 +71,9 @@ def layout(
     return Layout(rows, "pos_embed" if cls_positions else "")
 
 
-def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
+def write(
+    params: Any, cfg: Config, class_names: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
@@ -117,6 +120,8 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
         "model_args": arguments,
         "pretrained_cfg": pretrained,
     }
+    if class_names:
+        config["label_names"] = list(class_names)
     return tensors, {"config.json": config}
 
 
@@ -160,6 +165,7 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
     classes = args.number("num_classes", config.values.get("num_classes"), least=0)
     without = args.one_of("no_embed_class", {True: True, False: False}, False)
     crop_pct = pretrained.real("crop_pct", 0.875) or 1.0
+    filters = {name: ours for ours, name in INTERPOLATION.items()}
     return Foreign(
         model=model,
         num_classes=classes,
@@ -173,6 +179,8 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
             head=classes > 0,
             cls_positions=pooling == "cls" and not without,
         ),
+        class_names=strings(config.values.get("label_names"), classes),
+        resize=filters.get(pretrained.values.get("interpolation"), ""),
     )
 
 

@@ -7,11 +7,12 @@ The encoder by itself (ViTModel, IJepaModel, ViTMAEModel) has no prefix before i
 is a `vit` that MAE has trained; it has no classifier, and its decoder is left out.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from supmim_jax.config import Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import Section
+from supmim_jax.formats.files import Section, strings
 from supmim_jax.formats.layout import (
     BLOCKS,
     Foreign,
@@ -64,7 +65,9 @@ def layout(model: ViTConfig, channels: int, positions: int, *, head: bool, root:
     return Layout((*rows, cls), f"{root}embeddings.position_embeddings")
 
 
-def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
+def write(
+    params: Any, cfg: Config, class_names: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
@@ -89,7 +92,7 @@ def write(params: Any, cfg: Config) -> tuple[dict[str, Any], dict[str, dict]]:
         "qkv_bias": True,
     }
     if head:
-        labels = [f"LABEL_{i}" for i in range(data.num_classes)]
+        labels = class_names or [f"LABEL_{i}" for i in range(data.num_classes)]
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     processor = {
@@ -141,6 +144,9 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
     classes = config.number("num_labels", len(labels) or 2) if head else 0  # 2: their own default
     eval_resize, mean, std = _processor(documents, image_size, channels, file)
     positions = (image_size // model.patch) ** 2
+    processor = documents.get("preprocessor_config.json")
+    processor = processor if isinstance(processor, dict) else {}
+    filters = {number: ours for ours, number in RESAMPLE.items()}
     return Foreign(
         model=model,
         num_classes=classes,
@@ -151,6 +157,8 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
         leaves_out=() if head else NO_ENCODER,
         mean=mean,
         std=std,
+        class_names=strings(list(labels.values()) if isinstance(labels, dict) else labels, classes),
+        resize=filters.get(processor.get("resample"), ""),
     )
 
 

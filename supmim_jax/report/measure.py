@@ -95,15 +95,14 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
 
 
 def class_names(dataset: Dataset, split: str) -> list[str]:
-    """Those of the data set; a class that is only a number is called "class 7".
+    """Those of the data set.
 
     Without labels, each of the images that are shown is a class of its own.
     """
     cfg = dataset.cfg
     if cfg.needs_masks:
         return [f"image {i + 1}" for i in range(SHOWN)]
-    names = dataset.records(split).features[cfg.data.label_field].names
-    return [f"class {name}" if name.isdecimal() else name for name in names]
+    return dataset.class_names(split)
 
 
 def neighbourhood(

@@ -27,17 +27,12 @@ from tensorflow_datasets.core import example_serializer, naming
 from tensorflow_datasets.core.proto import dataset_info_pb2
 
 from supmim_jax import storage
-from supmim_jax.data import decode, fractals
+from supmim_jax.data import decode, fractals, worker
 from supmim_jax.data.decode import Shown, Unclear
 from supmim_jax.data.prepare import output
 from supmim_jax.errors import SetupError
 
 VERSION = "1.0.0"
-# All that OpenCV decodes and decode.py knows; what a file is, its first bytes say.
-ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
 VALIDATION = ("val", "validation")
 WNIDS, ANNOTATIONS = "wnids.txt", "val_annotations.txt"
 UNPACK = "Unpack Tiny-ImageNet's archive again."
@@ -257,7 +252,7 @@ class Folder:
                         f"{split} has two directories of one name in two forms of Unicode: "
                         f"{twin.name!a} and {path.name!a}. Put the images of both in one."
                     )
-            elif path.name.lower().endswith(ENDINGS):
+            elif path.name.lower().endswith(decode.ENDINGS):
                 raise SetupError(f"{path} is in no class. Expected {split}/<class>/{path.name}.")
             else:
                 self.others.append(path.relative_to(self.root).as_posix())
@@ -275,7 +270,7 @@ class Folder:
         if not files:
             raise SetupError(
                 f"{split} has no images: no file in a class directory ends in "
-                f"{', '.join(ENDINGS)}.{self._ignored('')}"
+                f"{', '.join(decode.ENDINGS)}.{self._ignored('')}"
             )
         return files
 
@@ -292,7 +287,7 @@ class Folder:
             is_directory, size, changed, wrong = _look(path)
             if is_directory:
                 yield from self._images(path, label, (*above, real))
-            elif name.lower().endswith(ENDINGS):
+            elif name.lower().endswith(decode.ENDINGS):
                 yield File(name, label, size, changed, wrong)
             else:
                 self.others.append(name)
@@ -432,7 +427,7 @@ def find_broken(folder: Folder, no_decode: bool, skip: bool, shown: Shown) -> di
     broken: dict[str, str] = {}
     rows, cures = [], {}  # of an error
     with output.progress("checking", len(files), "files") as bar:
-        for file, wrong in zip(files, output.prefetched(look, files)):
+        for file, wrong in zip(files, worker.prefetched(look, files)):
             bar.update()
             if isinstance(wrong, Unclear):
                 rows.append(f"{file.name} {wrong.found}")
@@ -510,7 +505,7 @@ def _shards(folder: Folder, broken: dict[str, str], name: str) -> dict[str, list
                 path.name,
                 len(part),
                 sum(sizes[part.start : part.stop]),
-                functools.partial(output.prefetched, record, files[part.start : part.stop]),
+                functools.partial(worker.prefetched, record, files[part.start : part.stop]),
             )
             for part, path in zip(parts, template.sharded_filepaths(len(parts)))
         ]

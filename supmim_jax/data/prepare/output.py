@@ -9,16 +9,13 @@ tfds's own writer would not do for folders: it keeps nothing of an interrupted r
 order of records is to stay it sorts a whole split in memory.
 """
 
-import concurrent.futures
 import contextlib
 import fcntl
-import os
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -50,8 +47,6 @@ LOG_EVERY = 30.0  # seconds between lines of progress in a log file
 MAKE_ROOM = "Free some, or choose another --data_dir (of a bucket: another TMPDIR)."
 LISTED = 20  # names in a list; the rest is a number
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -77,21 +72,6 @@ def cut(sizes: Sequence[int]) -> list[range]:
             start, total = index, 0
         total += size
     return [*parts, range(start, len(sizes))]
-
-
-def prefetched(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """make(item) of each item, in order, by a few threads that are never far ahead."""
-    threads = min(8, os.cpu_count() or 1)
-    pending: deque[concurrent.futures.Future] = deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(make, item))
-                if len(pending) >= 4 * threads:
-                    yield pending.popleft().result()
-            yield from (future.result() for future in pending)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def write_shard(path: epath.Path, shard: Shard, bar: tqdm) -> None:

@@ -1,0 +1,297 @@
+"""Writes the embeddings of many images: of a folder, or of a split of a data set.
+
+  python -m supmim_jax.embed --checkpoint runs/b14 --images photos --out photos.npz
+  python -m supmim_jax.embed --checkpoint runs/b14 --name imagenet2012 --split validation --out val
+
+--out ends in .npz or .parquet, or is a directory for one .npz per shard. Each has `embedding` NxD
+and `name` N, the path in the folder or the number of the record; of a data set with labels `label`
+N. An image that cannot be read is named on stderr and in <out>.broken.txt, and has no row. Run
+again, the command goes on with the shards that are missing; several processes (--distributed)
+share them.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from tqdm import tqdm
+
+from supmim_jax import cli, inference, multihost, storage
+from supmim_jax.config import DataConfig
+from supmim_jax.data import source
+from supmim_jax.data.decode import BrokenRecord
+from supmim_jax.data.worker import prefetched
+from supmim_jax.errors import SetupError
+from supmim_jax.inference import BrokenImage, Encoder
+from supmim_jax.metrics import write_json
+
+PLAN = "plan.json"
+PATIENCE = 86400  # seconds for other processes to do their share
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Folder(Sequence):
+    """The image files below a folder."""
+
+    def __init__(self, path: epath.Path):
+        self.path, self.names = path, inference.image_files(path)
+        self.identity = {"images": str(path), "files": _digest(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        """The record of an image; raises OSError where it cannot be read."""
+        return {"image": (self.path / self.names[index]).read_bytes()}
+
+
+class Split(Sequence):
+    """A split of a data set of tfds."""
+
+    def __init__(self, cfg: DataConfig, split: str):
+        self.records = source.open_images(cfg, split)
+        self.names = range(len(self.records))
+        self.identity = {"name": cfg.name, "split": split, "version": source.version(cfg)}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        """As of a Folder; raises BrokenRecord where the record cannot be read."""
+        return self.records[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    name: str
+    image: np.ndarray | None = None  # None: broken
+    label: int | None = None
+    fault: str = ""
+
+
+def embed(
+    encoder: Encoder,
+    images: Folder | Split,
+    out: epath.Path,
+    *,
+    checkpoint: str,
+    batch_size: int = inference.BATCH_SIZE,
+    dtype: str = "float32",
+    shard: int = 2**14,
+) -> dict[str, int]:
+    """Writes the embeddings; of several processes each its share, and the first one the whole.
+
+    Args:
+      encoder: on this process's devices.
+      images: what to embed.
+      out: *.npz, *.parquet, or a directory.
+      checkpoint: its name, which goes on with shards of the same alone.
+      batch_size: images of a batch.
+      dtype: of DTYPES. numpy shows bfloat16 as 2 raw bytes: x.view(ml_dtypes.bfloat16).
+      shard: images of a shard, which is what a restart may lose.
+
+    Returns:
+      How many images were embedded by this process, and how many of all are broken.
+
+    Raises:
+      SetupError: `out` holds another command's shards, or is of a form that is not written.
+    """
+    if out.suffix == ".parquet" and (dtype == "bfloat16" or not find_spec("pyarrow")):
+        raise SetupError(
+            f"--out {out}: Parquet is written by pyarrow (pip install -e '.[parquet]'), as float32 "
+            f"or float16. Take .npz instead."
+        )
+    single = out.suffix in (".npz", ".parquet")
+    if single and out.exists():
+        raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
+    parts = out.with_name(f"{out.name}.parts") if single else out
+    count = -(-len(images) // shard)
+    paths = [parts / f"embeddings-{i:05d}-of-{count:05d}.npz" for i in range(count)]
+    plan = {"checkpoint": checkpoint, "dtype": dtype, "shard": shard, **images.identity}
+    _begin(parts, plan)
+    mine = range(jax.process_index(), count, jax.process_count())
+    missing = [i for i in mine if not paths[i].exists()]
+    embedded = 0
+    with _progress(sum(len(_rows(i, shard, len(images))) for i in missing)) as bar:
+        for i in missing:
+            rows = _rows(i, shard, len(images))
+            arrays = _embedded(encoder, images, rows, batch_size, bar)
+            embedded += len(arrays["name"])
+            arrays["embedding"] = arrays["embedding"].astype(jnp.dtype(dtype))
+            with storage.written(paths[i]) as path, path.open("wb") as file:
+                np.savez(file, **arrays)
+    broken = 0
+    _wait_for_all("embedded")
+    if jax.process_index() == 0:
+        broken = _finish(out, parts, paths, single)
+    _wait_for_all("written")
+    return {"embedded": embedded, "broken": broken}
+
+
+def _wait_for_all(what: str) -> None:
+    if multihost.active():
+        multihost.gather(what, "done", PATIENCE)
+
+
+def _rows(index: int, shard: int, total: int) -> range:
+    return range(index * shard, min((index + 1) * shard, total))
+
+
+def _begin(parts: epath.Path, plan: dict) -> None:
+    path = parts / PLAN
+    if path.exists():
+        found = storage.read_json(path, "Remove the directory to begin anew.")
+        if found != plan:
+            raise SetupError(
+                f"{parts} holds embeddings of {json.dumps(found)}; asked for are "
+                f"{json.dumps(plan)}. Choose another --out, or remove that directory."
+            )
+        return
+    if jax.process_index() == 0:
+        if parts.exists() and any(parts.iterdir()):
+            raise SetupError(f"--out {parts} is not empty. Choose another, or remove it first.")
+        storage.make_directory(parts)
+        write_json(path, plan)
+
+
+def _embedded(
+    encoder: Encoder, images: Folder | Split, rows: range, batch_size: int, bar: tqdm
+) -> dict[str, np.ndarray]:
+    """The arrays of a shard."""
+    names, labels, faults = [], [], []
+
+    def read(index: int) -> Item:
+        name = str(images.names[index])
+        try:
+            record = images[index]
+            pixels = encoder.prepared(record["image"], name, record.get("floats", False))
+        except (BrokenImage, BrokenRecord, OSError) as error:
+            return Item(name, fault=str(error))
+        return Item(name, pixels, record.get("label"))
+
+    def whole() -> Iterator[np.ndarray]:
+        for item in prefetched(read, rows):
+            bar.update()
+            if item.image is None:
+                bar.write(f"left out: {item.fault}", file=sys.stderr)
+                faults.append((item.name, item.fault))
+                continue
+            names.append(item.name)
+            if item.label is not None:
+                labels.append(int(item.label))
+            yield item.image
+
+    batches = [
+        np.asarray(features.pooled)[:count]
+        for count, features in encoder.batches(whole(), batch_size)
+    ]
+    width = encoder.config.model.width
+    arrays: dict[str, Any] = {
+        "embedding": np.concatenate(batches) if batches else np.zeros((0, width), np.float32),
+        "name": np.array(names, dtype=str),
+        "broken": np.array(faults, dtype=str).reshape(-1, 2),
+    }
+    return arrays | ({"label": np.array(labels, np.int32)} if labels else {})
+
+
+def _finish(out: epath.Path, parts: epath.Path, paths: list[epath.Path], single: bool) -> int:
+    """Joins the shards where one file is asked for, and lists what is broken."""
+    shards = [_read(path) for path in paths]
+    broken = [f"{name}\t{fault}\n" for x in shards for name, fault in x.pop("broken").tolist()]
+    if broken:
+        storage.write(out.with_name(f"{out.name}.broken.txt"), "".join(broken))
+    if single:
+        arrays = {
+            name: np.concatenate([x[name] for x in shards if name in x])
+            for name in dict.fromkeys(itertools.chain(*shards))
+        }
+        with storage.written(out) as path:
+            (_write_parquet if out.suffix == ".parquet" else _write_npz)(path, arrays)
+        parts.rmtree()
+    return len(broken)
+
+
+def _read(path: epath.Path) -> dict[str, np.ndarray]:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _write_parquet(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {name: pyarrow.array(x) for name, x in arrays.items() if name != "embedding"}
+    rows = arrays["embedding"]
+    flat = pyarrow.array(rows.reshape(-1))
+    columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+    parquet.write_table(pyarrow.table(columns), str(path))
+
+
+def _progress(total: int) -> tqdm:
+    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
+    return tqdm(total=total, unit="image", mininterval=every, file=sys.stderr)
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def main() -> None:
+    cli.join()
+    if bool(IMAGES.value) == bool(NAME.value):
+        raise SetupError("Give either --images=<folder> or --name=<data set> with --split.")
+    encoder = inference.load(CHECKPOINT.value, max_value=MAX_VALUE.value)
+    if IMAGES.value:
+        images = Folder(epath.Path(IMAGES.value))
+    else:
+        data = encoder.config.data
+        data = dataclasses.replace(data, name=NAME.value, data_dir=DATA_DIR.value or data.data_dir)
+        images = Split(data, SPLIT.value)
+    begin = time.perf_counter()
+    done = embed(
+        encoder,
+        images,
+        epath.Path(OUT.value),
+        checkpoint=encoder.location,
+        batch_size=BATCH_SIZE.value,
+        dtype=DTYPE.value,
+        shard=SHARD.value,
+    )
+    seconds = time.perf_counter() - begin
+    print(
+        f"{OUT.value}: {len(images) - done['broken']} embeddings, {done['broken']} broken images; "
+        f"{done['embedded']} embedded here, {done['embedded'] / seconds:.0f} images/s."
+    )
+
+
+if __name__ == "__main__":
+    CHECKPOINT = storage.define(
+        "checkpoint", None, "workdir, workdir@step, or what `export` wrote.", required=True
+    )
+    IMAGES = storage.define("images", "", "Folder with images.", searched=False)
+    NAME = flags.DEFINE_string("name", "", "Data set of tfds, in place of a folder.")
+    SPLIT = flags.DEFINE_string("split", "validation", "Its split.")
+    DATA_DIR = storage.define("data_dir", "", "Where it is; default: as the run had it.")
+    OUT = storage.define("out", None, "*.npz, *.parquet or a directory.", required=True)
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", inference.BATCH_SIZE, "Images.", lower_bound=1)
+    DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Of the embeddings.")
+    MAX_VALUE = flags.DEFINE_float("max_value", 0.0, "White, in images of more than 8 bits.")
+    SHARD = flags.DEFINE_integer("shard", 2**14, "Images of a shard.", lower_bound=1)
+    cli.define_process_flags()
+    cli.start(main)

@@ -1,0 +1,295 @@
+"""A trained encoder in Python: images in, embeddings, patch tokens or names of classes out.
+
+import supmim_jax
+encoder = supmim_jax.load("runs/b14@best")
+embeddings_NxD = encoder.embed("photos")
+"""
+
+import dataclasses
+import io
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from supmim_jax import encoder as programs
+from supmim_jax import import_weights, sharding, storage, workdir
+from supmim_jax.batch import Features
+from supmim_jax.checkpoint import Checkpoint
+from supmim_jax.config import Config, MeshConfig
+from supmim_jax.data import decode
+from supmim_jax.data.crops import eval_image
+from supmim_jax.data.worker import prefetched
+from supmim_jax.errors import SetupError
+from supmim_jax.formats import files
+
+BATCH_SIZE = 256
+IN_FLIGHT = 2  # batches that the devices have to do while the host makes the next
+
+
+class BrokenImage(SetupError):
+    """An image that cannot be read; the message names it."""
+
+
+def load(
+    location: str | os.PathLike,
+    devices: Sequence[jax.Device] | None = None,
+    max_value: float = 0.0,
+) -> "Encoder":
+    """The encoder of a training run, or one that `supmim_jax.export` wrote.
+
+    Args:
+      location: `workdir`, `workdir@step` or `workdir@best` (with `@ema` behind it the run must have
+        a moving average; where it has one, that is used in any case), local or gs://, of a run on
+        any mesh; or a directory with config.json and model.safetensors.
+      devices: what to compute on; default: all of this process.
+      max_value: the value that is white in images of more than 8 bits a channel, such as 65535;
+        default: that of the run, if it has one. Without any, such images are refused.
+
+    Returns:
+      The encoder; of a checkpoint every file was compared with its SHA-256.
+
+    Raises:
+      SetupError: there is no such checkpoint, it is damaged, or leaves no encoder.
+    """
+    text = os.fspath(location)
+    path = storage.location(text, searched=False)
+    mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
+    if (path / files.WEIGHTS).exists():
+        with storage.fetched(path) as local:
+            cfg, params, names = import_weights.load(files.library(local), local, Config())
+            return Encoder(_with_white(cfg, max_value), params, names, mesh, str(path))
+    checkpoint = Checkpoint.open(text)
+    cfg = checkpoint.config
+    if cfg.objective.leaves == "tokenizer":
+        raise SetupError(
+            f"{text} is of objective {cfg.objective.name!r}, which leaves a tokenizer and no "
+            f"encoder. Give the --workdir of another run."
+        )
+    like = programs.build_encoder(cfg, mesh.size, mesh).params
+    names = workdir.class_names(checkpoint.workdir) if cfg.objective.leaves == "classifier" else ()
+    params, where = checkpoint.restore_params(like), str(checkpoint.directory)
+    return Encoder(_with_white(cfg, max_value), params, names, mesh, where)
+
+
+def _with_white(cfg: Config, max_value: float) -> Config:
+    data = dataclasses.replace(cfg.data, max_value=max_value or cfg.data.max_value)
+    return dataclasses.replace(cfg, data=data)
+
+
+class Encoder:
+    """A ViT with its weights, and the head that was trained with it.
+
+    Images may be paths (local or gs://), one folder (all image files below it, by path), PIL
+    images, or uint8 arrays HxW or HxWxC of any size. They are prepared as the evaluations of the
+    run have them: turned as EXIF says, over white where transparent (config.data.background),
+    the shorter side to config.data.eval_resize, the centre cut out.
+
+    Attributes:
+      config: of the run.
+      class_names: those of the classifier's outputs, in order; () without a classifier.
+      location: the directory that it was read from.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        params: Any,
+        names: Sequence[str],
+        mesh: jax.sharding.Mesh,
+        location: str,
+    ):
+        self.config, self.mesh, self.location = cfg, mesh, location
+        classes = cfg.data.num_classes if cfg.objective.leaves == "classifier" else 0
+        known = len(names) == classes
+        self.class_names = tuple(names) if known else tuple(f"class {i}" for i in range(classes))
+        self._program = programs.build_encoder(cfg, mesh.size, mesh)
+        like = self._program.params
+        self.params = sharding.put({name: params[name] for name in like}, like)
+
+    def features(self, images_BxHxWxC: jax.Array) -> Features:
+        """What the network makes of prepared images; may be called inside jax.jit.
+
+        Args:
+          images_BxHxWxC: uint8, as from `preprocess`; B is a multiple of the number of devices.
+
+        Returns:
+          Features: pooled float32 BxD; tokens float32 BxhxwxD on the grid of patches; logits
+          float32 BxV with a classifier, else None.
+        """
+        return self._program.features(self.params, images_BxHxWxC)
+
+    def embed(self, images: Any, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """The images' embeddings, float32 NxD: the CLS token or the mean over patches.
+
+        Raises:
+          SetupError: there are none, or one cannot be read, which is named.
+        """
+        return self._joined(images, batch_size, lambda features: features.pooled)
+
+    def tokens(self, images: Any, batch_size: int = BATCH_SIZE) -> np.ndarray:
+        """The normalised patch tokens, float32 NxhxwxD.
+
+        Raises:
+          SetupError: as `embed`.
+        """
+        return self._joined(images, batch_size, lambda features: features.tokens)
+
+    def predict(
+        self, images: Any, top: int = 5, batch_size: int = BATCH_SIZE
+    ) -> list[list[tuple[str, float]]]:
+        """For each image its likeliest classes: names and probabilities, the likeliest first.
+
+        Probabilities are those of a softmax; of a head that was trained with a sigmoid loss, which
+        scores each class by itself, they are a sigmoid's.
+
+        Raises:
+          SetupError: the run trained no classifier, or as `embed`.
+        """
+        if not self.class_names:
+            raise SetupError(
+                f"This run's objective, {self.config.objective.name!r}, trained no classifier: "
+                f"there is nothing to predict. Take `embed`, or another run."
+            )
+        softmax = self.config.objective.classification.loss == "softmax"
+        to_probability = jax.nn.softmax if softmax else jax.nn.sigmoid
+        rows = self._joined(images, batch_size, lambda features: to_probability(features.logits))
+        best = np.argsort(-rows, axis=1, kind="stable")[:, :top]
+        return [
+            [(self.class_names[i], float(row[i])) for i in order] for row, order in zip(rows, best)
+        ]
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """One image as the network takes it, uint8 HxWxC, as the run's evaluations prepare it.
+
+        Raises:
+          BrokenImage: it cannot be read.
+        """
+        name = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
+        return self.prepared(_encoded(image, self.config.data.channels), str(name))
+
+    def prepared(self, encoded: bytes, name: str, floats: bool = False) -> np.ndarray:
+        """`preprocess` of the bytes of a file; `floats` as in decode.Shown.
+
+        Raises:
+          BrokenImage: they are no image; the message begins with `name`.
+        """
+        data = self.config.data
+        setting = "max_value (of supmim_jax.load, or --max_value)"
+        shown = decode.Shown(data.background, data.max_value, floats, setting)
+        try:
+            pixels = decode.pixels(encoded, data.channels, shown)
+        except decode.Unclear as error:
+            raise BrokenImage(f"{name} {error}") from None
+        if pixels is None:
+            raise BrokenImage(f"{name} {decode.fault(encoded)}.")
+        return eval_image(pixels, data)
+
+    def batches(
+        self, images: Iterable[np.ndarray], batch_size: int
+    ) -> Iterator[tuple[int, Features]]:
+        """Features of prepared images on the devices, in batches: how many rows count, and them.
+
+        The devices have IN_FLIGHT batches to do while the caller handles one.
+        """
+        size = -(-batch_size // self.mesh.size) * self.mesh.size
+        layout = jax.NamedSharding(self.mesh, sharding.BATCH)
+        pending, images = deque(), iter(images)
+        while rows := list(itertools.islice(images, size)):
+            batch = np.zeros((size, *rows[0].shape), np.uint8)
+            batch[: len(rows)] = rows
+            pending.append((len(rows), self.features(jax.device_put(batch, layout))))
+            if len(pending) > IN_FLIGHT:
+                yield pending.popleft()
+        yield from pending
+
+    def _joined(self, images: Any, batch_size: int, take: Any) -> np.ndarray:
+        if batch_size < 1:
+            raise SetupError(f"batch_size is {batch_size}; it must be 1 or more.")
+        prepared = prefetched(self.preprocess, listed(images))
+        found = [np.asarray(take(x))[:count] for count, x in self.batches(prepared, batch_size)]
+        return np.concatenate(found)
+
+
+def listed(images: Any) -> list:
+    """The single images of what a user gives: see `Encoder`.
+
+    Raises:
+      SetupError: there are none, or an array is of no form of images.
+    """
+    if isinstance(images, (str, os.PathLike)):
+        path = storage.location(images, searched=False)
+        if not path.is_dir():
+            return [images]
+        return [path / name for name in image_files(path)]
+    if hasattr(images, "ndim") and hasattr(images, "dtype"):
+        images = np.asarray(images)
+        images = [images] if images.ndim < 4 else list(images)
+    elif hasattr(images, "getexif"):  # PIL
+        images = [images]
+    else:
+        images = list(images)
+    if not images:
+        raise SetupError("No images were given.")
+    return images
+
+
+def image_files(folder: epath.Path) -> list[str]:
+    """The image files below a folder by their relative paths, in order; hidden ones are left out.
+
+    Raises:
+      SetupError: there are none.
+    """
+    names = [
+        name
+        for name in storage.files(folder)
+        if name.lower().endswith(decode.ENDINGS) and not name.rpartition("/")[2].startswith(".")
+    ]
+    if not names:
+        raise SetupError(
+            f"{folder} has no image files: none of its names ends in {', '.join(decode.ENDINGS)}."
+        )
+    return names
+
+
+def _encoded(image: Any, channels: int) -> bytes:
+    """The bytes of a file with the image: what is no file is written as PNG, which loses nothing.
+
+    So arrays and PIL images are prepared by the one code that prepares files.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return storage.location(image, searched=False).read_bytes()
+        except OSError as error:
+            raise BrokenImage(f"{image} cannot be read: {error}.") from None
+    from PIL import Image, ImageOps
+
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(_checked(np.asarray(image), channels))
+    file = io.BytesIO()
+    ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _checked(image: np.ndarray, channels: int) -> np.ndarray:
+    """An array HxW or HxWxC as PIL takes it."""
+    if image.dtype != np.uint8:
+        numbers = image.size and np.issubdtype(image.dtype, np.number)
+        values = f" with values from {image.min():g} to {image.max():g}" if numbers else ""
+        raise BrokenImage(
+            f"An image is an array of {image.dtype}{values}; expected is uint8 from 0 to 255. Of "
+            f"floats from 0 to 1: (255 * images).round().astype('uint8')."
+        )
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    if not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        raise BrokenImage(
+            f"An image is an array of shape {image.shape}; expected is height x width, or with 1, "
+            f"3 (RGB) or 4 (RGB and alpha) channels behind. This encoder takes {channels}."
+        )
+    return np.ascontiguousarray(image)
