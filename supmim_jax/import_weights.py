@@ -8,6 +8,7 @@ such as a published MAE's, becomes a checkpoint of objective `mae` to be probed 
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,11 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str
       SetupError: a file is missing or broken, or is not exactly a model of ours.
     """
     if source == "augreg":
-        arrays, file = files.read_npz(path), str(path)
-        found = augreg.read(arrays, file)
+        file = str(path)
+        found, arrays = augreg.read(files.read_npz(path), file, base.data.image_size)
     else:
         arrays, documents, file = files.read_directory(path)
-        found = READERS[source](documents, file)
+        found = READERS[source](documents, arrays, file)
     cfg = (combine if found.num_classes else combine_encoder)(base, found)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     like = encoder.build_encoder(cfg, 1, mesh).params
@@ -60,7 +61,7 @@ def encoder_of(arrays: dict[str, np.ndarray], found: Foreign, file: str) -> dict
     """Without what is no part of the encoder; a line on the terminal says what that is."""
     left = [name for name in arrays if name.startswith(found.leaves_out)]
     if left:
-        parts = ", ".join(f"{part}*" for part in sorted({f"{x.partition('.')[0]}." for x in left}))
+        parts = ", ".join(f"{x}*" for x in sorted({re.match(r"[^./]+[./]?", x)[0] for x in left}))
         print(f"{file}: left out {parts} ({len(left)} arrays), no part of the encoder")
     return {name: x for name, x in arrays.items() if not name.startswith(found.leaves_out)}
 

@@ -24,6 +24,8 @@ class ViTConfig:
     mlp_dim: int = within(256, 1, 2**18)
     heads: int = within(2, 1, 2**16)
     pooling: Literal["gap", "cls"] = "gap"
+    # Learned tokens beside the patches that nothing is read from (arXiv 2309.16588).
+    registers: int = within(0, 0, 2**10)
     positions: Literal["learned", "sincos2d"] = "learned"
     # sincos2d: patches per side of the grid that the coordinates are of, for an encoder that was
     # trained at another image size; 0: the image's own.
@@ -48,6 +50,11 @@ class ViTConfig:
                 f"position_grid is {self.position_grid}; it must be 0 with learned positions, "
                 f"which are resized when a run starts from another's."
             )
+
+    @property
+    def prefix(self) -> int:
+        """Tokens beside the patches."""
+        return int(self.pooling == "cls") + self.registers
 
     @classmethod
     def variant(cls, name: str, **fields) -> "ViTConfig":

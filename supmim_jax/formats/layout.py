@@ -5,6 +5,7 @@ first, so that the function stays the same: fixed positions, LayerScale, another
 """
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +37,13 @@ class Row(NamedTuple):
 class Layout(NamedTuple):
     """All of a file's arrays: a row for each of ours.
 
-    `cls_positions` names positions, 1x(1+L)xD, whose first row belongs to the CLS token. Ours has
-    no position of its own: theirs is added to it. "" if there is none.
+    `prefixed` names positions, 1x(prefix+L)xD, whose first rows belong to the CLS token and the
+    registers. Ours have no positions: theirs are added to them. "" if there are none.
     """
 
     rows: tuple[Row, ...]
-    cls_positions: str = ""
+    prefixed: str = ""
+    prefix: int = 1
 
 
 def linear(ours: str, *names: str) -> tuple[Row, Row]:
@@ -88,9 +90,9 @@ def to_foreign(params: Any, layout: Layout) -> dict[str, Any]:
                 part = layer[..., j * size : (j + 1) * size]
                 part = part.reshape(row.shape) if row.shape else part
                 theirs[name.format(i)] = part.transpose(row.axes) if row.axes else part
-    if layout.cls_positions:
-        positions = theirs[layout.cls_positions]
-        theirs[layout.cls_positions] = jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+    if layout.prefixed:
+        positions = theirs[layout.prefixed]
+        theirs[layout.prefixed] = jnp.pad(positions, ((0, 0), (layout.prefix, 0), (0, 0)))
     return theirs
 
 
@@ -102,11 +104,11 @@ def from_foreign(theirs: dict[str, np.ndarray], layout: Layout, like: Any, file:
     """
     check(theirs, jax.eval_shape(lambda params: to_foreign(params, layout), like), file)
     shapes = {k: x.shape for k, x in traverse_util.flatten_dict(like, sep="/").items()}
-    extra = np.float32(0)
-    if layout.cls_positions:
-        positions = theirs[layout.cls_positions]
-        theirs = theirs | {layout.cls_positions: positions[:, 1:]}
-        extra = positions[0, 0]
+    extra = np.zeros((0, 1), np.float32)
+    if layout.prefixed:
+        positions = theirs[layout.prefixed]
+        theirs = theirs | {layout.prefixed: positions[:, layout.prefix :]}
+        extra = positions[0, : layout.prefix]
     ours = {}
     for row in layout.rows:
         shape = shapes[row.ours]
@@ -116,8 +118,10 @@ def from_foreign(theirs: dict[str, np.ndarray], layout: Layout, like: Any, file:
             for i in range(depth)
         ]
         ours[row.ours] = np.stack(layers) if _stacked(row) else layers[0]
-    if "encoder/cls" in ours:
-        ours["encoder/cls"] = ours["encoder/cls"] + extra
+    if "encoder/cls" in ours and len(extra):
+        ours["encoder/cls"], extra = ours["encoder/cls"] + extra[0], extra[1:]
+    if "encoder/registers" in ours and len(extra):
+        ours["encoder/registers"] = ours["encoder/registers"] + extra
     return traverse_util.unflatten_dict(ours, sep="/")
 
 
@@ -147,6 +151,18 @@ def count(names: Any, pattern: str) -> int:
     """One more than the largest number that the pattern's group takes among the names."""
     found = [re.fullmatch(pattern, name) for name in names]
     return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def shapes(arrays: dict[str, Any], file: str) -> Callable[[str, int], tuple[int, ...]]:
+    """Looks up the shape of an array that must be there with so many dimensions."""
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        found = list(arrays[name].shape) if name in arrays else "missing"
+        if name not in arrays or len(found) != dimensions:
+            raise SetupError(f"{file}: {name} is {found}, expected {dimensions} dimensions.")
+        return tuple(found)
+
+    return shape
 
 
 def _stacked(row: Row) -> bool:

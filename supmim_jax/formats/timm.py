@@ -9,17 +9,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from supmim_jax.config import VARIANTS, Config, ViTConfig
+import numpy as np
+
+from supmim_jax.config import Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import Section, strings
+from supmim_jax.formats.files import Section, root, strings
 from supmim_jax.formats.layout import (
     BLOCKS,
     Foreign,
     Layout,
     Row,
     convolution,
+    count,
     linear,
     norm,
+    shapes,
     to_foreign,
     with_positions,
 )
@@ -27,13 +31,27 @@ from supmim_jax.formats.layout import (
 # Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
 INTERPOLATION = {"area": "box", "linear": "bilinear"}
 GELU = {"exact": "gelu", "tanh": "gelu_tanh"}
-SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H", "giant": "g"}
-ARCHITECTURE = r"vit_(tiny|small|base|large|huge|giant)_patch(\d+)_(\d+)"
+# Of a config.json without model_args the architecture's name still tells these.
+HEADS = {1408: 16, 1664: 16, 1152: 16}  # by width, where heads do not have 64 channels
+TANH = re.compile("so400m|siglip_gopt")  # of a name whose function passes act_layer="gelu_tanh"
+# Arrays of parts that this encoder has not, and what these are.
+FOREIGN_PARTS = {
+    "dist_token": "a distillation token",
+    "norm_pre.": "a norm before the blocks",
+    "attn_pool.": "attention pooling",
+    "blocks.0.attn.q_norm.": "norms of queries and keys",
+    "blocks.0.attn.norm.": "a norm inside attention",
+    "blocks.0.mlp.norm.": "a norm inside the MLP",
+    "blocks.0.mlp.fc1_g.": "a gated MLP",
+    "blocks.0.mlp.w12.": "a gated MLP",
+    "blocks.0.attn.rel_pos": "relative positions",
+    "rel_pos_bias": "relative positions",
+}
 # Arguments of VisionTransformer that are understood, and those that say nothing about inference.
 UNDERSTOOD = (
     *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth"),
     *("num_heads", "mlp_ratio", "init_values", "class_token", "no_embed_class", "fc_norm"),
-    "act_layer",
+    *("act_layer", "reg_tokens", "qkv_bias", "dynamic_img_size"),
 )
 TRAINING = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
@@ -54,9 +72,9 @@ LAYER_SCALE = (
 
 
 def layout(
-    model: ViTConfig, channels: int, positions: int, *, head: bool, cls_positions: bool
+    model: ViTConfig, channels: int, positions: int, *, head: bool, prefix: int = 0
 ) -> Layout:
-    """The rows for a model with this many patch positions, with or without a classifier."""
+    """The rows for a model with this many patch positions, and `prefix` before them."""
     rows = (
         *convolution("patch_embed.proj", model.patch, channels, model.width),
         Row("encoder/positions", ("pos_embed",), shape=(1, positions, model.width)),
@@ -68,7 +86,9 @@ def layout(
         rows += LAYER_SCALE
     if model.pooling == "cls":
         rows += (Row("encoder/cls", ("cls_token",), shape=(1, 1, model.width)),)
-    return Layout(rows, "pos_embed" if cls_positions else "")
+    if model.registers:
+        rows += (Row("encoder/registers", ("reg_token",), (1, model.registers, model.width)),)
+    return Layout(rows, "pos_embed" if prefix else "", prefix)
 
 
 def write(
@@ -79,7 +99,7 @@ def write(
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
     classes = data.num_classes if head else 0  # timm's way to say that there is no classifier
     params = with_positions(params, model, data)
-    rows = layout(model, data.channels, side * side, head=head, cls_positions=False)
+    rows = layout(model, data.channels, side * side, head=head)
     tensors = to_foreign(params, rows)
     pool = {"gap": "avg", "cls": "token"}[model.pooling]
     arguments = {
@@ -99,6 +119,8 @@ def write(
     }
     if model.layer_scale:
         arguments["init_values"] = model.layer_scale
+    if model.registers:
+        arguments["reg_tokens"] = model.registers
     pretrained = {
         "input_size": [data.channels, data.image_size, data.image_size],
         "fixed_input_size": True,
@@ -125,19 +147,20 @@ def write(
     return tensors, {"config.json": config}
 
 
-def read(documents: dict[str, Any], file: str) -> Foreign:
-    """The model that a config.json of timm's hub describes.
+def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) -> Foreign:
+    """The model that a config.json of timm's hub and the shapes of its arrays describe.
+
+    The architecture's name is not asked whether it is known: what the model is shows in its arrays,
+    and what does not is in the arguments, with timm's defaults.
 
     Raises:
-      SetupError: it is of another kind, or has parts that this encoder cannot express.
+      SetupError: it has parts that this encoder cannot express.
     """
     config = Section(documents["config.json"], file)
     name = config.values.get("architecture")
-    match = re.fullmatch(ARCHITECTURE, name) if isinstance(name, str) else None
-    if match is None:
-        raise SetupError(
-            f"{file}: architecture is {name!r}, expected a plain ViT of timm: {ARCHITECTURE}"
-        )
+    for start, part in FOREIGN_PARTS.items():
+        if found := next((x for x in arrays if x.startswith(start)), ""):
+            raise SetupError(f"{file}: {name!r} has {found}, {part}, which this encoder has not.")
     args = Section(config.values.get("model_args") or {}, f"{file}, model_args")
     if unknown := sorted(set(args.values) - set(UNDERSTOOD) - set(TRAINING)):
         raise SetupError(
@@ -145,57 +168,73 @@ def read(documents: dict[str, Any], file: str) -> Foreign:
             f"understood are {', '.join(UNDERSTOOD)}."
         )
     pretrained = Section(config.values.get("pretrained_cfg") or {}, f"{file}, pretrained_cfg")
-    for key in ("mean", "std"):
-        pretrained.same(key, 0.5, None, "this encoder sees pixels / 127.5 - 1.")
-    usual, depth, mlp_dim, heads = VARIANTS[SIZES[match[1]]]
-    width = args.number("embed_dim", usual)
-    image_size = args.number("img_size", int(match[3]))
-    pooling = _pooling(config, args)
+    shape = shapes(arrays, file)
+    width, channels, patch, columns = shape("patch_embed.proj.weight", 4)
+    if patch != columns:
+        raise SetupError(f"{file}: patches are {patch}x{columns}, expected squares.")
+    cls, registers = "cls_token" in arrays, shape("reg_token", 3)[1] if "reg_token" in arrays else 0
+    rows = shape("pos_embed", 3)[1]
+    # Positions are of the patches alone (no_embed_class), or of the tokens before them too.
+    before = cls + registers
+    own = 0 if math.isqrt(rows) ** 2 == rows else before
+    image_size = root(rows - own, file, "pos_embed") * patch
+    act = "gelu_tanh" if TANH.search(str(name)) else None
     model = ViTConfig(
-        patch=args.number("patch_size", int(match[2])),
+        patch=patch,
         width=width,
-        depth=args.number("depth", depth),
-        mlp_dim=int(width * args.real("mlp_ratio", ratio(mlp_dim, usual))),
-        heads=args.number("num_heads", heads),
-        pooling=pooling,
-        layer_scale=args.real("init_values", 0.0),
-        gelu=args.one_of("act_layer", {"gelu": "exact", "gelu_tanh": "tanh", None: "exact"}, None),
+        depth=count(arrays, r"blocks\.(\d+)\..*"),
+        mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
+        heads=args.number("num_heads", HEADS.get(width, max(width // 64, 1))),
+        pooling=_pooling(config, args, cls, arrays),
+        registers=registers,
+        layer_scale=_layer_scale(arrays, args),
+        gelu=args.one_of("act_layer", {"gelu": "exact", "gelu_tanh": "tanh", None: "exact"}, act),
     )
-    channels = args.number("in_chans", 3)
-    classes = args.number("num_classes", config.values.get("num_classes"), least=0)
-    without = args.one_of("no_embed_class", {True: True, False: False}, False)
+    head = "head.weight" in arrays
+    classes = shape("head.weight", 2)[0] if head else 0
+    told = {"depth": model.depth, "embed_dim": width, "patch_size": patch, "in_chans": channels}
+    told |= {"img_size": image_size, "reg_tokens": registers, "num_classes": classes}
+    for field, value in told.items():
+        if args.values.get(field) not in (None, value, [value, value]):
+            raise SetupError(
+                f"{file}: model_args has {field}={args.values[field]!r}, but the arrays beside it "
+                f"are of a model with {value}."
+            )
     crop_pct = pretrained.real("crop_pct", 0.875) or 1.0
-    filters = {name: ours for ours, name in INTERPOLATION.items()}
+    filters = {theirs: ours for ours, theirs in INTERPOLATION.items()}
+    mean, std = (pretrained.per_channel(x, 0.5, channels) for x in ("mean", "std"))
     return Foreign(
         model=model,
         num_classes=classes,
         image_size=image_size,
         channels=channels,
         eval_resize=math.floor(image_size / crop_pct),
-        layout=layout(
-            model,
-            channels,
-            (image_size // model.patch) ** 2,
-            head=classes > 0,
-            cls_positions=pooling == "cls" and not without,
-        ),
+        layout=layout(model, channels, rows - own, head=head, prefix=own),
+        mean=mean,
+        std=std,
         class_names=strings(config.values.get("label_names"), classes),
         resize=filters.get(pretrained.values.get("interpolation"), ""),
     )
 
 
-def _pooling(config: Section, args: Section) -> str:
+def _layer_scale(arrays: dict[str, np.ndarray], args: Section) -> float:
+    """The first value of LayerScale, of which training alone would know; 0: there is none."""
+    given = args.real("init_values", 0.0)
+    return (given or 1e-5) if "blocks.0.ls1.gamma" in arrays else 0.0
+
+
+def _pooling(config: Section, args: Section, cls: bool, arrays: dict[str, np.ndarray]) -> str:
     """ "cls" or "gap", if the last norm comes before the pooling, over patches alone."""
     pool = args.values.get("global_pool", config.values.get("global_pool", "token"))
-    cls, late = args.values.get("class_token", True), args.values.get("fc_norm")
+    late = "fc_norm.weight" in arrays
     if pool == "token" and cls and not late:
         return "cls"
-    if pool == "avg" and not cls and late is False:
+    if pool == "avg" and not cls and not late:
         return "gap"
     raise SetupError(
-        f"{config.file}: global_pool is {pool!r} with class_token={cls} and fc_norm={late}; this "
-        f"encoder has 'token' with class_token=True, or 'avg' with class_token=False, and in both "
-        f"its last norm before the pooling (fc_norm=False)."
+        f"{config.file}: global_pool is {pool!r} with{'' if cls else 'out'} a CLS token and "
+        f"with{'' if late else 'out'} a norm behind it (fc_norm); this encoder has 'token' with a "
+        f"CLS token, or 'avg' without, and in both its last norm before the pooling."
     )
 
 

@@ -70,6 +70,11 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
+    if model.registers:
+        raise SetupError(
+            f"config.model.registers is {model.registers}, which transformers' ViT cannot express: "
+            f"export to timm."
+        )
     side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
     root = f"{TYPES[model.pooling]}." if head else ""
     params = with_positions(params, model, data)
@@ -112,7 +117,7 @@ def write(
     return tensors, {"config.json": config, "preprocessor_config.json": processor}
 
 
-def read(documents: dict[str, Any], file: str) -> Foreign:
+def read(documents: dict[str, Any], arrays: dict[str, Any], file: str) -> Foreign:
     """The model that a config.json of transformers describes.
 
     Raises:

@@ -53,6 +53,10 @@ class ViT(nnx.Module):
             self.positions = nnx.Param(draw(rngs.params(), (self.side**2, cfg.width), jnp.float32))
         if cfg.pooling == "cls":
             self.cls = nnx.Param(jnp.zeros((cfg.width,), jnp.float32))
+        if cfg.registers:
+            draw = nnx.initializers.truncated_normal(0.02)
+            shape = (cfg.registers, cfg.width)
+            self.registers = nnx.Param(draw(rngs.params(), shape, jnp.float32))
         self.transformer = Transformer(
             cfg.depth,
             (cfg.drop_path if cfg.drop_path_form == "constant" else 0.0, cfg.drop_path),
@@ -70,8 +74,8 @@ class ViT(nnx.Module):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches: 1 with a CLS token, else 0."""
-        return int(self.cfg.pooling == "cls")
+        """Tokens before the patches: the CLS token, if there is one, then the registers."""
+        return self.cfg.prefix
 
     @jax.named_scope("patch_embedding")
     def embed(
@@ -102,8 +106,11 @@ class ViT(nnx.Module):
             x = jnp.where(mask.masked[..., None], embedding.astype(x.dtype), x)
         x = x + positions.astype(x.dtype)
         if self.prefix:
-            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
-            x = jnp.concatenate([cls, x], axis=1)
+            first = [self.cls[...][None]] if self.cfg.pooling == "cls" else []
+            first += [self.registers[...]] if self.cfg.registers else []
+            first = jnp.concatenate(first).astype(x.dtype)
+            first = jnp.broadcast_to(first, (x.shape[0], *first.shape))
+            x = jnp.concatenate([first, x], axis=1)
         return x
 
     @jax.named_scope("encoder")
@@ -125,7 +132,7 @@ class ViT(nnx.Module):
     def pool(self, tokens_BxNxD) -> jax.Array:
         """The image's embedding, float32 BxD: CLS token or mean over patches."""
         x = tokens_BxNxD.astype(jnp.float32)
-        return x[:, 0] if self.prefix else x.mean(axis=1)
+        return x[:, 0] if self.cfg.pooling == "cls" else x[:, self.prefix :].mean(axis=1)
 
     def _positions(self) -> jax.Array:
         if self.cfg.positions == "learned":

@@ -50,7 +50,7 @@ def train(cfg: Config) -> dict[str, Work]:
     model, objective = cfg.model, cfg.objective
     patches = (cfg.data.image_size // model.patch) ** 2
     pixels = model.patch**2 * cfg.data.channels
-    prefix = int(model.pooling == "cls")
+    prefix = model.prefix
     if objective.leaves == "encoder":
         return _without_labels(cfg, patches, pixels, prefix)
     segments, embedded = [patches + prefix], patches
