@@ -2,31 +2,171 @@
 
 python -m supmim_jax.export --checkpoint runs/supmim --to transformers --out exported
 
-The result is a directory with model.safetensors and config.json as timm and transformers load
-them. What it computes from the same pixels is the same, in float32.
+For timm and transformers the result is a directory with model.safetensors and config.json as they
+load them. For onnx and stablehlo it is one program with the weights inside, model.onnx or
+model.stablehlo, which takes images, uint8 BxHxWxC as config.json says that they are prepared, B
+free, and gives in float32 `embedding` BxD, `tokens` BxhxwxD on the grid of patches and, with a
+classifier, `logits` BxV. A model card, README.md, says what it is and how it is loaded. What is
+written computes the same from the same pixels, in float32.
 """
 
+import dataclasses
 import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.export  # not imported by jax itself
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import cli, encoder, sharding, storage, workdir
+from supmim_jax import cli, encoder, model_card, sharding, storage, workdir
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import MeshConfig
+from supmim_jax.config import Config, MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import files, timm, transformers
 
-WRITERS = {"timm": timm.write, "transformers": transformers.write}
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+TOLERANCE = 1e-4  # of the largest value: what another runtime may round differently
+LARGEST = 2**31  # bytes of a protocol buffer, which holds a StableHLO program
+OPSET = 21
+
+
+def write_onnx(
+    params: Any, cfg: Config, class_names: Sequence[str] = ()
+) -> tuple[dict, dict[str, Any]]:
+    """Nothing for model.safetensors, and the other files by name.
+
+    Raises:
+      SetupError: jax2onnx is not installed, or onnxruntime computes something else.
+    """
+    try:
+        import jax2onnx
+        import onnxruntime
+    except ImportError as error:
+        raise SetupError(f"--to onnx needs {error.name}: pip install 'supmim_jax[onnx]'.") from None
+    function, images, names = _program(params, cfg)
+
+    def write(path: Path) -> None:
+        file = {"return_mode": "file", "output_path": str(path), "opset": OPSET}
+        labels = {"input_names": ["images"], "output_names": names}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            jax2onnx.to_onnx(lambda x: tuple(function(x).values()), [images], **file, **labels)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of each constant that it folds
+        session = onnxruntime.InferenceSession(str(path), options)
+        _compare("onnxruntime", cfg, function, lambda x: session.run(None, {"images": x}))
+
+    return {}, {"model.onnx": write, "config.json": _description(cfg, class_names, names)}
+
+
+def write_stablehlo(
+    params: Any, cfg: Config, class_names: Sequence[str] = ()
+) -> tuple[dict, dict[str, Any]]:
+    """Nothing for model.safetensors, and the other files by name.
+
+    Raises:
+      SetupError: the weights are too many for the format.
+    """
+    size = sum(x.size * 4 for x in jax.tree.leaves(params))
+    if size >= LARGEST:
+        raise SetupError(
+            f"The weights have {size / 1e9:.1f} GB, more than a StableHLO file can hold (2.1 GB). "
+            f"Use --to onnx, timm or transformers."
+        )
+    function, images, names = _program(params, cfg)
+
+    def write(path: Path) -> None:
+        program = jax.export.export(jax.jit(function), platforms=PLATFORMS)(images)
+        path.write_bytes(program.serialize())
+        read = jax.export.deserialize(bytearray(path.read_bytes()))
+        _compare("jax.export", cfg, function, lambda x: [read.call(x)[name] for name in names])
+
+    return {}, {"model.stablehlo": write, "config.json": _description(cfg, class_names, names)}
+
+
+def _program(
+    params: Any, cfg: Config
+) -> tuple[Callable[[jax.Array], dict[str, jax.Array]], jax.ShapeDtypeStruct, list[str]]:
+    """The encoder in float32 with its weights bound, its abstract input, and its outputs' names."""
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="float32"))
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    bound = encoder.build_encoder(cfg, 1, mesh).bind(params)
+
+    def function(images: jax.Array) -> dict[str, jax.Array]:
+        found = bound.features(images)
+        outputs = {"embedding": found.pooled, "tokens": found.tokens}
+        return outputs if found.logits is None else outputs | {"logits": found.logits}
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *bound.program.images.shape[1:]), jnp.uint8)
+    return (
+        function,
+        images,
+        ["embedding", "tokens", *(["logits"] if "head" in bound.params else [])],
+    )
+
+
+def _description(cfg: Config, class_names: Sequence[str], outputs: list[str]) -> dict[str, Any]:
+    data = cfg.data
+    return {
+        "input": f"images: uint8 batch x {data.image_size} x {data.image_size} x {data.channels}",
+        "outputs": outputs,
+        "image_size": data.image_size,
+        "resize_shorter_side": data.eval_resize,
+        "resize_filter": data.resize,
+        "class_names": list(class_names),
+    }
+
+
+def _compare(runtime: str, cfg: Config, ours: Callable, theirs: Callable) -> None:
+    """Raises SetupError unless what was written computes what the encoder computes."""
+    shape = (2, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for (name, expected), found in zip(ours(images).items(), theirs(images), strict=True):
+        expected = np.asarray(expected)
+        difference = np.abs(expected - np.asarray(found)).max() / max(np.abs(expected).max(), 1.0)
+        if not difference <= TOLERANCE:
+            raise SetupError(
+                f"{runtime} computes other {name} from what was written: they differ by "
+                f"{difference:.1e} of the largest value, expected {TOLERANCE} at most. Nothing is "
+                f"kept; please report it with the versions of {runtime} and jax."
+            )
+
+
+WRITERS = {
+    "timm": timm.write,
+    "transformers": transformers.write,
+    "onnx": write_onnx,
+    "stablehlo": write_stablehlo,
+}
 LOADING = {  # by library and by what the run's objective leaves; these are what can be written
     "timm": dict.fromkeys(
-        ("classifier", "encoder"), "timm.create_model('local-dir:{}', pretrained=True)"
+        ("classifier", "encoder"),
+        "import timm\n\nmodel = timm.create_model('local-dir:.', pretrained=True).eval()",
     ),
     "transformers": {
-        "classifier": "transformers.AutoModelForImageClassification.from_pretrained('{}')",
-        "encoder": "transformers.AutoModel.from_pretrained('{}', add_pooling_layer=False)",
+        "classifier": "import transformers\n\n"
+        "model = transformers.AutoModelForImageClassification.from_pretrained('.')",
+        "encoder": "import transformers\n\n"
+        "model = transformers.AutoModel.from_pretrained('.', add_pooling_layer=False)",
     },
+    "onnx": dict.fromkeys(
+        ("classifier", "encoder"),
+        "import onnxruntime\n\nsession = onnxruntime.InferenceSession('model.onnx')\n"
+        "embedding, *_ = session.run(None, {'images': images})  # uint8 batch x height x width x "
+        "channels",
+    ),
+    "stablehlo": dict.fromkeys(
+        ("classifier", "encoder"),
+        "import jax.export\n\nfile = open('model.stablehlo', 'rb')\n"
+        "program = jax.export.deserialize(bytearray(file.read()))\n"
+        "embedding = program.call(images)['embedding']  # uint8 batch x height x width x channels",
+    ),
 }
 
 
@@ -34,16 +174,17 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
     """Writes the checkpoint at `workdir` or `workdir@step` in the format `to`.
 
     Returns:
-      How `out` is loaded there.
+      Python code that loads it in the directory `out`.
 
     Raises:
-      SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, or
-        `out` is not free.
+      SetupError: the checkpoint is missing or not of a classifier or an encoder by itself, `out` is
+        not free, or the format cannot hold it.
     """
     out = files.check_free(out)
     checkpoint = Checkpoint.open(location)
     cfg = checkpoint.config
-    if cfg.objective.leaves not in LOADING[to]:
+    loading = LOADING[to].get(cfg.objective.leaves)
+    if loading is None:
         raise SetupError(
             f"--checkpoint {location} is of objective {cfg.objective.name!r}, which leaves a "
             f"{cfg.objective.leaves}, neither a classifier of images nor an encoder by itself: "
@@ -51,17 +192,22 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
         )
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.tree.map(np.asarray, encoder.restore(checkpoint, mesh, 1).params)
-    tensors, documents = WRITERS[to](params, cfg, workdir.class_names(checkpoint.workdir))
-    files.write(out, tensors, documents)
-    return LOADING[to][cfg.objective.leaves].format(out)
+    names = workdir.class_names(checkpoint.workdir) if "head" in params else []
+    tensors, documents = WRITERS[to](params, cfg, names)
+    card = model_card.write(checkpoint, to, loading, names)
+    files.write(out, tensors, documents | {"README.md": card})
+    return loading
 
 
 def main() -> None:
-    print(export(CHECKPOINT.value, TO.value, OUT.value))
+    loading = export(CHECKPOINT.value, TO.value, OUT.value)
+    print(
+        f"Written to {OUT.value}. README.md there is a model card. To load it there:\n\n{loading}"
+    )
 
 
 if __name__ == "__main__":
     CHECKPOINT = storage.define("checkpoint", None, "workdir or workdir@step", required=True)
-    TO = flags.DEFINE_enum("to", None, sorted(WRITERS), "Library to write for.", required=True)
+    TO = flags.DEFINE_enum("to", None, sorted(WRITERS), "Format to write.", required=True)
     OUT = storage.define("out", None, "Directory to make.", required=True, searched=False)
     cli.start(main)

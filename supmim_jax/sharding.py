@@ -63,7 +63,7 @@ RULES: tuple[tuple[str, tuple], ...] = (
     (r"(^|/)(conv_out|logit)/kernel$", (None, None, "fsdp", None)),
     (r"(^|/)codebook$", ("fsdp", None)),
     (r"/(bias|scale|scale1|scale2)$", ()),
-    (r"(^|/)(positions|cls|mask_token|mask_embedding|place_embedding|usage|steps)$", ()),
+    (r"(^|/)(positions|cls|registers|mask_token|mask_embedding|place_embedding|usage|steps)$", ()),
 )
 
 

@@ -23,13 +23,13 @@ LAYERS = [
         "probe",
         "visualize",
         "cache_tokens",
-        "export",
         "import_weights",
         "data.prepare",
         "rehearse",
     },
     {"report", "bench", "inference"},
-    {"embed"},
+    {"embed", "model_card"},
+    {"export"},
 ]
 APART = {("evals", "objectives"), ("evals", "encoder")}
 

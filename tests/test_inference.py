@@ -9,6 +9,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import yaml
 from conftest import REPOSITORY
 from etils import epath
 from PIL import Image
@@ -137,6 +138,65 @@ def test_what_was_exported_is_loaded(run, loaded, library, tmp_path):
     images = [picture(i) for i in range(3)]
     np.testing.assert_array_equal(back.preprocess(images[0]), loaded.preprocess(images[0]))
     np.testing.assert_allclose(back.embed(images), loaded.embed(images), atol=1e-4)
+
+
+NEEDS = {"timm": "timm", "transformers": "transformers", "onnx": "jax2onnx", "stablehlo": "jax"}
+
+
+@pytest.mark.parametrize("to", NEEDS)
+def test_the_code_of_a_model_card_loads_what_was_exported_without_this_package(
+    run, loaded, to, tmp_path
+):
+    pytest.importorskip(NEEDS[to], reason=f"not installed: pip install -e '.[parity,{to}]'")
+    out = tmp_path / "out"
+    export.export(run, to, out)
+    images = np.stack([loaded.preprocess(picture(i)) for i in range(3)])
+    np.save(out / "images.npy", images)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    show = {
+        "timm": "embedding = model.forward_head(model.forward_features(x), pre_logits=True)",
+        "transformers": "embedding = model(x, output_hidden_states=True).hidden_states[-1]",
+    }
+    lines = ["import sys", "import numpy as np", "images = np.load('images.npy')", code]
+    if to in show:
+        lines += ["import torch", "x = torch.tensor(images).permute(0, 3, 1, 2) / 127.5 - 1"]
+        lines += [show[to], "embedding = embedding.detach().numpy()"]
+    lines += ["np.save('embedding.npy', embedding)", "assert 'supmim_jax' not in sys.modules"]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=out, check=True)
+    if to != "transformers":  # whose hidden states come before the last norm
+        found = np.load(out / "embedding.npy")
+        np.testing.assert_allclose(found, loaded.features(images).pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["onnx", "stablehlo"])
+def test_a_program_that_computes_something_else_is_not_kept(run, to, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS[to], reason="not installed: pip install -e '.[onnx]'")
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(SetupError, match="embedding"):
+        export.export(run, to, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_a_model_card_has_what_was_measured_at_its_step(run, colour, tmp_path):
+    lines = [{"step": 0, "eval/top1": 12.5}, {"step": 7, "eval/top1": 99.0}]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "run/evals").mkdir()
+    for step, value in ((0, 31.25), (7, 98.0)):
+        document = {"step": step, "data": {"name": "pets"}, "metrics": {"knn": value}}
+        (tmp_path / f"run/evals/pets-{step}.json").write_text(json.dumps(document))
+    export.export(run, "timm", tmp_path / "out")
+    _, front, text = (tmp_path / "out/README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    (model,) = front["model-index"]
+    assert [x["metrics"][0]["value"] for x in model["results"]] == [12.5, 31.25]
+    assert front["license"] == "unknown" and front["library_name"] == "timm"
+    assert "| 12.50 |" in text and "99.00" not in text and "beast 0" in text
+    assert (
+        json.loads(text.split("```json\n")[1].split("```")[0])["data"]["name"] == colour.data.name
+    )
+    hub = pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    card = hub.ModelCard.load(tmp_path / "out/README.md")
+    assert [x.metric_value for x in card.data.eval_results] == [12.5, 31.25]
 
 
 def test_names_are_noted_by_training(supervised, tmp_path):

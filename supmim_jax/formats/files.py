@@ -35,8 +35,11 @@ def check_free(out: str | os.PathLike) -> epath.Path:
     return out
 
 
-def write(out: str | os.PathLike, tensors: dict[str, Any], documents: dict[str, dict]) -> None:
-    """Makes the directory `out` with model.safetensors and the JSON documents, or nothing.
+def write(out: str | os.PathLike, tensors: dict[str, Any], documents: dict[str, Any]) -> None:
+    """Makes the directory `out` with model.safetensors, if there are tensors, and the documents.
+
+    It is there whole or not at all. A document is what goes into a JSON file, a text, or a function
+    that writes the file at the path that it is given.
 
     Raises:
       SetupError: it cannot be written, or is not free.
@@ -44,11 +47,16 @@ def write(out: str | os.PathLike, tensors: dict[str, Any], documents: dict[str, 
     out = check_free(out)
     try:
         with storage.made(out, last=CONFIG) as part:
-            arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
-            save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})  # what PyTorch users ask
-            os.chmod(part / WEIGHTS, 0o644)  # it is written for its owner alone
+            if tensors:
+                arrays = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
+                save_file(arrays, part / WEIGHTS, metadata={"format": "pt"})  # as PyTorch users ask
+                os.chmod(part / WEIGHTS, 0o644)  # it is written for its owner alone
             for name, document in documents.items():
-                (part / name).write_text(json.dumps(document, indent=2) + "\n")
+                if callable(document):
+                    document(part / name)
+                else:
+                    text = isinstance(document, str)
+                    (part / name).write_text(document if text else json.dumps(document, indent=2))
     except OSError as error:
         raise SetupError(f"--out {out} cannot be written: {error}.") from None
 

@@ -127,7 +127,7 @@ class ViT(nnx.Module):
         """Features of float BxHxWxC images; `key` switches DropPath and dropout on."""
         (tokens,) = self.encode((self.embed(images),), key)
         grid = tokens[:, self.prefix :].astype(jnp.float32)
-        return Features(self.pool(tokens), grid.reshape(len(grid), self.side, self.side, -1))
+        return Features(self.pool(tokens), grid.reshape(grid.shape[0], self.side, self.side, -1))
 
     def pool(self, tokens_BxNxD) -> jax.Array:
         """The image's embedding, float32 BxD: CLS token or mean over patches."""

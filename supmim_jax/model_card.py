@@ -1,0 +1,125 @@
+"""The README.md of an export: a model card in the form that the Hugging Face hub reads."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from supmim_jax.checkpoint import Checkpoint
+from supmim_jax.config.configdict import to_configdict
+from supmim_jax.report import files
+from supmim_jax.report.page import METRICS
+
+# The hub's names for what a metric says how well a model does: the rest is about features.
+TASKS = {
+    "top1": ("image-classification", "accuracy"),
+    "miou": ("image-segmentation", "mean_iou"),
+    "pixel_accuracy": ("image-segmentation", "accuracy"),
+}
+FEATURES = "image-feature-extraction"
+LIBRARIES = {"onnx": "onnx", "stablehlo": "jax"}
+
+
+def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[str]) -> str:
+    """The card of a checkpoint that was exported for the library `to`.
+
+    Args:
+      checkpoint: what was exported.
+      to: a format of `supmim_jax.export`.
+      loading: Python code that loads it, given that the export is the current directory.
+      class_names: of the classifier's outputs, if they are known.
+
+    Raises:
+      SetupError: a file with the run's measurements cannot be read.
+    """
+    cfg = checkpoint.config
+    model, data, name = cfg.model, cfg.data, checkpoint.workdir.name
+    classifier = cfg.objective.leaves == "classifier"
+    metrics = measured(checkpoint)
+    front = {
+        "license": "unknown",
+        "library_name": LIBRARIES.get(to, to),
+        "pipeline_tag": "image-classification" if classifier else FEATURES,
+        "tags": ["supmim_jax", "vit", cfg.objective.name],
+        "model-index": [{"name": name, "results": [_result(*entry) for entry in metrics]}],
+    }
+    if not metrics:  # the hub refuses an empty list of results
+        del front["model-index"]
+    # JSON is YAML, and quotes what needs it. The licence is for the user to fill in.
+    yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    yaml = yaml.replace('"unknown"', "unknown  # fill in, such as apache-2.0", 1)
+    pooled = {"gap": "the mean over the patch tokens", "cls": "the CLS token"}[model.pooling]
+    head = f" and a classifier of {data.num_classes} classes" if classifier else ""
+    rows = [f"| {METRICS.get(x, x)} | {value:.2f} | {where} |" for x, value, where in metrics]
+    table = ["| metric | value | measured on |", "|---|---|---|", *rows]
+    named = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    colours = {1: "grey", 3: "RGB"}[data.channels]
+    return f"""---
+{yaml}
+---
+
+# {name}
+
+A vision transformer{head}: patches of {model.patch} px, width {model.width}, {
+        model.depth
+    } layers, \
+{model.heads} heads. The embedding of an image is {pooled}, {model.width} numbers. Exported by \
+`supmim_jax.export` from step {checkpoint.step} of `{name}`.
+
+## Data
+
+Trained on `{data.name}`, split `{data.train_split}`, {data.train_examples} images, with the \
+objective `{cfg.objective.name}`, {cfg.epochs:g} epochs of batches of {cfg.batch_size}.{
+        f" Classes: {named}." if named else ""
+    }
+
+## Measured
+
+{chr(10).join(table) if rows else "Nothing was measured at this step."}
+
+## Use
+
+In the directory of this file:
+
+```python
+{loading}
+```
+
+Images are turned as EXIF says, transparent ones put over white, the shorter side resized to \
+{data.eval_resize} px ({data.resize}), and the centre of {data.image_size} x {data.image_size} px \
+cut out, {colours}, 0 to 255. Values are scaled to [-1, 1]{
+        " inside the program" if to in LIBRARIES else ", as the files beside this one say"
+    }.
+
+## Config
+
+```json
+{json.dumps(to_configdict(cfg).to_dict(), indent=2)}
+```
+"""
+
+
+def measured(checkpoint: Checkpoint) -> list[tuple[str, float, str]]:
+    """Name, value and where it was measured, of all that was measured of a checkpoint's step.
+
+    Raises:
+      SetupError: a file of measurements is not of its form.
+    """
+    data, workdir = checkpoint.config.data, checkpoint.workdir
+    found = []
+    for name, points in files.curves(workdir).items():
+        value = dict(points).get(checkpoint.step)
+        if name.startswith("eval/") and value is not None:
+            where = f"{data.name}, split {data.eval_split}"
+            found.append((name.removeprefix("eval/"), value, where))
+    for evaluation in files.evaluations(workdir):
+        if re.search(rf"-{checkpoint.step}\.json$", evaluation.source):
+            where = f"{evaluation.about} ({evaluation.source})"
+            found += [(name, value, where) for name, value in evaluation.metrics.items()]
+    return found
+
+
+def _result(name: str, value: float, where: str) -> dict[str, Any]:
+    task, kind = TASKS.get(name, (FEATURES, name))
+    metric = {"type": kind, "name": METRICS.get(name, name), "value": round(value, 4)}
+    return {"task": {"type": task}, "dataset": {"name": where, "type": where}, "metrics": [metric]}
