@@ -1,0 +1,65 @@
+"""The pages that show code for encoders keep what they promise: their blocks are run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import REPOSITORY
+from PIL import Image
+
+ROOT = Path(REPOSITORY)
+
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """Language and text of a page's code blocks, in order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
+    return [(language, text) for language, text in found if language in languages]
+
+
+def make_photos(folder: Path) -> None:
+    for shade, label in enumerate("abc", 1):
+        (folder / label).mkdir(parents=True)
+        for i in range(6):
+            image = Image.radial_gradient("L").rotate(40 * i).resize((40 + i, 30))
+            pixels = np.asarray(image)[..., None] * np.ones(3) * shade / 3
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{i}.png")
+
+
+def test_the_tutorial_and_the_code_of_the_readme_run(tmp_path):
+    make_photos(tmp_path / "photos")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    python = "import sys"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": REPOSITORY}
+    for language, text in blocks("docs/encoders.md", "bash", "python"):
+        if language == "python":  # blocks go on from one another, so all that came before is run
+            python += f"\n{text}"
+        else:
+            subprocess.run(["bash", "-ec", text], cwd=tmp_path, env=environment, check=True)
+    (tmp_path / "runs" / "b14").symlink_to("debug")
+    python += "".join(f"\n{text}" for _, text in blocks("README.md", "python"))
+    out = subprocess.run(
+        [sys.executable, "-c", python],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert "a/0.png is most like" in out.stdout and "accuracy" in out.stdout
+
+
+def test_the_readme_names_no_flag_that_its_command_lacks():
+    text = "".join(text for _, text in blocks("README.md", "bash")).replace("\\\n", " ")
+    commands = re.findall(r"python -m supmim_jax\.([\w.]+)(.*)", text)
+    assert len(commands) > 8
+    for command, arguments in commands:
+        path = ROOT / "supmim_jax" / command.replace(".", "/")
+        path = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__main__.py"
+        source = path.read_text() + (ROOT / "supmim_jax/cli.py").read_text()
+        for flag in set(re.findall(r"--(\w+)", arguments.split("#")[0])) - {"config"}:
+            assert f'"{flag}"' in source, f"{command} --{flag}"
