@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from supmim_jax.config import Config, MeshConfig
 from supmim_jax.data import decode
 from supmim_jax.data.crops import eval_image
 from supmim_jax.data.worker import prefetched
-from supmim_jax.errors import SetupError
+from supmim_jax.errors import SetupError, first_few
 from supmim_jax.formats import files
 
 BATCH_SIZE = 256
@@ -240,20 +241,24 @@ def listed(images: Any) -> list:
 
 
 def image_files(folder: epath.Path) -> list[str]:
-    """The image files below a folder by their relative paths, in order; hidden ones are left out.
+    """The image files below a folder by their relative paths, in order.
+
+    Hidden files are left out, and others whose names do not end as images' do, with a warning.
 
     Raises:
       SetupError: there are none.
     """
-    names = [
-        name
-        for name in storage.files(folder)
-        if name.lower().endswith(decode.ENDINGS) and not name.rpartition("/")[2].startswith(".")
-    ]
+    if not folder.is_dir():
+        raise SetupError(f"{folder} is no directory. Give a folder with images.")
+    shown = [x for x in storage.files(folder) if not x.rpartition("/")[2].startswith(".")]
+    names = [name for name in shown if name.lower().endswith(decode.ENDINGS)]
     if not names:
         raise SetupError(
             f"{folder} has no image files: none of its names ends in {', '.join(decode.ENDINGS)}."
         )
+    if others := sorted(set(shown) - set(names)):
+        message = f"{folder}: left out, as no images by name: {first_few(others)}"
+        warnings.warn(message, stacklevel=2)
     return names
 
 

@@ -69,7 +69,7 @@ A vision transformer{head}: patches of {model.patch} px, width {model.width}, {
 ## Data
 
 Trained on `{data.name}`, split `{data.train_split}`, {data.train_examples} images, with the \
-objective `{cfg.objective.name}`, {cfg.epochs:g} epochs of batches of {cfg.batch_size}.{
+objective `{cfg.objective.name}`; epochs: {cfg.epochs:g}, batch size: {cfg.batch_size}.{
         f" Classes: {named}." if named else ""
     }
 

@@ -55,8 +55,8 @@ def write(out: str | os.PathLike, tensors: dict[str, Any], documents: dict[str, 
                 if callable(document):
                     document(part / name)
                 else:
-                    text = isinstance(document, str)
-                    (part / name).write_text(document if text else json.dumps(document, indent=2))
+                    text = document if isinstance(document, str) else json.dumps(document, indent=2)
+                    (part / name).write_text(f"{text.rstrip()}\n")
     except OSError as error:
         raise SetupError(f"--out {out} cannot be written: {error}.") from None
 
