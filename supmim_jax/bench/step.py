@@ -386,12 +386,20 @@ def measure(cfg: Config, plan: Plan) -> dict:
             result["rival"] = rival.about | {"times": torch_rival.compared(turns)}
     else:
         turns = by_turns(runners, plan.rounds, plan.steps)
-    result["step"] = summed(turns[OURS], cfg.batch_size) | {
-        "rounds": plan.rounds, "steps": plan.steps,
-    }  # fmt: skip
+    wall = [turn.wall for turn in turns[OURS]]
+    median = float(np.median(wall))
+    result["step"] = {
+        "median_s": median,
+        "min_s": min(wall),
+        "max_s": max(wall),
+        "images_per_s": cfg.batch_size / median,
+        "cpu_s": float(np.median([turn.cpu for turn in turns[OURS]])),
+        "rounds": plan.rounds,
+        "steps": plan.steps,
+    }
     result["peak"] = matmul_peak(cfg, device)
-    rate = result["counts"]["model_flops"] / result["step"]["median_s"]
-    result["mfu"] = rate / mesh.size / max(result["peak"].values())
+    rate = result["counts"]["model_flops"] / median / mesh.size
+    result["mfu"] = rate / max(result["peak"].values())
     if plan.data:
         result["data"] = fed_by_pipeline(cfg, mesh, ours, plan.rounds * plan.steps)
     if plan.where:
@@ -436,16 +444,3 @@ def counts(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
 def sizes_of(tree) -> int:
     """How many numbers the arrays of a tree have."""
     return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def summed(turns: list[Turn], images: int) -> dict[str, float]:
-    """Median, least and most of the rounds; CPU seconds are those of all threads."""
-    wall = [turn.wall for turn in turns]
-    median = float(np.median(wall))
-    return {
-        "median_s": median,
-        "min_s": min(wall),
-        "max_s": max(wall),
-        "images_per_s": images / median,
-        "cpu_s": float(np.median([turn.cpu for turn in turns])),
-    }

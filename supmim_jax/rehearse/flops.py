@@ -172,9 +172,8 @@ def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
 
 def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> dict:
     """What `measure` gives, of a step that was compiled in so many seconds."""
-    scopes = {
-        scope: flops * mesh.size for scope, flops in sorted(hlo.count(compiled.as_text()).items())
-    }
+    counts = hlo.count(compiled.as_text())
+    scopes = {scope: flops * mesh.size for scope, flops in counts.items()}
     parts = train(cfg)
     model = cfg.batch_size * sum(work.model for work in parts.values())
     recomputed = cfg.batch_size * sum(work.recomputed for work in parts.values())
@@ -192,7 +191,6 @@ def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> d
         "ratio": total / model,
         "ratio_with_recomputed": total / (model + recomputed),
         "parts": compare(cfg, scopes, parts),
-        "scopes": scopes,
         "bytes_per_device": sum(memory.values()) - memory["code"],
         "compile_seconds": seconds,
     }
@@ -260,7 +258,6 @@ def check(cfg: Config) -> None:
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
     config = cli.define("Experiment: configs/<name>.py")
-    scopes = flags.DEFINE_bool("scopes", False, "Also list every scope with matmuls, in GF.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:
@@ -268,10 +265,6 @@ def command() -> Callable[[], None]:
         check(cfg)
         result = measure(cfg, sharding.make_mesh(cfg.mesh))
         print(report(result))
-        by_scope = result.pop("scopes")
-        if scopes.value:
-            for scope, flops in by_scope.items():
-                print(f"{flops / cfg.batch_size / GIGA:10.3f}  {scope}")
         print(json.dumps(result))
 
     return run
