@@ -27,7 +27,6 @@ from supmim_jax.config import (
 )
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import flops, hlo
-from supmim_jax.rehearse.hlo import parse
 
 PLAN = step.Plan(rounds=2, steps=1)
 
@@ -128,18 +127,16 @@ def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
     prog = train_step.build(cfg, one_device)
     compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     text = compiled.as_text()
-    module = parse(text)
+    known = [x for part in hlo.parse(text).module.values() for x in part.instructions.values()]
     parts = {}
-    for computation in module.computations.values():
-        for name, instruction in computation.instructions.items():
-            parts.setdefault(step.part_of(instruction), []).append(name)
+    for instruction in known:
+        parts.setdefault(step.part_of(instruction), []).append(instruction.name)
     expected = {name.replace("_", " ") for name in hlo.SCOPES} - {"contrastive", "encoder"}
     expected |= {"encoder, between blocks"}
     assert expected | {step.LOSS_AND_HEAD, step.UNNAMED} == set(parts)
     spent = step.by_part(text, [(parts["attention"][0], 3), (parts["MLP"][0], 5), ("?", 2)])
     assert spent == {"attention": 3, "MLP": 5, step.UNNAMED: 2}
-    loops = [x.name for c in module.computations.values() for x in c.instructions.values()
-             if x.opcode == "while"]  # fmt: skip
+    loops = [instruction.name for instruction in known if instruction.opcode == "while"]
     assert not step.by_part(text, [(loops[0], 9)])  # its body is counted
 
 

@@ -1,17 +1,19 @@
-"""FLOPs counted in compiled programs, against counts by hand."""
+"""What compiled programs cost, read from their HLO, against counts by hand."""
 
-import dataclasses
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from supmim_jax import sharding
-from supmim_jax.config import CMAEConfig, DecoderConfig, MAEConfig, MeshConfig
-from supmim_jax.rehearse import flops as flops_module
+from supmim_jax.config import MeshConfig
 from supmim_jax.rehearse import hlo
-from supmim_jax.rehearse.hlo import steps
+from supmim_jax.rehearse.hlo import UnknownCost
 
 N = 32
 SQUARE = 2 * N**3  # a matmul of two NxN matrices
@@ -23,7 +25,7 @@ def compiled(function, *shapes) -> str:
 
 
 def count(function, *shapes) -> int:
-    return hlo.count(compiled(function, *shapes)).flops
+    return hlo.count(compiled(function, *shapes)).total()
 
 
 def without_trip_counts(text: str) -> str:
@@ -60,34 +62,30 @@ def test_loops_multiply(strip):
     def backwards(x, w):
         return jax.lax.while_loop(lambda s: s[0] > 2, lambda s: (s[0] - 3, s[1] @ w), (15, x))[1]
 
+    def until_equal(x, w):
+        return jax.lax.while_loop(lambda s: s[0] != 6, lambda s: (s[0] + 2, s[1] @ w), (0, x))[1]
+
     gradient = jax.grad(lambda x, w: scanned(7)(x, w).sum(), argnums=(0, 1))
-    matmuls_of = {scanned(7): 7, nested: 15, backwards: 5, gradient: 21}
+    matmuls_of = {nested: 15, backwards: 5, until_equal: 3, gradient: 21}
     for function, matmuls in matmuls_of.items():
         text = strip(compiled(function, (N, N), (N, N)))
-        assert hlo.count(text).flops == matmuls * SQUARE, function
+        assert hlo.count(text).total() == matmuls * SQUARE, function
 
 
 def test_unknown_trip_count_is_an_error():
     def until(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w), x)
 
-    with pytest.raises(hlo.UnknownCost, match="trip count"):
+    with pytest.raises(UnknownCost, match="trip count"):
         count(until, (N, N), (N, N))
-    text = without_trip_counts(compiled(scanned(7), (N, N), (N, N)))
-    with pytest.raises(hlo.UnknownCost, match="trip count"):
-        hlo.count(text.replace("direction=LT", "direction=EQ"))
+
+    def for_ever(x, w):
+        return jax.lax.while_loop(lambda s: s[0] < 9, lambda s: (s[0], s[1] @ w), (0, x))[1]
+
+    with pytest.raises(UnknownCost, match="trip count"):
+        count(for_ever, (N, N), (N, N))
     free = count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, jnp.tanh, x), (N, N))
     assert free == 0  # no matmul in it: its trip count does not matter
-
-
-def test_steps_of_a_loop():
-    assert steps("LT", 0, 7, 2) == 4
-    assert steps("LE", 1, 7, 2) == 4
-    assert steps("GT", 7, 0, -1) == 7
-    assert steps("GE", 7, 0, -1) == 8
-    assert steps("NE", 0, 6, 2) == 3
-    assert steps("LT", 5, 5, 1) == 0
-    assert steps("NE", 0, 7, 2) is steps("LT", 0, 7, -1) is steps("LT", 0, 7, 0) is None
 
 
 def test_a_condition_runs_once_more_than_its_body():
@@ -109,8 +107,8 @@ ENTRY %main (s: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
 backend_config={"known_trip_count":{"n":"4"}}
 }
 """
-    assert hlo.count(text).flops == 5 * 2 * 8**3
-    with pytest.raises(hlo.UnknownCost, match="trip count"):
+    assert hlo.count(text).total() == 5 * 2 * 8**3
+    with pytest.raises(UnknownCost, match="trip count"):
         hlo.count(text.replace("known_trip_count", "nothing"))
 
 
@@ -150,11 +148,6 @@ def test_convolutions(case):
     assert count(gradient, x, w) == 3 * 2 * multiply_adds
 
 
-def test_convolution_by_hand():
-    flops = count(convolve({"padding": "VALID"}), (2, 8, 8, 3), (3, 3, 3, 5))
-    assert flops == 2 * (2 * 6 * 6 * 5) * (3 * 3 * 3)
-
-
 HEAD = """
 ENTRY %main (a: f32[8,24], b: f32[24,40]) -> f32[8,40] {
   %a = f32[8,24]{1,0} parameter(0)
@@ -169,16 +162,16 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
 
 
 def test_custom_calls():
-    assert hlo.count(HEAD + CUBLAS).flops == 2 * 8 * 24 * 40
+    assert hlo.count(HEAD + CUBLAS).total() == 2 * 8 * 24 * 40
     for target in (
         "__onednn$matmul",
         "__cudnn$fmhaScaleBiasSoftmax",
         "__cudnn$convForward",
         "Mosaic",
     ):
-        with pytest.raises(hlo.UnknownCost, match=re.escape(target)):
+        with pytest.raises(UnknownCost, match=re.escape(target)):
             hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", target))
-    assert hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")).flops == 0
+    assert hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")).total() == 0
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.count("HloModule nothing")
 
@@ -196,11 +189,11 @@ custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(f)/jvp(encoder)
 
 def test_fused_attention_and_what_its_gradient_repeats():
     matmul = 2 * (8 * 2) * 32 * 48 * 16
-    assert hlo.count(ATTENTION).by_scope == {"forward: encoder/attention": 2 * matmul}
+    assert hlo.count(ATTENTION) == {"forward: encoder/attention": 2 * matmul}
     gradient = ATTENTION.replace("Softmax", "SoftmaxBackward").replace(
         "jvp(encoder)", "transpose(jvp(encoder))"
     )
-    assert hlo.count(gradient).by_scope == {
+    assert hlo.count(gradient) == {
         "backward: encoder/attention": 4 * matmul,
         "recomputed: encoder/attention": matmul,
     }
@@ -216,7 +209,7 @@ ENTRY %main (q: bf16[16,256,12,64], k: bf16[16,256,12,64]) -> f32[16,12,256,256]
 window={size=16x12 stride=15x11 lhs_dilate=16x12}, dim_labels=0b1f_0o1i->01bf
 }
 """
-    assert hlo.count(text).flops == 2 * (16 * 12) * 256 * 256 * 64
+    assert hlo.count(text).total() == 2 * (16 * 12) * 256 * 256 * 64
 
 
 @jax.named_scope("encoder")
@@ -229,67 +222,213 @@ def test_scopes_tell_functions_and_directions_apart():
         return (jax.checkpoint(tower)(x, w) @ v).sum()
 
     gradient = jax.grad(loss, argnums=(0, 1, 2))
-    scopes = hlo.count(compiled(gradient, (N, N), (N, N), (N, N))).by_scope
+    scopes = hlo.count(compiled(gradient, (N, N), (N, N), (N, N)))
     towers = {k.split(":")[0]: v for k, v in scopes.items() if k.endswith("encoder")}
     assert towers["backward"] == 2 * SQUARE
 
 
-def small(cfg):
-    model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0)
-    decoder = DecoderConfig(depth=2, width=32, mlp_dim=64, heads=2)
-    objective = cfg.objective
-    if objective.name == "supmim":
-        objective = dataclasses.replace(objective, decoder=decoder)
-    return dataclasses.replace(cfg, model=model, objective=objective)
+def test_shapes():
+    found = hlo.arrays(
+        "(bf16[16,512]{1,0:T(8,128)(2,1)S(1)}, s32[], /*index=2*/pred[3]{0}, u4[10])"
+    )
+    assert [a.bytes for a in found] == [16 * 512 * 2, 4, 3, 5]
+    assert [a.space for a in found] == [1, 0, 0, 0]
+    assert hlo.arrays("f8e4m3fn[7]{0}")[0].bytes == 7
 
 
-def exact(result: dict) -> None:
-    for part, directions in result["parts"].items():
-        for direction, (found, expected) in directions.items():
-            assert found == pytest.approx(expected, rel=1e-3), (part, direction)
+GROUPS = {
+    "replica_groups={{0,2},{1,3}}": [[0, 2], [1, 3]],
+    "replica_groups=[2,2]<=[4]": [[0, 1], [2, 3]],
+    "replica_groups=[2,2]<=[2,2]T(1,0)": [[0, 2], [1, 3]],
+    "source_target_pairs={{0,3},{3,0}}": [[0, 3], [3, 0]],
+    "replica_groups=mesh['a'=2,'b'=2] {'b'}": [[0, 1], [2, 3]],
+    "replica_groups=mesh['a'=2,'b'=2] {'a','b'}": [[0, 1, 2, 3]],
+    "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'a'}": [[0, 1], [2, 3]],
+    "replica_groups=mesh['a'=2,'b'=1,'c'=2], device_ids=([2,2]T(1,0)) {'c'}": [[0, 2], [1, 3]],
+}
 
 
-def test_supervised_step(supervised, one_device):
-    result = flops_module.measure(small(supervised), one_device)
-    exact(result)
-    assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
+def groups(attributes: str) -> np.ndarray:
+    text = f"ENTRY %main () -> f32[1] {{\n  ROOT %x = f32[1] all-reduce(), {attributes}\n}}"
+    return hlo.groups(hlo.parse(text).root)
 
 
-def test_supmim_step_on_two_devices(cfg):
-    mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
-    result = flops_module.measure(small(cfg), mesh)
-    assert result["ratio"] == pytest.approx(1.0, abs=5e-3)
-    # Unmixed, both branches embed the same patches, and XLA does so once.
-    found, expected = result["parts"]["patch embedding"].pop("forward")
-    assert found == pytest.approx(expected / 2)
-    exact(result)
+@pytest.mark.parametrize("text", GROUPS)
+def test_groups(text):
+    assert groups(f"{text}, channel_id=1").tolist() == GROUPS[text]
 
 
-@pytest.mark.parametrize("pooling", ["gap", "cls"])
-@pytest.mark.parametrize("objective", [MAEConfig(), CMAEConfig()], ids=lambda o: o.name)
-def test_steps_without_labels(cfg, one_device, objective, pooling):
-    cfg = small(dataclasses.replace(cfg, objective=objective))
-    model = dataclasses.replace(cfg.model, pooling=pooling)
-    result = flops_module.measure(dataclasses.replace(cfg, model=model), one_device)
-    exact(result)
-    assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
+def test_unknown_groups_are_an_error():
+    for text in ("replica_groups=all", "replica_groups=mesh['a'=2] {'a':(1)2}"):
+        with pytest.raises(UnknownCost, match="which devices"):
+            groups(text)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=4)], ids=str)
-def test_fsdp_repeats_no_work(supervised, mesh):
-    """Without models/placement.py the devices of fsdp all compute each other's attention."""
-    cfg = dataclasses.replace(small(supervised), batch_size=64)
-    exact(flops_module.measure(cfg, sharding.make_mesh(mesh)))
+def sharded(function, in_specs, out_spec, *shapes) -> list[hlo.Collective]:
+    """Collectives of a jax.shard_map over 2 x 4 devices, axes data and fsdp."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)
+    values = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, in_specs, strict=True)
+    ]
+    return hlo.collectives(hlo.parse(jax.jit(run).lower(*values).compile().as_text()))
 
 
-def test_supmim_step_with_everything_on(cfg, one_device):
-    """Visible patches only, CLS, LayerScale, rematerialization."""
-    cfg = small(cfg)
-    model = dataclasses.replace(cfg.model, pooling="cls", layer_scale=1e-4, remat="names")
-    objective = dataclasses.replace(cfg.objective, encoder_input="visible", mask_ratio=0.75)
-    cfg = dataclasses.replace(cfg, model=model, objective=objective)
-    result = flops_module.measure(cfg, one_device)
-    exact(result)
-    assert 1.0 < result["ratio"] < 1.02  # attention's logits only, LayerScale or not
-    assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=1e-3)
-    assert "encoder, recomputed" in flops_module.report(result)
+WHOLE = 64 * 32 * 4  # bytes of a float32 64x32
+CASES = {  # operation, specs of input and output, kind, bytes, devices that take part
+    "gather": (
+        lambda x: jax.lax.all_gather(x, "fsdp", tiled=True),
+        (P("fsdp"), P()), "all-gather", WHOLE, 4,
+    ),
+    "scatter": (
+        lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True),
+        (P(), P("fsdp")), "reduce-scatter", WHOLE, 4,
+    ),
+    "reduce": (lambda x: jax.lax.psum(x, "data"), (P(), P()), "all-reduce", WHOLE, 2),
+    "exchange": (
+        lambda x: jax.lax.all_to_all(x, "fsdp", 1, 0, tiled=True),
+        (P("fsdp"), P(None, "fsdp")), "all-to-all", WHOLE // 4, 4,
+    ),
+    "permute": (
+        lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]),
+        (P("data"), P("data")), "collective-permute", WHOLE // 2, 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_kind_by_hand(case):
+    function, (before, after), kind, size, devices = CASES[case]
+    (found,) = sharded(function, (before,), after, (64, 32))
+    assert (found.kind, found.bytes, found.times) == (kind, size, 1)
+    assert found.group_size == devices and found.dtypes == ("f32",)
+
+
+def test_a_collective_in_a_loop_counts_as_often():
+    def fsdp(x, w):
+        def layer(x, w):
+            return x @ jax.lax.all_gather(w, "fsdp", tiled=True), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    (found,) = sharded(fsdp, (P("data"), P(None, "fsdp")), P("data"), (64, 32), (7, 32, 32))
+    assert (found.kind, found.times, found.bytes) == ("all-gather", 7, 32 * 32 * 4)
+
+
+def test_a_loop_of_unknown_length_is_an_error():
+    def until(x):
+        body = lambda x: jax.lax.psum(x, "fsdp")  # noqa: E731
+        return jax.lax.while_loop(lambda x: x.sum() < 9, body, x)
+
+    with pytest.raises(UnknownCost, match="unknown times"):
+        sharded(until, (P(),), P(), (8,))
+
+
+ASYNC = """
+%all-reduce-scatter.1 (i: bf16[64,32]) -> bf16[16,32] {
+  %i = bf16[64,32]{1,0} parameter(0)
+  %r = bf16[64,32]{1,0} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %z = s32[] constant(0)
+  ROOT %s = bf16[16,32]{1,0} dynamic-slice(%r, %z, %z), dynamic_slice_sizes={16,32}
+}
+
+%all-reduce-scatter.2 (i: bf16[64,32]) -> bf16[16,32] {
+  %i = bf16[64,32]{1,0} parameter(0)
+  %r = bf16[64,32]{1,0} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %z = s32[] constant(0)
+  ROOT %s = bf16[16,32]{1,0} dynamic-slice(%r, %z, %z), dynamic_slice_sizes={16,32}
+}
+
+%chain.1 (w: bf16[16,32]) -> bf16[64,32] {
+  %w = bf16[16,32]{1,0} parameter(0)
+  ROOT %g = bf16[64,32]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%chain.2 (w: bf16[16,32]) -> bf16[64,32] {
+  %w = bf16[16,32]{1,0} parameter(0)
+  ROOT %g = bf16[64,32]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (w: bf16[16,32]) -> bf16[16,32] {
+  %w = bf16[16,32]{1,0} parameter(0)
+  %a = bf16[64,32]{1,0} fusion(%w), kind=kCustom, calls=%chain.1
+  %b = bf16[64,32]{1,0} fusion(%w), kind=kCustom, calls=%chain.2
+  %c = bf16[16,32]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %d = bf16[16,32]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2
+  %e = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%c), channel_id=1, \
+source_target_pairs={{0,1},{1,0}}
+  %f = bf16[16,32]{1,0} collective-permute-done(%e)
+  %g = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%d), channel_id=1, \
+source_target_pairs={{0,2},{2,0}}
+  %h = bf16[16,32]{1,0} collective-permute-done(%g)
+  ROOT %s = bf16[16,32]{1,0} add(%f, %h)
+}
+"""
+
+
+def test_as_tpu_writes_them():
+    """A gather spread over fusions counts once, scatters and permutations of one channel each."""
+    found = hlo.collectives(hlo.parse(ASYNC))
+    sizes = sorted((c.kind, c.bytes) for c in found)
+    shard, whole = 16 * 32 * 2, 64 * 32 * 2
+    assert sizes == [
+        ("all-gather", whole),
+        ("collective-permute", shard),
+        ("collective-permute", shard),
+        ("reduce-scatter", whole),
+        ("reduce-scatter", whole),
+    ]
+    with pytest.raises(UnknownCost, match="ragged"):
+        hlo.collectives(hlo.parse(ASYNC.replace("collective-permute-start", "ragged-all-to-all")))
+
+
+def test_groups_of_one_device_send_nothing():
+    assert not sharded(functools.partial(jax.lax.psum, axis_name="tensor"), (P(),), P(), (8,))
+
+
+FUSED = """
+%slice_and_update (p: f32[10,64], q: f32[10,64], i: s32[]) -> (f32[10,64], f32[64]) {
+  %p = f32[10,64]{1,0} parameter(0)
+  %q = f32[10,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %v = f32[1,64]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,64}
+  %n = f32[1,64]{1,0} negate(%v)
+  %u = f32[10,64]{1,0} dynamic-update-slice(%q, %n, %i, %z)
+  %r = f32[64]{0} bitcast(%n)
+  ROOT %t = (f32[10,64]{1,0}, f32[64]{0}) tuple(%u, %r)
+}
+
+ENTRY %main (p: f32[10,64], q: f32[10,64], i: s32[]) -> f32[64] {
+  %p = f32[10,64]{1,0} parameter(0)
+  %q = f32[10,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %f = (f32[10,64]{1,0}, f32[64]{0}) fusion(%p, %q, %i), kind=kLoop, calls=%slice_and_update
+  %v = f32[64]{0} get-tuple-element(%f), index=1
+  %s = (f32[64]{0:S(1)}, f32[64]{0}, u32[]) copy-start(%v)
+  %d = f32[64]{0:S(1)} copy-done(%s)
+  %w = f32[64]{0} add(%d, %v)
+  ROOT %x = f32[64]{0:S(1)} add(%d, %d)
+}
+"""
+
+
+def test_traffic_by_hand():
+    moved = {r.instruction.name: hlo.traffic(r.instruction) for r in hlo.runs(hlo.parse(FUSED))}
+    row, index = 64 * 4, 4
+    assert moved["f"] == row + index + row + row  # slice, index; update, second result
+    assert moved["s"] == row  # read, and written into VMEM
+    assert moved["w"] == 2 * row and moved["x"] == moved["d"] == 0
+
+
+def test_traffic_of_a_loop_is_that_of_its_layers():
+    def run(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    def total(layers: int) -> int:
+        entry = hlo.parse(compiled(run, (128, 128), (layers, 128, 128)))
+        return sum(hlo.traffic(r.instruction) * (r.times or 1) for r in hlo.runs(entry))
+
+    once = np.diff([total(8), total(16), total(24)])
+    assert once[0] == once[1] and 8 * 3 * 128**2 * 4 <= once[0] <= 8 * 12 * 128**2 * 4

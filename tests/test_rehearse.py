@@ -19,40 +19,22 @@ from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import aot, estimate
 from supmim_jax.rehearse.hlo import Collective
 
+NO_SLICES = "v7:2x2 v5e v5e:3x5 v6e:4x4x4 v4:8x8x4 v4:4x4 v4:4x6x8 v4:16x16x20 v5p:0x4x4"
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v7:2x2", "Known chips are v4, v5e, v5p, v6e"),
-        ("v5e", "such as v5e:16x16"),
-        ("v5e:3x5", "v5e slices are 1x1, 2x2, 2x4"),
-        ("v6e:4x4x4", "v6e slices are"),
-        ("v4:8x8x4", "ascending order"),
-        ("v4:4x4", "three multiples of 4"),
-        ("v4:4x6x8", "three multiples of 4"),
-        ("v4:16x16x20", "at most 4096 chips"),
-        ("v5p:0x4x4", "three multiples of 4"),
-    ],
-)
-def test_a_slice_that_does_not_exist_is_named_with_those_that_do(name, message):
-    with pytest.raises(SetupError, match=message):
+
+@pytest.mark.parametrize("name", NO_SLICES.split())
+def test_a_slice_that_does_not_exist_is_refused(name):
+    with pytest.raises(SetupError, match=f"--topology.*{name.partition(':')[2]}"):
         aot.parse(name)
 
 
 def test_slices():
     part = aot.parse("v5p:4x8x8")
-    assert (part.chips, part.chip.name, part.wraps, part.name) == (
-        256,
-        "v5p",
-        (True,) * 3,
-        "v5p:4x8x8",
-    )
+    assert (part.chips, part.wraps, part.name) == (256, (True,) * 3, "v5p:4x8x8")
     assert aot.parse("v4:2x2x4").wraps == (False,) * 3
     assert aot.parse("v5e:8x16").wraps == (False, True)
     # One link, one way: 400 GB/s both ways over 4; 6 links of 50 GB/s of a v4.
     assert aot.CHIPS["v5e"].link == 50e9 == aot.CHIPS["v4"].link
-    for chip in aot.CHIPS.values():
-        assert 100e12 < chip.flops < 1e15 and 16 <= chip.hbm_gib <= 95 and "google" in chip.source
 
 
 def test_missing_libtpu_names_the_extra(monkeypatch):
@@ -62,7 +44,7 @@ def test_missing_libtpu_names_the_extra(monkeypatch):
 
 
 def collective(kind: str, groups) -> Collective:
-    return Collective(kind, 1_600_000, 1, np.array(groups), ("bf16",), "")
+    return Collective(kind, 1_600_000, 1, np.array(groups), ("bf16",))
 
 
 def test_links():
@@ -120,8 +102,7 @@ def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest
     assert all(d * f * t == 256 and 768 % f == 0 and 12 % t == 0 for d, f, t in shapes)
     few = estimate.candidates(large(cfg, 256), aot.parse("v5e:8x8"))
     assert few and all(256 / (c.mesh.data * c.mesh.fsdp) % 8 == 0 for c in few)
-    first = estimate.subset(found, 1)[0]
-    assert (first.mesh, first.model.remat) == (MeshConfig(16, 16, 1), "names")
+    assert (found[0].mesh, found[0].model.remat) == (MeshConfig(16, 16, 1), "names")
 
     def result(seconds: float, gib: float, fits: bool = True, data: int = 1) -> dict:
         mesh = {"data": data, "fsdp": 1, "tensor": 1}
@@ -130,14 +111,8 @@ def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest
             "mesh": mesh, "hbm_gib": {"total": gib},
         }  # fmt: skip
 
-    told = estimate.recommend(
-        [
-            result(1.0, 9, data=2),
-            result(1.01, 3, data=4),
-            result(1.1, 1, data=8),
-            result(0.5, 1, fits=False),
-        ]
-    )
+    tried = [result(1.0, 9, data=2), result(1.01, 3, data=4), result(1.1, 1, data=8)]
+    told = estimate.recommend([*tried, result(0.5, 1, fits=False)])
     assert "mesh.data=4" in told and "least HBM (3.00 GiB)" in told
     assert "take more chips" in estimate.recommend([result(1.0, 20, fits=False)])
 
@@ -152,16 +127,16 @@ def test_out_of_memory_is_read_from_the_compiler():
     assert aot.EXHAUSTED.search(older).groups() == ("31.5", "15.75")
 
 
-def test_what_does_not_fit_is_reported_with_the_advice():
-    result = {
-        "topology": "v5e:16x16", "chips": 256, "mesh": {"data": 16, "fsdp": 16, "tensor": 1},
-        "objective": "supmim", "batch_size": 4096, "rows_per_shard": 16, "remat": "none",
-        "tokens": "cache", "fits": False, "needed_gib": 22.93, "available_gib": 15.75,
-        "advice": ["First set model.remat='names'"],
-    }  # fmt: skip
+def test_what_does_not_fit_is_reported_with_the_advice(cfg, monkeypatch):
+    def refuse(*_):
+        raise aot.TooLarge(22.93, 15.75)
+
+    monkeypatch.setattr(aot, "devices", lambda part: jax.devices())
+    monkeypatch.setattr(aot, "compile_step", refuse)
+    result = estimate.rehearse(cfg, aot.parse("v5e:2x4"))
+    assert not result["fits"] and (result["needed_gib"], result["available_gib"]) == (22.93, 15.75)
     text = estimate.report(result)
-    assert "DOES NOT FIT: the compiler needs 22.93 GiB of 15.75 per chip" in text
-    assert text.endswith("First set model.remat='names'")
+    assert "22.93 GiB of 15.75 per chip" in text and "model.remat='names'" in text
     assert "22.93" in estimate.table([result])
 
 
@@ -175,15 +150,10 @@ def test_a_small_step_compiled_for_tpu(tmp_path):
     """The command on two small layers, FSDP over 2 of 4 chips; libtpu in a process of its own."""
     out = tmp_path / "result.json"
     changes = {
-        "batch_size": 32,
-        "mesh.fsdp": 2,
-        "model.depth": 2,
-        "model.width": 128,
-        "model.mlp_dim": 256,
-        "model.layer_scale": 1e-4,
-        "model.dtype": "bfloat16",
+        "batch_size": 32, "mesh.fsdp": 2, "model.depth": 2, "model.width": 128,
+        "model.mlp_dim": 256, "model.layer_scale": 1e-4, "model.dtype": "bfloat16",
         "model.remat": "names",
-    }
+    }  # fmt: skip
     command = [sys.executable, "-m", "supmim_jax.rehearse", "--topology", "v5e:2x2", "--json", out]
     command += ["--config", "configs/debug_supervised.py"]
     command += [f"--config.{key}={value}" for key, value in changes.items()]

@@ -364,6 +364,10 @@ def test_what_is_missing_or_broken_is_refused_and_the_page_left_as_it_was(run, h
             write(str(copy))
         (copy / name).write_text(before)
     assert (copy / "report.html").read_text() == html and not list(copy.glob("*.part"))
+    (copy / "report.html.part").mkdir()
+    with pytest.raises(SetupError, match=r"report\.html cannot be written"):
+        write(str(copy))
+    assert (copy / "report.html").read_text() == html
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")

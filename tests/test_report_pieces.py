@@ -1,8 +1,6 @@
 """What the page of a run is made of, one by one."""
 
 import numpy as np
-import pytest
-from etils import epath
 
 from supmim_jax.config import (
     Config,
@@ -11,8 +9,7 @@ from supmim_jax.config import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.errors import SetupError
-from supmim_jax.report import files, page
+from supmim_jax.report import page
 from supmim_jax.report.measure import Segmented
 
 
@@ -73,13 +70,3 @@ def marked(cfg: Config) -> list[tuple[str, str, str]]:
     return [
         (path, name, usual) for path, rows in found for name, _, usual in rows if usual is not None
     ]
-
-
-def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    path = epath.Path(tmp_path) / "report.html"
-    files.write(path, "old")
-    assert [x.name for x in tmp_path.iterdir()] == ["report.html"]
-    (tmp_path / "report.html.part").mkdir()
-    with pytest.raises(SetupError, match=r"report\.html cannot be written.*Choose another"):
-        files.write(path, "new")
-    assert path.read_text() == "old"

@@ -31,7 +31,7 @@ from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-from supmim_jax.rehearse import flops, hlo
+from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.hlo import Instruction
 from supmim_jax.train_step import TrainStep
 
@@ -131,16 +131,6 @@ def _seconds(x, y, calls: int) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def memory(compiled, device: jax.Device) -> dict:
-    """Peak bytes of one device, and whether it or the compiler says so."""
-    if stats := device.memory_stats():
-        return {"bytes": stats["peak_bytes_in_use"], "by": "the device"}
-    found = compiled.memory_analysis()
-    total = found.argument_size_in_bytes + found.temp_size_in_bytes
-    total += found.output_size_in_bytes - found.alias_size_in_bytes
-    return {"bytes": total, "by": "the compiler"}
-
-
 def fed_by_pipeline(
     cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int
 ) -> dict[str, float]:
@@ -216,12 +206,8 @@ def operations(profile) -> Iterator[tuple[str, float]]:
 
 def by_part(text: str, operations) -> Counter:
     """Nanoseconds by part; of operations that the text doesn't have, under UNNAMED."""
-    module = hlo.parse(text)
-    known = {
-        name: instruction
-        for computation in module.computations.values()
-        for name, instruction in computation.instructions.items()
-    }
+    computations = hlo.parse(text).module.values()
+    known = {name: x for part in computations for name, x in part.instructions.items()}
     spent = Counter()
     for name, nanoseconds in operations:
         instruction = known.get(name)
@@ -384,7 +370,12 @@ def measure(cfg: Config, plan: Plan) -> dict:
         "counts": counts(cfg, mesh, compiled),
     }
     ours = Ours(cfg, prog, compiled)
-    result["memory"] = memory(compiled, device)
+    if stats := device.memory_stats():
+        result["memory"] = {"bytes": stats["peak_bytes_in_use"], "by": "the device"}
+    else:
+        allotted = aot.memory(compiled)
+        total = sum(allotted.values()) - allotted["code"]
+        result["memory"] = {"bytes": total, "by": "the compiler"}
     runners = {OURS: ours.run}
     if plan.rival:
         parameters = {name: sizes_of(tree) for name, tree in prog.state.params.items()}
@@ -395,12 +386,20 @@ def measure(cfg: Config, plan: Plan) -> dict:
             result["rival"] = rival.about | {"times": torch_rival.compared(turns)}
     else:
         turns = by_turns(runners, plan.rounds, plan.steps)
-    result["step"] = summed(turns[OURS], cfg.batch_size) | {
-        "rounds": plan.rounds, "steps": plan.steps,
-    }  # fmt: skip
+    wall = [turn.wall for turn in turns[OURS]]
+    median = float(np.median(wall))
+    result["step"] = {
+        "median_s": median,
+        "min_s": min(wall),
+        "max_s": max(wall),
+        "images_per_s": cfg.batch_size / median,
+        "cpu_s": float(np.median([turn.cpu for turn in turns[OURS]])),
+        "rounds": plan.rounds,
+        "steps": plan.steps,
+    }
     result["peak"] = matmul_peak(cfg, device)
-    rate = result["counts"]["model_flops"] / result["step"]["median_s"]
-    result["mfu"] = rate / mesh.size / max(result["peak"].values())
+    rate = result["counts"]["model_flops"] / median / mesh.size
+    result["mfu"] = rate / max(result["peak"].values())
     if plan.data:
         result["data"] = fed_by_pipeline(cfg, mesh, ours, plan.rounds * plan.steps)
     if plan.where:
@@ -445,16 +444,3 @@ def counts(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
 def sizes_of(tree) -> int:
     """How many numbers the arrays of a tree have."""
     return sum(x.size for x in jax.tree.leaves(tree))
-
-
-def summed(turns: list[Turn], images: int) -> dict[str, float]:
-    """Median, least and most of the rounds; CPU seconds are those of all threads."""
-    wall = [turn.wall for turn in turns]
-    median = float(np.median(wall))
-    return {
-        "median_s": median,
-        "min_s": min(wall),
-        "max_s": max(wall),
-        "images_per_s": images / median,
-        "cpu_s": float(np.median([turn.cpu for turn in turns])),
-    }

@@ -5,9 +5,9 @@ import os
 import re
 import tempfile
 import time
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -17,61 +17,45 @@ from supmim_jax import train_step
 from supmim_jax.config import Config
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import hlo
-from supmim_jax.rehearse.hlo import Module
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL_CUBOIDS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # below a cube of 4x4x4; then multiples of 4
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What one chip has, by its documentation.
+class Chip(NamedTuple):
+    """What one chip has, by its documentation."""
 
-    `link` is of one connection to a neighbour, one way; the documents give all of a chip's links,
-    both ways, as `ici`.
-    """
-
-    name: str
-    cores: int  # TensorCores; they compile as one device
     flops: float  # bfloat16 per second
     hbm_gib: float
     hbm_bytes: float  # per second
     ici: float  # bytes per second, all links, both ways
     dimensions: int  # of its network
     largest: int  # chips of a slice
-    source: str
 
     @property
     def link(self) -> float:
+        """Bytes per second of one connection to a neighbour, one way."""
         return self.ici / (2 * self.dimensions) / 2
 
 
-# Where pages of different dates differ (v5e: 819 GB/s or 800 GiB/s of HBM; v6e: 1640 or 1600 GB/s,
-# 3584 Gbit/s or 800 GB/s both ways of ICI), HBM is of the first and ICI of the second.
+# https://cloud.google.com/tpu/docs/v4 and so on. Where pages of different dates differ (v5e:
+# 819 GB/s or 800 GiB/s of HBM; v6e: 1640 or 1600 GB/s, 3584 Gbit/s or 800 GB/s both ways of ICI),
+# HBM is of the first and ICI of the second. v4's ICI is on no page: 6 links of 50 GB/s as quoted
+# from arXiv 2304.01433, unchecked.
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        # ICI is not on its page: 6 links of 50 GB/s as quoted from arXiv 2304.01433, unchecked.
-        Chip("v4", 2, 275e12, 32, 1200e9, 600e9, 3, 4096, "https://cloud.google.com/tpu/docs/v4"),
-        Chip("v5e", 1, 197e12, 16, 819e9, 400e9, 2, 256, "https://cloud.google.com/tpu/docs/v5e"),
-        Chip(
-            "v5p", 2, 459e12, 95, 2765e9, 1200e9, 3, 6144, "https://cloud.google.com/tpu/docs/v5p"
-        ),
-        Chip("v6e", 1, 918e12, 32, 1640e9, 800e9, 2, 256, "https://cloud.google.com/tpu/docs/v6e"),
-    )
+    "v4": Chip(275e12, 32, 1200e9, 600e9, 3, 4096),
+    "v5e": Chip(197e12, 16, 819e9, 400e9, 2, 256),
+    "v5p": Chip(459e12, 95, 2765e9, 1200e9, 3, 6144),
+    "v6e": Chip(918e12, 32, 1640e9, 800e9, 2, 256),
 }
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Chips of one kind in a rectangle or cuboid."""
 
+    name: str
     chip: Chip
     shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
@@ -101,17 +85,19 @@ def parse(topology: str) -> Slice:
             f"v4:4x8x8. Known chips are {', '.join(CHIPS)}."
         )
     chip, shape = CHIPS[found[1]], tuple(int(n) for n in found[2].split("x"))
-    if chip.dimensions == 2 and found[2] not in FLAT:
-        raise SetupError(f"--topology: {chip.name} slices are {', '.join(FLAT)}, not {found[2]}.")
-    if chip.dimensions == 3 and found[2] not in SMALL_CUBOIDS:
+    known, others = FLAT, ""
+    exists = found[2] in FLAT
+    if chip.dimensions == 3:
         cubes = len(shape) == 3 and all(n and n % 4 == 0 for n in shape)
-        if not cubes or list(shape) != sorted(shape) or math.prod(shape) > chip.largest:
-            raise SetupError(
-                f"--topology: {chip.name} slices are {', '.join(SMALL_CUBOIDS)}, or three "
-                f"multiples of 4 in ascending order with at most {chip.largest} chips, not "
-                f"{found[2]}."
-            )
-    return Slice(chip, shape)
+        ascending = list(shape) == sorted(shape) and math.prod(shape) <= chip.largest
+        exists = found[2] in SMALL_CUBOIDS or (cubes and ascending)
+        known = SMALL_CUBOIDS
+        others = f", or three multiples of 4 in ascending order with at most {chip.largest} chips"
+    if not exists:
+        raise SetupError(
+            f"--topology: {found[1]} slices are {', '.join(known)}{others}, not {found[2]}."
+        )
+    return Slice(topology, chip, shape)
 
 
 # libtpu asks a metadata server for the machine it is on, and locks the machine's chips.
@@ -122,32 +108,13 @@ EXHAUSTED = re.compile(r"\(?([\d.]+)G\)? (?:exceeds|of) .*?([\d.]+)G", re.S)
 class TooLarge(Exception):
     """The compiler found no way to fit the step into HBM; in GiB what it needs, and may have."""
 
-    def __init__(self, needed: float, available: float):
-        super().__init__(f"needs {needed} GiB of {available} GiB")
-        self.needed, self.available = needed, available
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of HBM of one chip, as the compiler lays them out."""
-
-    arguments: int  # state, batch and frozen arrays
-    outputs: int  # that don't take the place of arguments
-    temporaries: int
-    code: int
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.outputs + self.temporaries + self.code
-
-
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """A step for one chip: all counts are of that chip."""
 
-    memory: Memory
-    module: Module
-    flops: int
+    entry: hlo.Computation
+    memory: dict[str, int]  # as `memory` gives it
+    parameters: int  # how many are trained
     seconds: float  # that compiling took
 
 
@@ -161,7 +128,8 @@ def devices(part: Slice) -> list:
         raise SetupError("libtpu, which compiles for TPU, is missing: pip install -e '.[tpu]'")
     for name, value in ALONE.items():
         os.environ.setdefault(name, value)
-    options = {"chip_config_name": "megacore"} if part.chip.name == "v4" else {}
+    # A v4 has two cores; as a megacore they are one device.
+    options = {"chip_config_name": "megacore"} if part.name.startswith("v4:") else {}
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=part.name, **options
@@ -181,7 +149,6 @@ def compile_step(cfg: Config, mesh: Mesh) -> Compiled:
     Raises:
       ConfigError: the mesh does not divide the batch or a parameter.
       TooLarge: it doesn't fit into HBM.
-      hlo.UnknownCost: the program does what isn't known here.
     """
     prog = train_step.build(cfg, mesh)
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
@@ -199,16 +166,16 @@ def compile_step(cfg: Config, mesh: Mesh) -> Compiled:
         seconds = time.perf_counter() - start
         paths = Path(directory).glob("*jit_step*after_optimizations.txt")
         text = max(paths, key=lambda path: path.stat().st_size).read_text()
-    return read(text, compiled.memory_analysis(), seconds)
+    parameters = sum(x.size for x in jax.tree.leaves(prog.state.params))
+    return Compiled(hlo.parse(text), memory(compiled), parameters, seconds)
 
 
-def read(text: str, stats, seconds: float) -> Compiled:
-    """From the compiler's text and memory_analysis()."""
-    memory = Memory(
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-        code=stats.generated_code_size_in_bytes,
-    )
-    module = hlo.parse(text)
-    return Compiled(memory, module, hlo.count_module(module).flops, seconds)
+def memory(compiled) -> dict[str, int]:
+    """Bytes of one device as the compiler lays them out; outputs don't replace arguments."""
+    stats = compiled.memory_analysis()
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "code": stats.generated_code_size_in_bytes,
+    }

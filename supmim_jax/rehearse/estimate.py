@@ -7,23 +7,20 @@ chips by the links that a collective keeps busy.
 import dataclasses
 from collections import Counter
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from supmim_jax import train_step
+from supmim_jax import sharding
 from supmim_jax.config import Config, MeshConfig
-from supmim_jax.rehearse import flops as flops_module
-from supmim_jax.rehearse import hlo
+from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.aot import Compiled, Slice
-from supmim_jax.rehearse.hlo import Collective
 
 # Times that all-gather's traffic passes a chip: all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
 
 
-def seconds(collective: Collective, coordinates: np.ndarray, part: Slice) -> float:
+def seconds(collective: hlo.Collective, coordinates: np.ndarray, part: Slice) -> float:
     """Least time of one execution, if nothing else uses the links and latency is nothing.
 
     Rings along every dimension that the group spans run at once, each in both directions where
@@ -42,68 +39,33 @@ def seconds(collective: Collective, coordinates: np.ndarray, part: Slice) -> flo
         bandwidth = part.chip.link * sum(2 if ring else 1 for ring in closed)
         share = (collective.group_size - 1) / collective.group_size
         return PASSES[collective.kind] * collective.bytes * share / bandwidth
-    hops = mean_hops(collective, coordinates, part)
-    links = 2 * sum(size > 1 for size in part.shape)
-    return collective.bytes * hops / (links * part.chip.link)
-
-
-def mean_hops(collective: Collective, coordinates: np.ndarray, part: Slice) -> float:
-    """Average distance of what a device sends; to itself it is 0."""
     if collective.kind == "collective-permute":
         at, to = (coordinates[collective.groups[:, i]] for i in (0, 1))
-    else:
-        members = coordinates[collective.groups[0]]
+    else:  # from each to each; to itself it is 0
         at, to = members[:, None], members[None, :]
-    distance = np.abs(at - to)[..., : len(part.shape)]
-    shape = np.array(part.shape)
+    distance, shape = np.abs(at - to)[..., : len(part.shape)], np.array(part.shape)
     distance = np.where(part.wraps, np.minimum(distance, shape - distance), distance)
-    return float(distance.sum(-1).mean())
+    links = 2 * sum(size > 1 for size in part.shape)
+    return collective.bytes * distance.sum(-1).mean() / (links * part.chip.link)
 
 
 GIB = 2**30
 ROWS = 8  # a tile of TPU; with fewer rows XLA pads, and emulates all-gathers by all-reduces
 
 
-def estimate(cfg: Config, mesh: Mesh, part: Slice, compiled: Compiled) -> dict:
-    """What a step costs one chip, as JSON; seconds are lower bounds."""
-    flops = analytic_flops(cfg, part)
-    bytes_, roofline = roofline_seconds(compiled, part)
-    kinds, ici = sent(cfg, mesh, part, compiled)
-    bound = max(roofline, ici)
-    memory = compiled.memory
-    return {
-        **subject(cfg, mesh, part),
-        "fits": memory.total <= part.chip.hbm_gib * GIB,
-        "hbm_gib": {
-            "arguments": memory.arguments / GIB,
-            "outputs": memory.outputs / GIB,
-            "temporaries": memory.temporaries / GIB,
-            "code": memory.code / GIB,
-            "total": memory.total / GIB,
-            "of": part.chip.hbm_gib,
-        },
-        "flops": compiled.flops,
-        **flops,
-        "flops_ratio": _ratio(compiled.flops, flops["model_flops"]),
-        "flops_ratio_with_recomputed": _ratio(
-            compiled.flops, flops["model_flops"] + flops["recomputed_flops"]
-        ),
-        "hbm_bytes": bytes_,
-        "collectives": kinds,
-        "roofline_seconds": roofline,
-        "ici_seconds": ici,
-        "step_seconds": bound,
-        "mfu": flops["model_flops"] / bound / part.chip.flops,
-        "steps": cfg.total_steps,
-        "hours": cfg.total_steps * bound / 3600,
-        "chip_hours": cfg.total_steps * bound / 3600 * part.chips,
-        "compile_seconds": compiled.seconds,
-    }
+def rehearse(cfg: Config, part: Slice) -> dict:
+    """Compiles one step for the slice; what it costs, or that it doesn't fit, as JSON.
 
-
-def subject(cfg: Config, mesh: Mesh, part: Slice) -> dict:
-    """What was compiled."""
-    return {
+    Raises:
+      SetupError: libtpu, the slice, the mesh and the config don't fit together.
+    """
+    if cfg.mesh.slices > 1:
+        raise SetupError(
+            f"config.mesh.slices is {cfg.mesh.slices}: a rehearsal is of one slice. Set it to 1 "
+            f"and config.batch_size to a slice's part; between slices go its gradients, too."
+        )
+    mesh = sharding.make_mesh(cfg.mesh, aot.devices(part))
+    result = {
         "topology": part.name,
         "chips": part.chips,
         "objective": cfg.objective.name,
@@ -113,6 +75,13 @@ def subject(cfg: Config, mesh: Mesh, part: Slice) -> dict:
         "rows_per_shard": rows_per_shard(cfg, mesh),
         "remat": cfg.model.remat,
     }
+    try:
+        result |= estimate(cfg, mesh, part, aot.compile_step(cfg, mesh))
+    except aot.TooLarge as error:
+        needed, available = error.args
+        result |= {"fits": False, "needed_gib": needed, "available_gib": available}
+    permutes = result.get("collectives", {}).get("collective-permute", {"count": 0})["count"]
+    return result | {"advice": advise(cfg, mesh, result["fits"], permutes)}
 
 
 def rows_per_shard(cfg: Config, mesh: Mesh) -> int:
@@ -120,15 +89,39 @@ def rows_per_shard(cfg: Config, mesh: Mesh) -> int:
     return cfg.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
 
 
-def analytic_flops(cfg: Config, part: Slice) -> dict[str, float]:
-    """FLOPs per chip by arithmetic; 0 where it isn't done for the objective."""
-    if not flops_module.is_counted(cfg):
-        return {"model_flops": 0.0, "recomputed_flops": 0.0}
-    parts = flops_module.train(cfg).values()
+def estimate(cfg: Config, mesh: Mesh, part: Slice, compiled: Compiled) -> dict:
+    """What a step costs one chip; seconds are lower bounds.
+
+    FLOPs by arithmetic are 0 where it isn't done for the objective.
+    """
+    work = flops.train(cfg).values() if flops.is_counted(cfg) else ()
     share = cfg.batch_size / part.chips
+    model, recomputed = (share * sum(getattr(w, x) for w in work) for x in ("model", "recomputed"))
+    counted = compiled.entry.flops.total()
+    bytes_, roofline = roofline_seconds(compiled, part)
+    kinds = sent(compiled, mesh, part)
+    ici = sum(entry["seconds"] for entry in kinds.values())
+    bound = max(roofline, ici)
+    gib = {name: size / GIB for name, size in compiled.memory.items()}
+    total = sum(compiled.memory.values()) / GIB
     return {
-        "model_flops": share * sum(work.model for work in parts),
-        "recomputed_flops": share * sum(work.recomputed for work in parts),
+        "fits": total <= part.chip.hbm_gib,
+        "hbm_gib": {**gib, "total": total, "of": part.chip.hbm_gib},
+        "flops": counted,
+        "model_flops": model,
+        "recomputed_flops": recomputed,
+        "flops_ratio": counted / model if model else None,
+        "flops_ratio_with_recomputed": counted / (model + recomputed) if model else None,
+        "hbm_bytes": bytes_,
+        "collectives": kinds,
+        "roofline_seconds": roofline,
+        "ici_seconds": ici,
+        "step_seconds": bound,
+        "mfu": model / bound / part.chip.flops,
+        "steps": cfg.total_steps,
+        "hours": cfg.total_steps * bound / 3600,
+        "chip_hours": cfg.total_steps * bound / 3600 * part.chips,
+        "compile_seconds": compiled.seconds,
     }
 
 
@@ -138,82 +131,74 @@ def roofline_seconds(compiled: Compiled, part: Slice) -> tuple[int, float]:
     Each instruction takes as long as its FLOPs or its bytes, whichever is longer; copies that run
     beside others take no time of their own, but all bytes together take theirs.
     """
-    walk = hlo.FlopWalk(compiled.module)
     total, serial = 0, 0.0
-    for item in hlo.traffic(compiled.module):
-        instruction, computation, _, times = item.run
+    for instruction, _, times in hlo.runs(compiled.entry):
         times = 1 if times is None else times  # of random numbers, small
-        total += item.bytes * times
-        if not item.overlaps:
-            flops = walk.instruction_cost(instruction, computation).total()
-            longer = max(flops / part.chip.flops, item.bytes / part.chip.hbm_bytes)
-            serial += times * longer
+        moved = hlo.traffic(instruction)
+        total += moved * times
+        if not instruction.opcode.endswith("start"):
+            work = hlo.flops(instruction).total()
+            serial += times * max(work / part.chip.flops, moved / part.chip.hbm_bytes)
     return total, max(serial, total / part.chip.hbm_bytes)
 
 
-def sent(cfg: Config, mesh: Mesh, part: Slice, compiled: Compiled) -> tuple[dict, float]:
-    """Collectives of a step by kind, and the least time that they take one after the other."""
-    found = hlo.find(compiled.module)
+def sent(compiled: Compiled, mesh: Mesh, part: Slice) -> dict[str, dict]:
+    """Collectives of a step by kind; seconds if they run one after the other."""
     coordinates = np.array([d.coords for d in mesh.devices.flat])
-    parameters = parameter_bytes(cfg, mesh)
-    total: dict[str, Counter] = {}
-    for c in found:
-        entry = total.setdefault(c.kind, Counter())
-        entry["count"] += c.times
-        entry["bytes"] += c.times * c.bytes
-        entry["seconds"] += c.times * seconds(c, coordinates, part)
+    total = {kind: Counter() for kind in hlo.KINDS}
+    for c in hlo.collectives(compiled.entry):
+        total[c.kind]["count"] += c.times
+        total[c.kind]["bytes"] += c.times * c.bytes
+        total[c.kind]["seconds"] += c.times * seconds(c, coordinates, part)
         for dtype in c.dtypes:
-            entry[f"count_{dtype}"] += c.times
-    kinds = {
-        kind: {**total[kind], "of_parameters": total[kind]["bytes"] / parameters}
-        for kind in hlo.KINDS
-        if kind in total
+            total[c.kind][f"count_{dtype}"] += c.times
+    bfloat16 = 2 * compiled.parameters
+    return {
+        kind: {**entry, "of_parameters": entry["bytes"] / bfloat16}
+        for kind, entry in total.items()
+        if entry
     }
-    return kinds, sum(entry["seconds"] for entry in kinds.values())
-
-
-def parameter_bytes(cfg: Config, mesh: Mesh) -> int:
-    """Of all trained parameters in bfloat16."""
-    params = train_step.build(cfg, mesh).state.params
-    return jnp.dtype(jnp.bfloat16).itemsize * sum(x.size for x in jax.tree.leaves(params))
-
-
-def _ratio(found: float, expected: float) -> float | None:
-    return found / expected if expected else None
 
 
 TENSOR = (1, 2, 4)  # it did not pay for a ViT-B; beyond, heads and links are too few
 
 
+def compare(cfg: Config, part: Slice, limit: int) -> list[dict]:
+    """Several meshes and policies, the fastest that fits first; a line for each as it is done."""
+    results = []
+    for candidate in candidates(cfg, part)[:limit]:
+        try:
+            result = rehearse(candidate, part)
+        except ConfigError as error:  # a width that fsdp or tensor doesn't divide
+            print(f"left out: {error}", flush=True)
+            continue
+        results.append(result)
+        print(refused(result) if "needed_gib" in result else row(result), flush=True)
+    return sorted(results, key=lambda r: (not r["fits"], r.get("step_seconds", 0.0)))
+
+
 def candidates(cfg: Config, part: Slice) -> list[Config]:
-    """Configs worth compiling: every fsdp that divides, two policies.
+    """Configs worth compiling, the most promising first: every fsdp that divides, two policies.
 
     Left out are those with rows per shard that are no multiple of ROWS, which TPU handles badly,
-    and those that don't divide heads or width.
+    and those that don't divide heads or width. "names" comes before "full", no tensor axis before
+    one, balanced meshes before extreme ones.
     """
     found = []
     for tensor in TENSOR:
-        for fsdp in _divisors(part.chips // tensor):
-            data = part.chips // (tensor * fsdp)
-            rows = cfg.batch_size / (data * fsdp * cfg.optim.accumulate)
+        shards = part.chips // tensor
+        for fsdp in (n for n in range(1, shards + 1) if shards % n == 0):
+            rows = cfg.batch_size / (shards * cfg.optim.accumulate)
             if rows % ROWS or cfg.model.heads % tensor or cfg.model.width % fsdp:
                 continue
-            mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+            mesh = MeshConfig(data=shards // fsdp, fsdp=fsdp, tensor=tensor)
             for remat in ("names", "full"):
                 model = dataclasses.replace(cfg.model, remat=remat)
                 found.append(dataclasses.replace(cfg, mesh=mesh, model=model))
-    return found
-
-
-def subset(configs: list[Config], limit: int) -> list[Config]:
-    """At most `limit` of them: "names" before "full", no tensor axis before one, balanced meshes
-    before extreme ones."""
-
-    def order(cfg: Config) -> tuple:
-        mesh = cfg.mesh
-        return cfg.model.remat == "full", mesh.tensor, abs(mesh.data - mesh.fsdp)
-
-    return sorted(configs, key=order)[:limit]
+    return sorted(
+        found,
+        key=lambda c: (c.model.remat == "full", c.mesh.tensor, abs(c.mesh.data - c.mesh.fsdp)),
+    )
 
 
 def recommend(results: list[dict]) -> str:
@@ -234,48 +219,34 @@ def recommend(results: list[dict]) -> str:
     )
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
 def advise(cfg: Config, mesh: Mesh, fits: bool, permutations: int = 0) -> list[str]:
     """Sentences, the most urgent first; `permutations` are the collective-permutes of a step."""
     sentences = []
+    data, fsdp, width = mesh.shape["data"], mesh.shape["fsdp"], cfg.model.width
+    parts, rows = cfg.optim.accumulate, rows_per_shard(cfg, mesh)
     if not fits:
+        changes = {
+            "model.remat='names'": cfg.model.remat == "none",  # repeats attention's logits alone
+            f"mesh.fsdp={fsdp * data} with mesh.data=1": data > 1,
+            f"optim.accumulate={2 * parts}": rows % (2 * parts * ROWS) == 0,
+            "model.remat='full'": cfg.model.remat != "full",
+            "more chips": True,
+        }
+        helping = ", ".join(change for change, helps in changes.items() if helps)
+        sentences.append(f"What takes less memory, the cheapest in time first: {helping}.")
+    if rows // parts % ROWS:
         sentences.append(
-            f"What takes less memory, the cheapest in time first: {', '.join(smaller(cfg, mesh))}."
-        )
-    rows = rows_per_shard(cfg, mesh) // cfg.optim.accumulate
-    if rows % ROWS:
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        sentences.append(
-            f"A chip works on {rows} rows at once, not a multiple of {ROWS}: TPU pads them, and "
-            f"XLA may emulate all-gathers by all-reduces. With {shards} shards take a batch_size "
-            f"that is a multiple of {ROWS * shards * cfg.optim.accumulate}, or a smaller slice."
+            f"A chip works on {rows // parts} rows at once, not a multiple of {ROWS}: TPU pads "
+            f"them, and XLA may emulate all-gathers by all-reduces. With {data * fsdp} shards take "
+            f"a batch_size that is a multiple of {ROWS * data * fsdp * parts}, or a smaller slice."
         )
     if permutations >= cfg.model.depth:
-        fsdp, width = mesh.shape["fsdp"], cfg.model.width
         sentences.append(
             f"{permutations} permutations: mesh.fsdp={fsdp} leaves {width // fsdp} of a width "
             f"of {width} to a chip, which XLA pads for its reduce-scatters and then mends. Compare "
             f"other mesh.fsdp (--sweep)."
         )
     return sentences
-
-
-def smaller(cfg: Config, mesh: Mesh) -> list[str]:
-    """Changes of the config that reduce the memory of a chip."""
-    fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
-    parts = 2 * cfg.optim.accumulate
-    changes = {
-        # Attention's logits alone are computed again.
-        "model.remat='names'": cfg.model.remat == "none",
-        f"mesh.fsdp={fsdp * data} with mesh.data=1": data > 1,
-        f"optim.accumulate={parts}": rows_per_shard(cfg, mesh) % (parts * ROWS) == 0,
-        "model.remat='full'": cfg.model.remat != "full",
-        "more chips": True,
-    }
-    return [change for change, helps in changes.items() if helps]
 
 
 LOWER_BOUND = (
@@ -288,14 +259,19 @@ def report(result: dict) -> str:
     """One rehearsal, as a block of lines."""
     if "needed_gib" in result:
         return "\n".join([*head(result), refused(result), *result["advice"]])
-    memory = result["hbm_gib"]
+    memory, ratios = result["hbm_gib"], " (no arithmetic for this objective)"
+    if result["flops_ratio"] is not None:
+        ratios = (
+            f", {result['flops_ratio']:.4f} of the model's {result['model_flops'] / 1e12:.3f} T by "
+            f"arithmetic, {result['flops_ratio_with_recomputed']:.4f} with what is recomputed"
+        )
     lines = [
         *head(result),
         f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {memory['total']:.2f} GiB of "
         f"{memory['of']} per chip (arguments {memory['arguments']:.2f}, outputs beside them "
         f"{memory['outputs']:.2f}, temporaries {memory['temporaries']:.2f}, code "
         f"{memory['code']:.2f})",
-        f"FLOPs per chip: {result['flops'] / 1e12:.3f} T{ratios(result)}",
+        f"FLOPs per chip: {result['flops'] / 1e12:.3f} T{ratios}",
         f"HBM traffic per chip: {result['hbm_bytes'] / 1e9:.2f} GB",
         f"{'collectives per step':24}{'count':>7}{'MB':>9}{'/ bf16 params':>15}{'ms':>8}  dtypes",
     ]
@@ -331,15 +307,6 @@ def refused(result: dict) -> str:
     return (
         f"DOES NOT FIT: the compiler needs {result['needed_gib']} GiB of "
         f"{result['available_gib']} per chip"
-    )
-
-
-def ratios(result: dict) -> str:
-    if result["flops_ratio"] is None:
-        return " (no arithmetic for this objective)"
-    return (
-        f", {result['flops_ratio']:.4f} of the model's {result['model_flops'] / 1e12:.3f} T by "
-        f"arithmetic, {result['flops_ratio_with_recomputed']:.4f} with what is recomputed"
     )
 
 

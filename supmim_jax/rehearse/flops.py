@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -23,11 +23,10 @@ from supmim_jax.config import Config, DecoderConfig, ViTConfig
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import num_masked
-from supmim_jax.rehearse import hlo
+from supmim_jax.rehearse import aot, hlo
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """FLOPs per image; `recomputed` is what rematerialization repeats of the forward pass."""
 
     forward: int
@@ -60,7 +59,8 @@ def train(cfg: Config) -> dict[str, Work]:
         entering = patches - num_masked(patches, objective.mask_ratio) if visible else patches
         segments.append(entering + prefix)
         embedded += entering
-        parts["decoder"] = _decoder(cfg, patches, entering, prefix, outputs_per_patch(cfg))
+        outputs = objective.target.codes if cfg.has_tokens else pixels
+        parts["decoder"] = _decoder(cfg, patches, entering, prefix, outputs)
         if cfg.has_tokens and not cfg.tokens.cache:
             parts["tokenizer"] = Work(tokenizer(cfg, patches), 0)
     parts["encoder"] = _stack(model, segments, model.remat)
@@ -78,7 +78,7 @@ def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict
     embedding = 2 * views * kept * pixels * model.width
     decoder = _decoder(cfg, patches, kept, prefix, pixels)
     parts = {
-        "decoder": _times(decoder, views),
+        "decoder": Work(*(views * flops for flops in decoder)),
         "encoder": encoder,
         "patch embedding": Work(embedding, embedding),
     }
@@ -104,15 +104,8 @@ def _decoder(cfg: Config, patches: int, entering: int, prefix: int, outputs: int
     return Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
 
 
-def _times(work: Work, count: int) -> Work:
-    return Work(count * work.forward, count * work.backward, count * work.recomputed)
-
-
-def outputs_per_patch(cfg: Config) -> int:
-    """Of the decoder: logits of codes, or pixels."""
-    if cfg.has_tokens:
-        return cfg.objective.target.codes
-    return cfg.model.patch**2 * cfg.data.channels
+def _trained(forward: int) -> Work:
+    return Work(forward, 2 * forward)
 
 
 def tokenizer(cfg: Config, patches: int) -> int:
@@ -144,10 +137,6 @@ def _conv3(side: int, inputs: int, outputs: int) -> int:
     return 2 * (3 * side - 2) ** 2 * inputs * outputs
 
 
-def _trained(forward: int) -> Work:
-    return Work(forward, 2 * forward)
-
-
 def _stack(cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str) -> Work:
     """`depth` blocks over packed segments of tokens; attention stays within a segment.
 
@@ -159,16 +148,11 @@ def _stack(cfg: ViTConfig | DecoderConfig, segments: list[int], remat: str) -> W
     logits = sum(2 * n * n * cfg.width for n in segments)
     qkv, out = 2 * tokens * 3 * cfg.width**2, 2 * tokens * cfg.width**2
     mlp = 2 * tokens * cfg.width * cfg.mlp_dim  # fc1, and fc2
-    recomputed = {
-        "none": 0,
-        "names": logits,
-        "full": qkv + 2 * logits + out + mlp,
-    }
+    recomputed = {"none": 0, "names": logits, "full": qkv + 2 * logits + out + mlp}
     forward = cfg.depth * (qkv + 2 * logits + out + 2 * mlp)
     return Work(forward, 2 * forward, cfg.depth * recomputed[remat])
 
 
-DIRECTIONS = ("forward", "backward", "recomputed")
 GIGA = 1e9
 
 
@@ -189,12 +173,12 @@ def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
 def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> dict:
     """What `measure` gives, of a step that was compiled in so many seconds."""
     counts = hlo.count(compiled.as_text())
-    scopes = {scope: flops * mesh.size for scope, flops in counts.by_scope.items()}
+    scopes = {scope: flops * mesh.size for scope, flops in counts.items()}
     parts = train(cfg)
     model = cfg.batch_size * sum(work.model for work in parts.values())
     recomputed = cfg.batch_size * sum(work.recomputed for work in parts.values())
-    total = counts.flops * mesh.size
-    memory = compiled.memory_analysis()
+    total = sum(scopes.values())
+    memory = aot.memory(compiled)
     return {
         "objective": cfg.objective.name,
         "batch_size": cfg.batch_size,
@@ -207,31 +191,22 @@ def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> d
         "ratio": total / model,
         "ratio_with_recomputed": total / (model + recomputed),
         "parts": compare(cfg, scopes, parts),
-        "scopes": scopes,
-        "bytes_per_device": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "bytes_per_device": sum(memory.values()) - memory["code"],
         "compile_seconds": seconds,
     }
 
 
 def compare(cfg: Config, scopes: dict[str, int], parts: dict[str, Work]) -> dict:
     """{part: {direction: [GF per image in the HLO, by arithmetic]}}, where either isn't 0."""
-    found = Counter()
+    found, expected = Counter(), Counter()
     for scope, flops in scopes.items():
         direction, path = scope.split(": ", 1)
         found[part_of(path), direction] += flops / cfg.batch_size
-    expected = Counter(
-        {
-            (part, direction): flops
-            for part, work in parts.items()
-            for direction, flops in zip(DIRECTIONS, (work.forward, work.backward, work.recomputed))
-            if flops
-        }
-    )
+    for part, work in parts.items():
+        for direction in ("forward", "backward", "recomputed"):
+            expected[part, direction] += getattr(work, direction)
     table: dict = {}
-    for part, direction in sorted(found.keys() | expected.keys()):
+    for part, direction in sorted(found.keys() | (+expected).keys()):
         pair = [found[part, direction] / GIGA, expected[part, direction] / GIGA]
         table.setdefault(part, {})[direction] = pair
     return table
@@ -283,7 +258,6 @@ def check(cfg: Config) -> None:
 def command() -> Callable[[], None]:
     """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
     config = cli.define("Experiment: configs/<name>.py")
-    scopes = flags.DEFINE_bool("scopes", False, "Also list every scope with matmuls, in GF.")
     flags.mark_flag_as_required("config")
 
     def run() -> None:
@@ -291,10 +265,6 @@ def command() -> Callable[[], None]:
         check(cfg)
         result = measure(cfg, sharding.make_mesh(cfg.mesh))
         print(report(result))
-        by_scope = result.pop("scopes")
-        if scopes.value:
-            for scope, flops in by_scope.items():
-                print(f"{flops / cfg.batch_size / GIGA:10.3f}  {scope}")
         print(json.dumps(result))
 
     return run

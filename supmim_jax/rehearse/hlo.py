@@ -21,6 +21,7 @@ memory space (VMEM on TPU) costs nothing, but the copies that bring it there do.
 """
 
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -35,12 +36,11 @@ class UnknownCost(ValueError):
     """The program does work that the text doesn't tell the amount of."""
 
 
-BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "bf16": 16, "token": 0, "opaque": 0}
+BITS = {"pred": 8, "token": 0, "opaque": 0}  # of others the name says: f32, u8, f8e4m3fn
 
 
-@dataclass(frozen=True)
-class Array:
-    """dtype[dims] with its layout; `space` is 0 for main memory, on TPU 1 for VMEM."""
+class Array(NamedTuple):
+    """An array with its layout; `space` is 0 for main memory, on TPU 1 for VMEM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -49,26 +49,31 @@ class Array:
     @property
     def bytes(self) -> int:
         """Without the padding of tiles."""
-        width = re.search(r"\d+", self.dtype)  # f32, u8, f8e4m3fn
-        bits = BITS[self.dtype] if self.dtype in BITS else int(width[0])
-        return math.prod(self.dims) * bits // 8
+        bits = BITS.get(self.dtype) if self.dtype in BITS else re.search(r"\d+", self.dtype)[0]
+        return math.prod(self.dims) * int(bits) // 8
 
 
-def arrays(shape: str) -> tuple[Array, ...]:
+def arrays(shape: str) -> list[Array]:
     """The arrays of a shape, those of a tuple in order."""
-    found = re.findall(r"\b([a-z]\w*)\[([^\]]*)\](?:{([^}]*)})?", shape)
     result = []
-    for dtype, dims, layout in found:
+    for dtype, dims, layout in re.findall(r"\b([a-z]\w*)\[([^\]]*)\](?:{([^}]*)})?", shape):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(d.lstrip("<=")) for d in dims.split(",") if d)
         result.append(Array(dtype, sizes, int(space[1]) if space else 0))
-    return tuple(result)
+    return result
 
 
-@dataclass(frozen=True)
+CALLS = (
+    "calls|to_apply|body|condition|branch_computations|true_computation|false_computation|"
+    "called_computations|select|scatter"
+)
+
+
+@dataclass(eq=False, repr=False)
 class Instruction:
     """%name = shape opcode(inside), attributes."""
 
+    computation: "Computation"
     name: str
     shape: str
     opcode: str
@@ -76,22 +81,18 @@ class Instruction:
     attributes: str
 
     @cached_property
-    def operands(self) -> tuple[str, ...]:
-        return tuple(re.findall(r"%([^\s,(){}]+)", self.inside))
+    def operands(self) -> list["Instruction"]:
+        names = re.findall(r"%([^\s,(){}]+)", self.inside)
+        return [self.computation.instructions[name] for name in names]
 
     @cached_property
-    def arrays(self) -> tuple[Array, ...]:
+    def arrays(self) -> list[Array]:
         return arrays(self.shape)
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Sizes of the array, or of the first one in a tuple."""
         return self.arrays[0].dims
-
-    def ints(self, key: str) -> tuple[int, ...]:
-        """The value of key={1,2}; () where there is none."""
-        found = re.search(rf"\b{key}={{([\d,]*)}}", self.attributes)
-        return tuple(int(d) for d in found[1].split(",") if d) if found else ()
 
     def text(self, key: str, default: str = "") -> str:
         """The value of key=value or key="value" up to a space, comma or quote."""
@@ -103,70 +104,58 @@ class Instruction:
         found = re.search(r'\bop_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
-    def called(self, *keys: str) -> tuple[str, ...]:
-        """Names of the computations in key=%a or key={%a, %b}; default: under any key."""
-        key = "|".join(keys or CALLS)
-        found = re.findall(rf"\b(?:{key})=(?:{{([^}}]*)}}|%([^\s,]+))", self.attributes)
-        return tuple(n.strip(" %") for many, one in found for n in (many or one).split(",") if n)
+    def called(self, keys: str = CALLS) -> list["Computation"]:
+        """The computations in key=%a or key={%a, %b}; `keys` is a regular expression."""
+        found = re.findall(rf"\b(?:{keys})=(?:{{([^}}]*)}}|%([^\s,]+))", self.attributes)
+        names = [n.strip(" %") for many, one in found for n in (many or one).split(",") if n]
+        return [self.computation.module[name] for name in names]
 
 
-CALLS = (
-    "calls",
-    "to_apply",
-    "body",
-    "condition",
-    "branch_computations",
-    "true_computation",
-    "false_computation",
-    "called_computations",
-    "select",
-    "scatter",
-)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Computation:
+    module: dict[str, "Computation"]
+    name: str
     instructions: dict[str, Instruction]
-    root: Instruction
+    root: Instruction | None = None
+
+    @cached_property
+    def flops(self) -> Counter:
+        """FLOPs of one execution by scope."""
+        return sum(map(flops, self.instructions.values()), Counter())
 
 
-@dataclass(frozen=True)
-class Module:
-    computations: dict[str, Computation]
-    entry: str
-
-
-def parse(text: str) -> Module:
-    """Reads what `compiled.as_text()` gives.
+def parse(text: str) -> Computation:
+    """The entry of what `compiled.as_text()` gives; its `module` has all computations.
 
     Raises:
       ValueError: there is no ENTRY computation.
     """
-    computations, entry, current = {}, None, None
+    module, entry, current = {}, None, None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
         if header:
-            name, current, root = header[2], {}, None
-            entry = name if header[1] else entry
-        elif current is not None and line.startswith("}"):
-            computations[name] = Computation(current, root)
+            current = module[header[2]] = Computation(module, header[2], {})
+            entry = current if header[1] else entry
+        elif line.startswith("}"):
             current = None
         elif current is not None and " = " in line:
-            instruction = _instruction(line)
-            current[instruction.name] = instruction
-            root = instruction if line.lstrip().startswith("ROOT ") else root
+            instruction = _instruction(current, line)
+            current.instructions[instruction.name] = instruction
+            if line.lstrip().startswith("ROOT "):
+                current.root = instruction
     if entry is None:
         raise ValueError("The text is no HLO module: it has no ENTRY computation.")
-    return Module(computations, entry)
+    return entry
 
 
-def _instruction(line: str) -> Instruction:
+def _instruction(computation: Computation, line: str) -> Instruction:
     name, rest = line.strip().removeprefix("ROOT ").split(" = ", 1)
     cut = _closing(rest) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:cut], rest[cut:].strip()
     start = rest.index("(")
     end = start + _closing(rest[start:])
-    return Instruction(name.lstrip("%"), shape, rest[:start], rest[start + 1 : end - 1], rest[end:])
+    inside, attributes = rest[start + 1 : end - 1], rest[end:]
+    return Instruction(computation, name.lstrip("%"), shape, rest[:start], inside, attributes)
 
 
 def _closing(text: str) -> int:
@@ -179,11 +168,163 @@ def _closing(text: str) -> int:
     raise ValueError(f"A parenthesis is never closed in the HLO line {text[:80]!r}.")
 
 
-NUMBERS = r"\[([\d,]+)\]"
-IOTA = rf"{NUMBERS}(?:T\(([\d,]+)\))?"  # [16,16]T(1,0): 0 to 255 in this shape, transposed
+class Run(NamedTuple):
+    instruction: Instruction
+    loops: tuple[str, ...]  # names of those around it, outermost first
+    times: int | None  # None: in a loop whose trip count can't be told
+
+
+def runs(computation: Computation, loops: tuple = (), times: int | None = 1) -> Iterator[Run]:
+    """Its instructions, those of bodies of loops and of called computations.
+
+    Not those inside fusions, nor of conditions of loops. Of a conditional all branches are given.
+    """
+    for instruction in computation.instructions.values():
+        if instruction.opcode == "while":
+            trips = trip_count(instruction)
+            inner = None if None in (trips, times) else times * trips
+            yield from runs(*instruction.called("body"), (*loops, instruction.name), inner)
+        elif instruction.opcode in ("call", "conditional"):
+            for called in instruction.called():
+                yield from runs(called, loops, times)
+        else:
+            yield Run(instruction, loops, times)
+
+
+MOST_TRIPS = 100_000  # that are tried out
+OPERATORS = {"add": operator.add, "subtract": operator.sub}
+
+
+def trip_count(loop: Instruction) -> int | None:
+    """Executions of the body of a `while`, None if they can't be told.
+
+    CPU and GPU note them in the backend's config. TPU doesn't: there the loop's scalars are
+    computed until its condition ends it.
+    """
+    if known := re.search(r'"known_trip_count":\s*{\s*"n":\s*"(\d+)"', loop.attributes):
+        return int(known[1])
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    state = evaluate(loop.operands[0], ())
+    for trips in range(MOST_TRIPS):
+        goes_on = evaluate(condition.root, (state,))
+        if not goes_on:
+            return None if goes_on is None else trips
+        before, state = state, evaluate(body.root, (state,))
+        if state == before:
+            return None
+    return None
+
+
+def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
+    """An integer, or a list for a tuple, given those of the computation's parameters.
+
+    None stands for what isn't known: arrays, and what neither counts nor compares.
+    """
+    opcode = instruction.opcode
+    if opcode == "parameter":
+        number = int(instruction.inside)
+        return arguments[number] if number < len(arguments) else None
+    if not re.match(r"\(|(?:pred|[su]\d+)\[\]", instruction.shape):
+        return None
+    if opcode == "constant":
+        return int({"true": "1", "false": "0"}.get(instruction.inside, instruction.inside))
+    if opcode not in EVALUATED:
+        return None
+    values = [evaluate(operand, arguments) for operand in instruction.operands]
+    if opcode == "tuple":
+        return values
+    if opcode in ("fusion", "call"):
+        return evaluate(instruction.called("calls|to_apply")[0].root, tuple(values))
+    if None in values:
+        return None
+    if opcode == "get-tuple-element":
+        return values[0][int(instruction.text("index"))]
+    if opcode == "compare":
+        return int(getattr(operator, instruction.text("direction").lower())(*values))
+    return OPERATORS[opcode](*values) if opcode in OPERATORS else values[0]
+
+
+EVALUATED = (
+    *("tuple", "get-tuple-element", "fusion", "call", "compare", "add", "subtract"),
+    *("copy", "convert", "bitcast", "reshape"),
+)
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+UNKNOWN = ("ragged-all-to-all", "collective-broadcast")
+SCATTER = "all-reduce-scatter"
+WRAPPERS = ("fusion", "async-start", "custom-call")
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    `bytes` is of the whole array once, per device and execution: what an all-gather gives, what a
+    reduce-scatter is given. `groups` is as `groups` gives them. `dtypes` are those that are sent.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    groups: np.ndarray
+    dtypes: tuple[str, ...]
+
+    @property
+    def group_size(self) -> int:
+        return self.groups.shape[1]
+
+
+def collectives(entry: Computation) -> list[Collective]:
+    """The collectives of a program, without those of groups of one device.
+
+    Raises:
+      UnknownCost: one is in a loop whose trip count can't be told, or of a kind not known here.
+    """
+    found: dict[tuple, Collective] = {}
+    for run in runs(entry):
+        for scatter, instruction in _unwrapped(run.instruction):
+            if run.times is None:
+                raise UnknownCost(f"{instruction.name} ({instruction.op_name}) runs unknown times.")
+            sent = [array for operand in instruction.operands for array in operand.arrays]
+            what, members = kind(instruction), groups(instruction)
+            copies = members.shape[1] if what == "all-gather" else 1
+            alone = instruction is run.instruction
+            key = instruction.name if alone else instruction.text("channel_id", instruction.name)
+            one = Collective(
+                kind="reduce-scatter" if scatter else what,
+                bytes=copies * sum(array.bytes for array in sent),
+                times=run.times,
+                groups=members,
+                dtypes=tuple(dict.fromkeys(array.dtype for array in sent)),
+            )
+            found.setdefault((run.loops, scatter or what, key), one)
+    return [one for one in found.values() if one.group_size > 1]
+
+
+def _unwrapped(instruction: Instruction, scatter: str = "") -> Iterator[tuple[str, Instruction]]:
+    """Collectives that it is or wraps; first the fusion's name if it is a reduce-scatter."""
+    if instruction.opcode in WRAPPERS:
+        for called in instruction.called():
+            name = called.name if called.name.startswith(SCATTER) else scatter
+            for inner in called.instructions.values():
+                yield from _unwrapped(inner, name)
+    elif kind(instruction):
+        yield scatter, instruction
+
+
+def kind(instruction: Instruction) -> str:
+    """Of KINDS; "" if it is no collective, or the end of one."""
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in UNKNOWN:
+        raise UnknownCost(f"{instruction.name}: the bytes of {opcode}?")
+    return opcode if opcode in KINDS else ""
+
+
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [16,16]T(1,0): 0 to 255 in this shape, transposed
 LISTED = re.compile(r"\b(?:replica_groups|source_target_pairs)={({[\d,{}]*})}")
-TILED = re.compile(rf"replica_groups={NUMBERS}<={IOTA}")
-NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? {((?:'\w+',?)*)}")
+TILED = re.compile(rf"replica_groups=\[([\d,]+)\]<={IOTA}")
+NAMED = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? {{((?:'\w+',?)*)}}"
+)
 
 
 def groups(instruction: Instruction) -> np.ndarray:
@@ -197,28 +338,21 @@ def groups(instruction: Instruction) -> np.ndarray:
         return np.array([_numbers(group) for group in re.findall(r"{([\d,]*)}", found[1])])
     if found := TILED.search(text):
         return _iota(found[2], found[3]).reshape(_numbers(found[1]))
-    if found := NAMED.search(text):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        names = re.findall(r"'(\w+)'", found[3])
-        return _along(axes, names, found[2])
+    if found := NAMED.search(text):  # along some axes of a mesh
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        sizes = [int(size) for _, size in axes]
+        along = re.findall(r"'(\w+)'", found[4])
+        inner = [[name for name, _ in axes].index(name) for name in along]
+        outer = [i for i in range(len(axes)) if i not in inner]
+        devices = _iota(found[2] or str(math.prod(sizes)), found[3]).reshape(sizes)
+        size = math.prod(sizes[i] for i in inner)
+        return devices.transpose(*outer, *inner).reshape(-1, size)
     raise UnknownCost(f"{instruction.name}: which devices are {text[:200]}?")
-
-
-def _along(axes: dict[str, int], names: list[str], ids: str | None) -> np.ndarray:
-    """Groups along some axes of a named mesh; `ids` is its order of devices, None as counted."""
-    shape = tuple(axes.values())
-    found = re.fullmatch(IOTA, ids or "")
-    devices = _iota(found[1], found[2]) if found else np.arange(np.prod(shape))
-    position = list(axes)
-    inner = [position.index(name) for name in names]
-    outer = [i for i in range(len(shape)) if i not in inner]
-    size = int(np.prod([shape[i] for i in inner]))
-    return devices.reshape(shape).transpose(*outer, *inner).reshape(-1, size)
 
 
 def _iota(shape: str, permutation: str | None) -> np.ndarray:
     sizes = _numbers(shape)
-    devices = np.arange(np.prod(sizes)).reshape(sizes)
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
     return devices.transpose(_numbers(permutation)) if permutation else devices
 
 
@@ -226,359 +360,84 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-class Run(NamedTuple):
-    instruction: Instruction
-    computation: Computation
-    place: tuple[str, ...]  # names of the loops around it, outermost first
-    times: int | None  # None: in a loop whose trip count can't be told
-
-
-def runs(module: Module) -> Iterator[Run]:
-    """Instructions of the entry, of bodies of loops and of called computations.
-
-    Not those inside fusions, nor of conditions of loops. Of a conditional all branches are given.
-    """
-    return _inside(module, module.entry, (), 1)
-
-
-def _inside(module: Module, name: str, place: tuple[str, ...], times: int | None) -> Iterator[Run]:
-    computation = module.computations[name]
-    for instruction in computation.instructions.values():
-        if instruction.opcode == "while":
-            trips = trip_count(instruction, computation, module)
-            inner = None if None in (trips, times) else times * trips
-            (body,) = instruction.called("body")
-            yield from _inside(module, body, (*place, instruction.name), inner)
-        elif instruction.opcode in ("call", "conditional"):
-            for called in instruction.called():
-                yield from _inside(module, called, place, times)
-        else:
-            yield Run(instruction, computation, place, times)
-
-
-TRANSPARENT = ("copy", "convert", "bitcast", "reshape")
-SCALAR = re.compile(r"[su]\d+\[\]")
-FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
-
-
-@dataclass(frozen=True)
-class Counting:
-    """An integer inside a loop: element `index` of the loop's state, or nothing, plus `plus`."""
-
-    index: int | None
-    plus: int
-
-
-class State:
-    """The loop's whole state."""
-
-
-Value = Counting | State | None  # None: not known
-
-
-def trip_count(loop: Instruction, computation: Computation, module: Module) -> int | None:
-    """Executions of the body of a `while`, None if they can't be told.
-
-    CPU and GPU note them in the backend's config. TPU doesn't: there the condition must compare a
-    counter, which starts at a constant and moves by one, with a constant or with a state element
-    that starts at one and never changes.
-    """
-    known = re.search(r'"known_trip_count":\s*{\s*"n":\s*"(\d+)"', loop.attributes)
-    if known:
-        return int(known[1])
-    (condition,), (body,) = loop.called("condition"), loop.called("body")
-    compared = comparison(module, module.computations[condition], (State(),))
-    if compared is None:
-        return None
-    direction, left, right = compared
-
-    def start(value: Counting) -> int | None:
-        if value.index is None:
-            return value.plus
-        first = element(module, computation, loop.operands[0], value.index, ())
-        constant = isinstance(first, Counting) and first.index is None
-        return first.plus + value.plus if constant else None
-
-    def step(value: Counting) -> int | None:
-        if value.index is None:
-            return 0
-        inside = module.computations[body]
-        then = element(module, inside, inside.root.name, value.index, (State(),))
-        same = isinstance(then, Counting) and then.index == value.index
-        return then.plus if same else None
-
-    if step(left) == 0:
-        direction, left, right = FLIPPED[direction], right, left
-    values = start(left), start(right), step(left)
-    if None in values or step(right) != 0:
-        return None
-    return steps(direction, *values)
-
-
-def steps(direction: str, first: int, limit: int, step: int) -> int | None:
-    """How often `first direction limit` holds as `first` moves by `step`; None: for ever."""
-    if direction in ("LT", "LE") and step > 0:
-        return len(range(first, limit + (direction == "LE"), step))
-    if direction in ("GT", "GE") and step < 0:
-        return len(range(first, limit - (direction == "GE"), step))
-    if direction == "NE" and step and (limit - first) % step == 0 and (limit - first) / step >= 0:
-        return (limit - first) // step
-    return None
-
-
-def comparison(module: Module, computation: Computation, arguments: tuple[Value, ...]):
-    """(direction, left, right) of the comparison that a computation returns, or None."""
-    root = computation.root
-    while root.opcode in TRANSPARENT:
-        root = computation.instructions[root.operands[0]]
-    values = [evaluate(module, computation, name, arguments) for name in root.operands]
-    if root.opcode in ("fusion", "call"):
-        (called,) = root.called("calls", "to_apply")
-        return comparison(module, module.computations[called], tuple(values))
-    if root.opcode != "compare" or not all(isinstance(v, Counting) for v in values):
-        return None
-    return root.text("direction"), *values
-
-
-def element(module, computation: Computation, name: str, index: int, arguments) -> Value:
-    """Element `index` of the tuple `name`."""
-    tuple_ = computation.instructions[name]
-    if tuple_.opcode == "copy":
-        return element(module, computation, tuple_.operands[0], index, arguments)
-    if tuple_.opcode != "tuple":
-        return None
-    return evaluate(module, computation, tuple_.operands[index], arguments)
-
-
-def evaluate(module, computation: Computation, name: str, arguments: tuple[Value, ...]) -> Value:
-    """The value of an instruction given those of its computation's parameters."""
-    instruction = computation.instructions[name]
-    opcode = instruction.opcode
-    if opcode == "parameter":
-        number = int(instruction.inside)
-        return arguments[number] if number < len(arguments) else None
-    if not SCALAR.match(instruction.shape):
-        return None
-    if opcode == "constant":
-        return Counting(None, int(instruction.inside))
-    values = [evaluate(module, computation, operand, arguments) for operand in instruction.operands]
-    if opcode == "get-tuple-element" and isinstance(values[0], State):
-        return Counting(int(instruction.text("index")), 0)
-    if opcode in TRANSPARENT:
-        return values[0]
-    if opcode in ("fusion", "call"):
-        called = module.computations[instruction.called("calls", "to_apply")[0]]
-        return evaluate(module, called, called.root.name, tuple(values))
-    if opcode in ("add", "subtract") and all(isinstance(v, Counting) for v in values):
-        left, right = values
-        sign = 1 if opcode == "add" else -1
-        if right.index is None:
-            return Counting(left.index, left.plus + sign * right.plus)
-        if left.index is None and sign == 1:
-            return Counting(right.index, left.plus + right.plus)
-    return None
-
-
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-UNKNOWN = ("ragged-all-to-all", "collective-broadcast")
-SCATTER = "all-reduce-scatter"
-WRAPPERS = ("fusion", "async-start", "custom-call")
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of a program.
-
-    `bytes` is of the whole array once, per device and execution: what an all-gather gives, what a
-    reduce-scatter is given. `groups` is as in `groups.groups`. `dtypes` are those that are sent.
-    """
-
-    kind: str
-    bytes: int
-    times: int
-    groups: np.ndarray
-    dtypes: tuple[str, ...]
-    op_name: str
-
-    @property
-    def group_size(self) -> int:
-        return self.groups.shape[1]
-
-
-def find(module: Module) -> list[Collective]:
-    """The collectives of a program, without those of groups of one device.
-
-    Raises:
-      UnknownCost: one is in a loop whose trip count can't be told, or of a kind not known here.
-    """
-    found: dict[tuple, Collective] = {}
-    for run in runs(module):
-        for wrapper, instruction, computation in _unwrapped(run, module):
-            collective = _collective(instruction, computation, run.times, wrapper)
-            alone = instruction is run.instruction
-            key = instruction.name if alone else instruction.text("channel_id", instruction.name)
-            found.setdefault((run.place, wrapper or collective.kind, key), collective)
-    return [c for c in found.values() if c.group_size > 1]
-
-
-def _unwrapped(run: Run, module: Module) -> Iterator[tuple[str, Instruction, Computation]]:
-    """Collectives that a run is or wraps; first the fusion's name if it is a reduce-scatter."""
-    todo = [("", run.instruction, run.computation)]
-    while todo:
-        wrapper, instruction, computation = todo.pop()
-        if instruction.opcode in WRAPPERS:
-            for name in instruction.called():
-                inner = module.computations[name]
-                scatter = name if name.startswith(SCATTER) else wrapper
-                todo += [(scatter, inside, inner) for inside in inner.instructions.values()]
-        elif kind(instruction):
-            yield wrapper, instruction, computation
-
-
-def kind(instruction: Instruction) -> str:
-    """Of KINDS; "" if it is no collective, or the end of one."""
-    opcode = instruction.opcode.removesuffix("-start")
-    if opcode in UNKNOWN:
-        raise UnknownCost(f"{instruction.name}: the bytes of {opcode}?")
-    return opcode if opcode in KINDS else ""
-
-
-def _collective(
-    instruction: Instruction, computation: Computation, times: int | None, wrapper: str
-) -> Collective:
-    if times is None:
-        raise UnknownCost(f"{instruction.name} ({instruction.op_name}) runs unknown times.")
-    what = kind(instruction)
-    sent = [a for o in instruction.operands for a in computation.instructions[o].arrays]
-    members = groups(instruction)
-    copies = members.shape[1] if what == "all-gather" else 1
-    return Collective(
-        kind="reduce-scatter" if wrapper else what,
-        bytes=copies * sum(a.bytes for a in sent),
-        times=times,
-        groups=members,
-        dtypes=tuple(dict.fromkeys(a.dtype for a in sent)),
-        op_name=instruction.op_name,
-    )
-
-
 FREE = (
-    "after-all",
-    "bitcast",
-    "constant",
-    "get-tuple-element",
-    "iota",
-    "opt-barrier",
-    "optimization-barrier",
-    "parameter",
-    "partition-id",
-    "replica-id",
-    "tuple",
+    *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
+    *("optimization-barrier", "parameter", "partition-id", "replica-id", "tuple"),
 )
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
 SLICES = ("dynamic-slice", "slice")
 PASSED_ON = ("bitcast", "tuple", "get-tuple-element")
 
 
-class Traffic(NamedTuple):
-    run: Run
-    bytes: int  # of one execution
-    overlaps: bool  # a copy that runs beside other instructions
-
-
-def traffic(module: Module) -> Iterator[Traffic]:
-    """What each instruction of the schedule moves; those that move nothing too."""
-    for run in runs(module):
-        opcode = run.instruction.opcode
-        yield Traffic(
-            run, moved(run.instruction, run.computation, module), opcode.endswith("start")
-        )
-
-
-def moved(instruction: Instruction, computation: Computation, module: Module) -> int:
-    """Bytes of one execution of an instruction that isn't inside a fusion."""
-    opcode = instruction.opcode
-    if opcode in FREE or opcode.endswith("-done") or _free_call(instruction):
+def traffic(instruction: Instruction) -> int:
+    """Bytes that one execution of an instruction moves, if it isn't inside a fusion."""
+    opcode, operands, results = instruction.opcode, instruction.operands, instruction.arrays
+    if opcode in FREE or opcode.endswith("-done"):
         return 0
-    operands = [computation.instructions[name] for name in instruction.operands]
+    if instruction.text("custom_call_target") in FREE_CALLS:
+        return 0
     if opcode in ("fusion", "async-start"):
-        inner = module.computations[instruction.called()[0]]
-        inputs = sum(_read(inner, i, operand, module) for i, operand in enumerate(operands))
-        outputs = instruction.arrays
+        inner = instruction.called()[0]
         if opcode == "async-start":  # (operands), results, context
-            outputs = outputs[len(operands) :]
-        return inputs + sum(_written(inner, array, i, module) for i, array in enumerate(outputs))
+            results = results[len(operands) :]
+        read = sum(_read(inner, i, operand) for i, operand in enumerate(operands))
+        return read + sum(_written(inner.root, array, i) for i, array in enumerate(results))
     if opcode == "copy-start":  # (destination, source, context)
-        return sum(_main(array) for array in instruction.arrays[:2])
+        return _main(results[:2])
     if opcode in SLICES:
-        return 2 * sum(_main(array) for array in instruction.arrays)
+        return 2 * _main(results)
     if opcode == "dynamic-update-slice":
-        return 2 * sum(_main(array) for array in operands[1].arrays)
-    arrays = [array for operand in operands for array in operand.arrays]
+        return 2 * _main(operands[1].arrays)
+    given = sum(_main(operand.arrays) for operand in operands)
     if kind(instruction) and opcode.endswith("-start"):
-        return 2 * sum(_main(array) for array in arrays)
-    return sum(_main(array) for array in (*arrays, *instruction.arrays))
+        return 2 * given
+    return given + _main(results)
 
 
-def _free_call(instruction: Instruction) -> bool:
-    return instruction.text("custom_call_target") in FREE_CALLS
+def _main(arrays: list[Array]) -> int:
+    """Bytes of those in main memory."""
+    return sum(array.bytes for array in arrays if not array.space)
 
 
-def _main(array) -> int:
-    return 0 if array.space else array.bytes
-
-
-def _read(inner: Computation, number: int, operand: Instruction, module: Module) -> int:
+def _read(inner: Computation, number: int, operand: Instruction) -> int:
     """Bytes that a fusion reads of its operand."""
-    whole = sum(_main(array) for array in operand.arrays)
-    if not whole:
-        return 0
-    found = (
-        p
-        for p in inner.instructions.values()
-        if p.opcode == "parameter" and int(p.inside) == number
-    )
-    parameter = next(found, None)
-    return whole if parameter is None else min(whole, _used(inner, parameter, whole, module))
+    whole = _main(operand.arrays)
+    for value in inner.instructions.values():
+        if value.opcode == "parameter" and int(value.inside) == number:
+            return min(whole, _used(value, whole)) if whole else 0
+    return whole
 
 
-def _used(inner: Computation, value: Instruction, whole: int, module: Module) -> int:
-    """Bytes of `value` that its users in a fusion read; at most all of them together."""
+def _used(value: Instruction, whole: int) -> int:
+    """Bytes of `value` that its users in a fusion read; may be more than all of it."""
     total = 0
-    for user in inner.instructions.values():
-        for place, name in enumerate(user.operands):
-            if name != value.name:
+    for user in value.computation.instructions.values():
+        for place, operand in enumerate(user.operands):
+            if operand is not value:
                 continue
             if user.opcode in SLICES and place == 0:
                 total += sum(array.bytes for array in user.arrays)
             elif user.opcode in PASSED_ON:
-                total += _used(inner, user, whole, module)
-            elif user.opcode == "dynamic-update-slice" and place == 0:
-                total += 0
+                total += _used(user, whole)
             elif user.opcode == "fusion":
-                deeper = module.computations[user.called()[0]]
-                total += _read(deeper, place, value, module)
-            else:
+                total += _read(user.called()[0], place, value)
+            elif user.opcode != "dynamic-update-slice" or place:
                 total += whole
     return total
 
 
-def _written(inner: Computation, array, number: int, module: Module) -> int:
-    """Bytes that a fusion writes of its result `number`."""
-    if array.space:
-        return 0
-    root = inner.root
+def _written(root: Instruction, array: Array, number: int) -> int:
+    """Bytes that a fusion with this root writes of its result `number`."""
     if root.opcode == "tuple":
-        root = inner.instructions[root.operands[number]]
+        root = root.operands[number]
     while root.opcode == "bitcast":
-        root = inner.instructions[root.operands[0]]
-    if root.opcode == "parameter":  # handed through
+        root = root.operands[0]
+    if array.space or root.opcode == "parameter":  # handed through
         return 0
     if root.opcode == "dynamic-update-slice":
-        return sum(a.bytes for a in inner.instructions[root.operands[1]].arrays)
-    if root.opcode == "fusion":
-        deeper = module.computations[root.called()[0]]
-        return _written(deeper, array, 0, module) if deeper.root.opcode != "tuple" else array.bytes
+        return sum(array.bytes for array in root.operands[1].arrays)
+    if root.opcode == "fusion" and root.called()[0].root.opcode != "tuple":
+        return _written(root.called()[0].root, array, 0)
     return array.bytes
 
 
@@ -599,20 +458,8 @@ SCOPES = (
 )
 
 
-@dataclass(frozen=True)
-class Counts:
-    """FLOPs of one execution.
-
-    `by_scope` splits them by "forward", "backward" or "recomputed" (by jax.checkpoint), and by the
-    names of jax.named_scope, outermost first: "forward: encoder/MLP/attention".
-    """
-
-    flops: int
-    by_scope: dict[str, int]
-
-
-def count(text: str) -> Counts:
-    """The FLOPs of `compiled.as_text()`.
+def count(text: str) -> Counter:
+    """FLOPs of `compiled.as_text()` by scope, as `scope` names them; `.total()` has all.
 
     Of a conditional the most expensive branch counts. A loop without matmuls costs nothing, so its
     trip count may be unknown.
@@ -621,120 +468,87 @@ def count(text: str) -> Counts:
       UnknownCost: a loop with matmuls whose trip count can't be found, or a call that looks like a
         matmul and isn't known here.
     """
-    return count_module(parse(text))
+    return parse(text).flops
 
 
-def count_module(module: Module) -> Counts:
-    """`count` of a text that is parsed."""
-    by_scope = FlopWalk(module).computation_cost(module.entry)
-    return Counts(sum(by_scope.values()), dict(sorted(by_scope.items())))
+def flops(instruction: Instruction) -> Counter:
+    """FLOPs of one execution by scope, of all that it calls too."""
+    opcode = instruction.opcode
+    if opcode == "while":
+        return _loop_flops(instruction)
+    called = [computation.flops for computation in instruction.called()]
+    if opcode == "conditional":
+        return max(called, key=Counter.total)
+    if opcode in CALLERS:
+        return sum(called, Counter())
+    if any(called) and opcode not in ("async-update", "async-done"):
+        raise UnknownCost(f"{instruction.name}: a matmul inside {opcode} runs unknown times.")
+    if instruction.text("custom_call_target") in FUSED_ATTENTION:
+        return _attention_flops(instruction)
+    return +Counter({scope(instruction): _matmul_flops(instruction)})
 
 
-class FlopWalk:
-    """Costs of computations, each a Counter of FLOPs by scope, worked out once."""
-
-    def __init__(self, module: Module):
-        self.module = module
-        self.known: dict[str, Counter] = {}
-
-    def computation_cost(self, name: str) -> Counter:
-        if name not in self.known:
-            computation = self.module.computations[name]
-            total = Counter()
-            for instruction in computation.instructions.values():
-                total.update(self.instruction_cost(instruction, computation))
-            self.known[name] = total
-        return self.known[name]
-
-    def instruction_cost(self, instruction: Instruction, computation: Computation) -> Counter:
-        opcode = instruction.opcode
-        if opcode == "while":
-            return self.loop_cost(instruction, computation)
-        called = [self.computation_cost(name) for name in instruction.called()]
-        if opcode == "conditional":
-            return max(called, key=Counter.total)
-        if opcode in CALLERS:
-            return sum(called, Counter())
-        if any(called) and opcode not in ("async-update", "async-done"):
-            raise UnknownCost(f"{instruction.name}: a matmul inside {opcode} runs unknown times.")
-        if instruction.text("custom_call_target") in FUSED_ATTENTION:
-            return attention_cost(instruction, computation, scope(instruction))
-        flops = matmul_flops(instruction, computation)
-        return Counter({scope(instruction): flops}) if flops else Counter()
-
-    def loop_cost(self, loop: Instruction, computation: Computation) -> Counter:
-        (condition,), (body,) = loop.called("condition"), loop.called("body")
-        condition_cost, body_cost = self.computation_cost(condition), self.computation_cost(body)
-        if not condition_cost and not body_cost:
-            return Counter()
-        trips = trip_count(loop, computation, self.module)
-        if trips is None:
-            raise UnknownCost(
-                f"The loop {loop.name} ({loop.op_name}) has matmuls, but neither its trip count "
-                f"nor a condition that gives it."
-            )
-        times = Counter({name: flops * trips for name, flops in body_cost.items()})
-        times.update({name: flops * (trips + 1) for name, flops in condition_cost.items()})
-        return times
+def _loop_flops(loop: Instruction) -> Counter:
+    (condition,), (body,) = loop.called("condition"), loop.called("body")
+    if not condition.flops and not body.flops:
+        return Counter()
+    trips = trip_count(loop)
+    if trips is None:
+        raise UnknownCost(
+            f"The loop {loop.name} ({loop.op_name}) has matmuls, but neither its trip count "
+            f"nor a condition that gives it."
+        )
+    total = Counter({name: number * trips for name, number in body.flops.items()})
+    total.update({name: number * (trips + 1) for name, number in condition.flops.items()})
+    return total
 
 
-def attention_cost(call: Instruction, computation: Computation, where: str) -> Counter:
-    """FLOPs of a kernel of cuDNN by scope; `where` is that of the call.
-
-    Its first result, the output or the queries' gradient, is always batch x heads x queries x head.
-    """
+def _attention_flops(call: Instruction) -> Counter:
+    """Of a kernel of cuDNN; its first result, the output or the queries' gradient, is always
+    batch x heads x queries x head."""
     needed, repeated = FUSED_ATTENTION[call.text("custom_call_target")]
-    queries = call.dims[2]
-    result, keys = (
-        math.prod(x) for x in (call.dims, computation.instructions[call.operands[1]].dims)
-    )
-    matmul = 2 * result * (keys * queries // result)
-    cost = Counter({where: needed * matmul})
-    if repeated:
-        cost[f"recomputed: {where.partition(': ')[2]}"] += repeated * matmul
-    return cost
+    where = scope(call)
+    matmul = 2 * call.dims[2] * math.prod(call.operands[1].dims)
+    again = f"recomputed: {where.partition(': ')[2]}"
+    return +Counter({where: needed * matmul, again: repeated * matmul})
 
 
-def matmul_flops(instruction: Instruction, computation: Computation) -> int:
-    """FLOPs of one instruction by itself, 0 if it is no matmul or convolution."""
-
-    def operand(i: int) -> tuple[int, ...]:
-        return computation.instructions[instruction.operands[i]].dims
-
-    target = instruction.text("custom_call_target")
+def _matmul_flops(instruction: Instruction) -> int:
+    """Of one instruction by itself, 0 if it is no matmul or convolution."""
+    target, attributes = instruction.text("custom_call_target"), instruction.attributes
+    if instruction.opcode == "convolution":
+        return _convolution_flops(instruction)
     if instruction.opcode == "dot":
-        contracted = instruction.ints("lhs_contracting_dims")
-    elif instruction.opcode == "convolution":
-        return convolution_flops(instruction, operand(0), operand(1))
+        contracted = re.search(r"\blhs_contracting_dims={([\d,]*)}", attributes)
     elif target in CUBLAS:
-        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-        contracted = tuple(int(d) for d in re.findall(r"\d+", found[1]))
+        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', attributes)
     elif instruction.opcode in OPAQUE_OPS or OPAQUE.search(target):
         raise UnknownCost(f"{instruction.name}: the FLOPs of {target or instruction.opcode}?")
     else:
         return 0
-    return 2 * math.prod(instruction.dims) * math.prod(operand(0)[d] for d in contracted)
+    left = instruction.operands[0].dims
+    dims = re.findall(r"\d+", contracted[1] if contracted else "")
+    return 2 * math.prod(instruction.dims) * math.prod(left[int(d)] for d in dims)
 
 
-def convolution_flops(instruction: Instruction, inputs: tuple, kernel: tuple) -> int:
-    """FLOPs of a convolution: each output, by the kernel's inputs, by the window's real elements.
+def _convolution_flops(instruction: Instruction) -> int:
+    """Each output, by the kernel's inputs, by the window's real elements.
 
     Groups of features are in the kernel's shape (inputs of one group), groups of the batch in the
     output's (the batch of one group).
     """
+    inputs, kernel = (operand.dims for operand in instruction.operands)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     window = re.search(r"window={([^}]*)}", instruction.attributes)  # none without spatial dims
     window = dict(re.findall(r"(\w+)=([\d_x-]+)", window[1] if window else ""))
     spatial = sum(label.isdigit() for label in labels[1])
 
-    def option(key: str, default: str) -> list[str]:
-        return window[key].split("x") if key in window else [default] * spatial
+    def option(key: str, default: str) -> list[int]:
+        values = window[key].split("x") if key in window else [default] * spatial
+        return [int(value.split("_")[0]) for value in values]
 
-    size = [int(n) for n in option("size", "1")]
-    stride = [int(n) for n in option("stride", "1")]
-    padding = [int(n.split("_")[0]) for n in option("pad", "0_0")]
-    holes = [int(n) for n in option("lhs_dilate", "1")]
-    spread = [int(n) for n in option("rhs_dilate", "1")]
+    size, stride, padding = option("size", "1"), option("stride", "1"), option("pad", "0_0")
+    holes, spread = option("lhs_dilate", "1"), option("rhs_dilate", "1")
     output = dict(zip(labels[3], instruction.dims))
     multiply_adds = output["b"] * output["f"] * kernel[labels[2].index("i")]
     for d in range(spatial):
@@ -746,7 +560,7 @@ def convolution_flops(instruction: Instruction, inputs: tuple, kernel: tuple) ->
 
 
 def scope(instruction: Instruction) -> str:
-    """As in `Counts.by_scope`."""
+    """Direction and names of jax.named_scope, outermost first: "forward: encoder/MLP"."""
     name = instruction.op_name
     direction = "forward"
     if "rematted_computation" in name:

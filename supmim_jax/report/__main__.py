@@ -52,7 +52,11 @@ def write(location: str, split: str = "", data_dir: str = "", out: str = "") -> 
     path = epath.Path(out) if out else locate(location).parent.parent / "report.html"
     if storage.is_local(path) and not path.parent.is_dir():
         raise SetupError(f"--out {path} is in no directory: make {path.parent} first.")
-    files.write(path, render(gather(location, split, data_dir)))
+    page = render(gather(location, split, data_dir))
+    try:
+        storage.write(path, page)  # all of it or none
+    except OSError as error:
+        raise SetupError(f"--out {path} cannot be written: {error}. Choose another.") from None
     return path
 
 

@@ -1,8 +1,7 @@
 """What a run left in its workdir, as plain values, each file checked as it is read."""
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -17,8 +16,7 @@ LARGEST_DRAWN = 1e100
 ABOUT = ("objective", "epochs", "seconds", "split", ERRORS)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Numbers from one file."""
 
     source: str  # the file's name
@@ -33,7 +31,10 @@ def curves(workdir: epath.Path) -> dict[str, list[tuple[int, float]]]:
       SetupError: a line but the last, which may have been cut, is not of {"step": s, name: value}.
     """
     path = workdir / "metrics.jsonl"
-    lines = _text(path).splitlines() if path.exists() else []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise _refused(path, str(error)) from None
     found: dict[str, list[tuple[int, float]]] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -57,21 +58,25 @@ def evaluations(workdir: epath.Path) -> list[Evaluation]:
     Raises:
       SetupError: a file is not of its form.
     """
+    paths = [workdir / "results.json"] if (workdir / "results.json").exists() else []
+    if (workdir / "evals").exists():
+        paths += sorted((workdir / "evals").glob("*.json"))
     found = []
-    if (path := workdir / "results.json").exists():
-        values = _object(path)
-        metrics = {name: value for name, value in values.items() if name not in ABOUT}
-        about = _about("end of training", _told(values, "split", "split "))
-        found.append(Evaluation(path.name, about, _metrics(path, metrics)))
-    for path in sorted((workdir / "evals").glob("*.json")) if (workdir / "evals").exists() else ():
-        values = _object(path)
-        data = values.get("data") if isinstance(values.get("data"), dict) else {}
-        about = _about(
-            _told(values, "step", "step "),
-            _told(data, "name", ""),
-            _told(data, "eval_split", "split "),
-        )
-        found.append(Evaluation(f"evals/{path.name}", about, _metrics(path, values.get("metrics"))))
+    for path in paths:
+        values = storage.read_json(path, CURE)
+        if not isinstance(values, dict):
+            raise _refused(path, "it is no object")
+        if path.parent == workdir:
+            about = ["end of training", _told(values, "split", "split ")]
+            metrics = {name: value for name, value in values.items() if name not in ABOUT}
+        else:
+            data, metrics = values.get("data"), values.get("metrics")
+            about = [_told(values, "step", "step "), _told(data, "name")]
+            about.append(_told(data, "eval_split", "split "))
+        if not isinstance(metrics, dict) or not _is_numbers(metrics):
+            raise _refused(path, "its metrics are no object of numbers")
+        source = path.name if path.parent == workdir else f"evals/{path.name}"
+        found.append(Evaluation(source, ", ".join(filter(None, about)), metrics))
     return found
 
 
@@ -82,9 +87,7 @@ def environments(workdir: epath.Path) -> list[dict]:
       SetupError: environment.json is not of its form.
     """
     path = workdir / "environment.json"
-    if not path.exists():
-        return []
-    parts = _parsed(path)
+    parts = storage.read_json(path, CURE) if path.exists() else []
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         raise _refused(
             path, "it is no list of objects of texts and numbers, each with its from_step"
@@ -92,55 +95,16 @@ def environments(workdir: epath.Path) -> list[dict]:
     return parts
 
 
-def write(path: epath.Path, text: str) -> None:
-    """Writes the file so that a reader sees all of it or none.
-
-    Raises:
-      SetupError: it cannot be written.
-    """
-    try:
-        storage.write(path, text)
-    except OSError as error:
-        raise SetupError(f"--out {path} cannot be written: {error}. Choose another.") from None
-
-
-def _metrics(path: epath.Path, values: Any) -> dict[str, float]:
-    if not isinstance(values, dict) or not _is_numbers(values):
-        raise _refused(path, "its metrics are no object of numbers")
-    return values
-
-
-def _about(*parts: str) -> str:
-    return ", ".join(filter(None, parts))
-
-
-def _told(values: dict, name: str, before: str) -> str:
+def _told(values: Any, name: str, before: str = "") -> str:
     """The text or whole number of this name after `before`; "" where the file has none."""
-    value = values.get(name)
+    value = values.get(name) if isinstance(values, dict) else None
     return f"{before}{value}" if isinstance(value, str | int) else ""
 
 
-def _object(path: epath.Path) -> dict:
-    values = _parsed(path)
-    if not isinstance(values, dict):
-        raise _refused(path, "it is no object")
-    return values
-
-
-def _parsed(path: epath.Path) -> Any:
-    return storage.read_json(path, CURE)
-
-
-def _text(path: epath.Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise _refused(path, str(error)) from None
-
-
 def _is_numbers(values: dict) -> bool:
-    numbers = all(type(value) in (int, float) for value in values.values())
-    return numbers and all(type(x) is float or abs(x) < LARGEST_INT for x in values.values())
+    return all(
+        type(x) is float or (type(x) is int and abs(x) < LARGEST_INT) for x in values.values()
+    )
 
 
 def _is_part(part: Any) -> bool:

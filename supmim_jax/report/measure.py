@@ -76,9 +76,12 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
     batch = next((dataset.masked if cfg.needs_masks else dataset.eval)(split, mesh))
     images, labels, weight = features.on_host((batch.views[0], batch.label, batch.weight))
     shown = Examples(*(x[weight > 0][:SHOWN] for x in (images, labels)))
-    if cfg.needs_masks:
+    if cfg.needs_masks:  # without labels each image is a class of its own
         shown = shown._replace(labels=np.arange(len(shown.images), dtype=np.int32))
-    found = Measured(class_names(dataset, split), shown)
+        classes = [f"image {i + 1}" for i in range(SHOWN)]
+    else:
+        classes = dataset.class_names(split)
+    found = Measured(classes, shown)
     if cfg.objective.leaves != "tokenizer":
         encoder = encoder_module.restore(checkpoint, mesh, batch_size)
         of_batch = encoder.features(batch.views[0])
@@ -92,17 +95,6 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
     if visualize.shows(cfg):
         found = found._replace(panels=panels(checkpoint, shown.images))
     return found
-
-
-def class_names(dataset: Dataset, split: str) -> list[str]:
-    """Those of the data set.
-
-    Without labels, each of the images that are shown is a class of its own.
-    """
-    cfg = dataset.cfg
-    if cfg.needs_masks:
-        return [f"image {i + 1}" for i in range(SHOWN)]
-    return dataset.class_names(split)
 
 
 def neighbourhood(

@@ -80,6 +80,10 @@ def render(report: Report) -> str:
         undefined=jinja2.StrictUndefined,
     )
     style = (resources.files(__package__) / "style.css").read_text()
+    derived = [
+        (name, f"{getattr(report.cfg, name):g}", None)
+        for name in ("total_steps", "warmup_steps", "peak_lr")
+    ]
     return pages.get_template("template.html").render(
         name=report.name,
         style=jinja2.utils.markupsafe.Markup(style),
@@ -88,7 +92,7 @@ def render(report: Report) -> str:
         charts=charts(report.curves, report.step),
         cards=cards(report.measured),
         neighbours=neighbours(report.measured),
-        config=[*grouped(report.cfg, Config(), "config"), ("derived from these", derived(report))],
+        config=[*grouped(report.cfg, Config(), "config"), ("derived from these", derived)],
         environments=environments(report.trained_on, report.made_on),
         noted=bool(report.trained_on),
         made_at=report.made_on[environment.DATE],
@@ -248,14 +252,6 @@ def grouped(values: Any, default: Any, path: str) -> list[tuple[str, list[tuple[
             usual = vars(default if name == "name" else own)[name]
             rows.append((name, shown(value), shown(usual) if value != usual else None))
     return [(path, rows), *inner] if rows else inner
-
-
-def derived(report: Report) -> list[tuple[str, ...]]:
-    """What follows from the config, as rows."""
-    cfg = report.cfg
-    names = {"total_steps": cfg.total_steps, "warmup_steps": cfg.warmup_steps}
-    names["peak_lr"] = cfg.peak_lr
-    return [(name, f"{value:g}", None) for name, value in names.items()]
 
 
 def shown(value: Any) -> str:
