@@ -190,7 +190,7 @@ def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_p
 
 def test_data_without_labels_of_images_can_be_trained_on(masked, shapes_dir, tmp_path):  # noqa: F811
     data = DataConfig(
-        name="shapes",
+        name="masked_shapes",
         data_dir=shapes_dir,
         train_examples=48,
         eval_split="test",
