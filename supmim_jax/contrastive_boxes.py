@@ -3,6 +3,8 @@
 A heat map says where in an image the encoder sees something, and the box is around what is warm.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +16,14 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import features
 
 
+@jax.jit
 def emptied(images_BxHxWxC) -> jax.Array:
     """Images of the same shape and dtype that show nothing: each of its own median colour."""
     colour = jnp.median(images_BxHxWxC, axis=(1, 2), keepdims=True)
     return jnp.broadcast_to(colour, images_BxHxWxC.shape).astype(images_BxHxWxC.dtype)
 
 
+@jax.jit
 def heat_map(tokens_BxHxWxD, empty_BxHxWxD) -> jax.Array:
     """How far each token is from what the encoder makes of an empty image there, float32 BxHxW.
 
@@ -31,6 +35,7 @@ def heat_map(tokens_BxHxWxD, empty_BxHxWxD) -> jax.Array:
     return jnp.linalg.norm(difference, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def bounds(heat_BxHxW, size: int, threshold: float) -> jax.Array:
     """Boxes around all that is warm: uint8 Bx4, top, left, bottom, right in 255ths of the image.
 
@@ -62,18 +67,13 @@ def boxes(encoder: Encoder, dataset: Dataset, mesh: Mesh) -> np.ndarray:
     size, threshold = cfg.data.image_size, cfg.data.contrastive_crop.threshold
     table = np.tile(np.uint8(WHOLE), (cfg.data.train_examples, 1))  # of broken records
     for batch in dataset.whole(cfg.data.train_split, mesh):
-        bounds = _bounds(heat(encoder, batch.views[0]), size, threshold)
-        bounds, ids, weight = features.on_host((bounds, batch.id, batch.weight))
-        table[ids[weight > 0]] = bounds[weight > 0]
+        found = bounds(heat(encoder, batch.views[0]), size, threshold)
+        found, ids, weight = features.on_host((found, batch.id, batch.weight))
+        table[ids[weight > 0]] = found[weight > 0]
     return table
 
 
 def heat(encoder: Encoder, images: jax.Array) -> jax.Array:
     """Heat maps of uint8 images, float32 BxHxW; each takes two passes of the encoder."""
-    empty = encoder.features(_emptied(images)).tokens
-    return _heat_map(encoder.features(images).tokens, empty)
-
-
-_emptied = jax.jit(emptied)
-_heat_map = jax.jit(heat_map)
-_bounds = jax.jit(bounds, static_argnums=(1, 2))
+    empty = encoder.features(emptied(images)).tokens
+    return heat_map(encoder.features(images).tokens, empty)

@@ -26,18 +26,14 @@ class NanGuard:
         Raises:
           Diverged: a value is NaN or infinite; names the step, its terms and the ids.
         """
-        previous, self.pending = self.pending, (step, metrics, batch.id)
-        self._check(previous)
+        self.flush()
+        self.pending = (step, metrics, batch.id)
 
     def flush(self) -> None:
         """Checks the remembered step, so that no poisoned state is saved or reported."""
-        previous, self.pending = self.pending, None
-        self._check(previous)
-
-    def _check(self, pending) -> None:
-        if pending is None:
+        if self.pending is None:
             return
-        step, metrics, ids = pending
+        (step, metrics, ids), self.pending = self.pending, None
         values = {name: float(value) for name, value in metrics.items()}
         if np.isfinite(list(values.values())).all():
             return

@@ -5,6 +5,7 @@ training split, which is kept in the workdir and in token caches.
 """
 
 import hashlib
+import io
 from dataclasses import dataclass
 
 import jax
@@ -39,13 +40,7 @@ class Frozen:
     def open(
         cls, cfg: Config, dataset: Dataset, workdir: epath.Path, step_fn: TrainStep
     ) -> "Frozen":
-        """The arrays that the config names, fitted now if need be.
-
-        Args:
-          cfg: the run.
-          dataset: its data, opened.
-          workdir: of the run, where a fitted codebook is looked for.
-          step_fn: the train step, whose `frozen` says which arrays there are.
+        """The arrays that `step_fn.frozen` has, as the config names them, fitted now if need be.
 
         Raises:
           SetupError: a file that the config names is missing or doesn't fit, or the run in the
@@ -87,9 +82,9 @@ class Frozen:
             return
         cure = "It names the tokenizer of the run: copy it again, or choose another --workdir."
         values = storage.read_json(path, cure)
-        if not isinstance(values, dict) or not isinstance(values.get("sha256"), str):
+        kept = values.get("sha256") if isinstance(values, dict) else None
+        if not isinstance(kept, str):
             raise SetupError(f"{path} cannot be read: it has no sha256. {cure}")
-        kept = values["sha256"]
         if kept != self.identity:
             raise SetupError(
                 f"--workdir {workdir} holds a run with the tokenizer of SHA-256 {kept[:12]}..., "
@@ -133,7 +128,9 @@ def open_tokenizer(cfg: Config, dataset: Dataset, directory: epath.Path, like: d
 def save_fitted(cfg: Config, arrays: dict, directory: epath.Path) -> None:
     """Keeps a codebook in `directory`; tokenizers that were trained stay where they are."""
     if kmeans.is_fitted(cfg.objective.token_target):
-        kmeans.save(directory / FILE, arrays)
+        file = io.BytesIO()
+        np.savez(file, **arrays)
+        storage.write(directory / FILE, file.getvalue())
 
 
 def _trained(cfg: Config, like: dict) -> dict:
@@ -151,12 +148,8 @@ def _trained(cfg: Config, like: dict) -> dict:
     if objective.leaves != "tokenizer":
         raise SetupError(f"{path} is a {objective.name!r} run, and no tokenizer of images.")
     theirs, ours = section(objective.tokenizer), section(cfg.objective.token_target)
-    changed = [
-        difference
-        for difference in differences(theirs, ours, "config.objective.target")
-        if not difference.startswith(IN_FILE_ONLY)
-    ]
-    if changed:
+    found = differences(theirs, ours, "config.objective.target")
+    if changed := [x for x in found if not x.startswith(IN_FILE_ONLY)]:
         raise SetupError(f"{path} is another tokenizer: {'; '.join(changed)} (there; here).")
     return _host(checkpoint.restore_params({"tokenizer": like})["tokenizer"])
 

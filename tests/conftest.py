@@ -123,14 +123,18 @@ def one_device():
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-@pytest.fixture
-def initial(cfg, one_device, tmp_path) -> str:
-    """The --workdir of a run that has not begun to learn."""
-    state = train_step.build(cfg, one_device).init(jax.random.key(0))
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
-    checkpoints.save(state, cfg, checkpoint.BEGIN)
+def save_initial(cfg: Config, workdir) -> str:
+    """The --workdir of a run of `cfg` that has not begun to learn."""
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    checkpoints.save(train_step.build(cfg, one).init(jax.random.key(0)), cfg, checkpoint.BEGIN)
     checkpoints.close()
-    return str(tmp_path / "run")
+    return str(workdir)
+
+
+@pytest.fixture
+def initial(cfg, tmp_path) -> str:
+    return save_initial(cfg, tmp_path / "run")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from scipy import special
 from sklearn.linear_model import LogisticRegression
 
 from supmim_jax import sharding
-from supmim_jax.config import MeshConfig
+from supmim_jax.config import FewShotConfig, LinearProbeConfig, MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import few_shot, linear_probe
 
@@ -39,8 +39,8 @@ def objective(kernel, bias, x, labels, c: float) -> float:
 
 
 @pytest.mark.parametrize("long_tailed", [False, True])
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
-@pytest.mark.parametrize("c", [1e-4, 0.1, 100.0, 1e4])
+@pytest.mark.parametrize("condition", [1.0, 1e6])
+@pytest.mark.parametrize("c", [1e-4, 0.1, 1e4])
 def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition, long_tailed):
     x, labels = unlike_scales(condition, long_tailed)
     z = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
@@ -49,7 +49,7 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition
     least = objective(theirs.coef_.T, theirs.intercept_, z, labels, c)
     test, _ = unlike_scales(condition, long_tailed, seed=1)
     expected = None
-    for count in (1, 2, 4, 8):
+    for count in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
         probe = linear_probe.fit(x, labels, classes=6, c=c, mesh=mesh, chunk=100)
         own = (x - probe.mean_D) / probe.scale_D
@@ -71,13 +71,18 @@ def test_strength_is_chosen_on_held_out_training_examples(one_device):
     x, labels = hard_problem(400)
     test, truth = hard_problem(1000, seed=1)
     options = {"classes": 10, "mesh": one_device}
-    result = linear_probe.evaluate(x, labels, test, truth, strengths=(1e-5, 0.01, 10.0), **options)
+
+    def evaluated(x, *strengths: float):
+        cfg = LinearProbeConfig(strengths=strengths)
+        return linear_probe.evaluate(x, labels, test, truth, cfg=cfg, **options)
+
+    result = evaluated(x, 1e-5, 0.01, 10.0)
     assert result.c == 0.01 and result.held_out[0.01] == max(result.held_out.values())
     again = linear_probe.fit(x, labels, c=0.01, **options)  # on all of train
     assert (again.kernel_DxV == result.probe.kernel_DxV).all()
     assert result.accuracy == linear_probe.accuracy(again, test, truth)
     easy, _ = make_clusters(400, classes=10, dim=32)  # has the same labels
-    tied = linear_probe.evaluate(easy, labels, test, truth, strengths=(10.0, 1.0, 0.1), **options)
+    tied = evaluated(easy, 10.0, 1.0, 0.1)
     assert set(tied.held_out.values()) == {100.0} and tied.c == 0.1
 
 
@@ -131,41 +136,34 @@ def test_draws_of_shots():
 @pytest.mark.parametrize("shots", [2, 10])
 def test_few_shot_accuracy_is_the_mean_over_draws(shots):
     (x, labels), (test, truth) = hard_problem(400), hard_problem(500, seed=1)
-    options = {"classes": 10, "shots": shots, "penalty": 10.0}
-    result = few_shot.evaluate(x, labels, test, truth, draws=3, **options)
+    cfg = FewShotConfig(shots=shots, draws=3, penalty=10.0)
+    mean, std = few_shot.evaluate(x, labels, test, truth, classes=10, cfg=cfg)
     accuracies = []
     for draw in range(3):
         rows = few_shot.draw_shots(labels, 10, shots, seed=0, draw=draw)
         fitted = few_shot.fit(x[rows], labels[rows], 10, 10.0)
         accuracies.append(100 * (few_shot.predict(test, *fitted) == truth).mean())
-    assert result == {"mean": np.mean(accuracies), "std": np.std(accuracies)}
-    assert result["std"] > 0
+    assert mean == np.mean(accuracies) and std == np.std(accuracies) > 0
 
 
-def test_classes_are_learned_and_shuffled_labels_are_not(one_device):
-    options = {"classes": 10, "dim": 32}
-    x, labels = make_clusters(400, **options)
-    test, truth = make_clusters(1000, seed=1, **options)
-    for given, low, high in (
-        (labels, 99.9, 100.0),
-        (np.random.default_rng(0).permutation(labels), 1.0, 25.0),
-    ):
-        probe = linear_probe.evaluate(
-            x, given, test, truth, classes=10, strengths=(0.01, 1.0), mesh=one_device
-        )
-        shots = few_shot.evaluate(x, given, test, truth, classes=10)
-        assert low <= probe.accuracy <= high
-        assert low <= shots["mean"] <= high
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 99.9, 100.0), (True, 1.0, 25.0)])
+def test_classes_are_learned_and_shuffled_labels_are_not(one_device, shuffled, low, high):
+    (x, labels), (test, truth) = (
+        make_clusters(n, 10, 32, seed=s) for n, s in ((400, 0), (1000, 1))
+    )
+    given = np.random.default_rng(0).permutation(labels) if shuffled else labels
+    data, cfg = (x, given, test, truth), LinearProbeConfig(strengths=(0.01, 1.0))
+    probe = linear_probe.evaluate(*data, classes=10, cfg=cfg, mesh=one_device)
+    mean, _ = few_shot.evaluate(*data, classes=10, cfg=FewShotConfig())
+    assert low <= probe.accuracy <= high and low <= mean <= high
 
 
-def test_what_cannot_be_fitted_is_refused():
+@pytest.mark.parametrize("place", [0, 2])
+def test_features_that_are_not_finite_are_refused(one_device, place):
     x, labels = make_clusters(50)
-    for features, given, message in (
-        (x, labels + 1, r"must lie in \[0, 5\), got 1 to 5"),
-        (x, labels[:-1], r"an integer for each of 50 examples, got int64 \(49,\)"),
-        (x * np.inf, labels, "NaN or infinity in 50 of 50 rows"),
-    ):
-        with pytest.raises(SetupError, match=message):
-            linear_probe.fit(features, given, classes=5, c=1.0)
-        with pytest.raises(SetupError, match=message):
-            few_shot.evaluate(features, given, x, labels, classes=5, shots=2)
+    data = [x, labels, x, labels]
+    data[place] = x * np.inf
+    with pytest.raises(SetupError, match="50 of 50 rows"):
+        linear_probe.evaluate(*data, classes=5, cfg=LinearProbeConfig(), mesh=one_device)
+    with pytest.raises(SetupError, match="50 of 50 rows"):
+        few_shot.evaluate(*data, classes=5, cfg=FewShotConfig(shots=2))

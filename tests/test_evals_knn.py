@@ -1,6 +1,5 @@
 """Nearest neighbours against scikit-learn, to the bit on 1 and 8 devices; retrieval by hand."""
 
-import jax
 import numpy as np
 import pytest
 from conftest import make_clusters
@@ -14,61 +13,64 @@ from supmim_jax.evals import knn, retrieval
 KS = (1, 5, 10, 20, 50)
 
 
-def meshes():
-    return (
-        sharding.make_mesh(MeshConfig(), jax.devices()[:1]),
-        sharding.make_mesh(MeshConfig(data=2, fsdp=4)),
-    )
+@pytest.fixture
+def meshes(one_device):
+    return one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=4))
 
 
-def signs(count: int, seed: int) -> np.ndarray:
-    """Rows of +-1 in 16 dimensions: every product and sum of unit rows is exact, many are equal."""
-    return np.random.default_rng(seed).choice([-1.0, 1.0], (count, 16)).astype(np.float32)
-
-
-def test_neighbours_and_votes_are_those_of_scikit_learn():
+@pytest.mark.parametrize(
+    ("chunks", "temperature"), [((128, 128), 0.07), ((1024, 65536), 0.1), ((7, 33), 0.1)]
+)
+def test_neighbours_and_votes_are_those_of_scikit_learn(meshes, chunks, temperature):
     random = np.random.default_rng(0)
     bank, queries = random.normal(size=(700, 24)), random.normal(size=(150, 24))
     labels = random.integers(0, 7, 700)
-    found = knn.neighbours(queries, bank, max(KS), query_chunk=128, bank_chunk=128)
+    options = dict(zip(("query_chunk", "bank_chunk"), chunks))
+    found = knn.neighbours(queries, bank, max(KS), mesh=meshes[1], **options)
     reference = NearestNeighbors(metric="cosine", algorithm="brute").fit(bank)
     distance, index = reference.kneighbors(queries, max(KS))
     assert (found.index_QxK == index).all()
     np.testing.assert_allclose(found.similarity_QxK, 1 - distance, atol=1e-6)
 
-    votes = knn.vote(found.similarity_QxK, labels[found.index_QxK], KS, 0.07, 7)
+    votes = knn.vote(found.similarity_QxK, labels[found.index_QxK], KS, temperature, 7)
     assert tuple(votes) == KS
     for k in KS:
         classifier = KNeighborsClassifier(
-            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / temperature)
         )
         assert (votes[k] == classifier.fit(bank, labels).predict(queries)).all()
     assert any((votes[1] != votes[k]).any() for k in KS)
 
 
+def test_a_near_neighbour_outvotes_many_far_ones():
+    similarity, labels = np.array([[1.0, 0.6, 0.6, 0.6]]), np.array([[0, 1, 1, 1]])
+    assert [knn.vote(similarity, labels, (4,), t, 2)[4][0] for t in (0.05, 10.0)] == [0, 1]
+
+
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_one_and_eight_devices_give_the_same_bits(leave_one_out):
+def test_one_and_eight_devices_give_the_same_bits(meshes, leave_one_out):
     random = np.random.default_rng(1)
     bank = random.normal(size=(3000, 192)).astype(np.float32)
     bank[1500:2000] = bank[:500]
     queries = bank if leave_one_out else random.normal(size=(300, 192)).astype(np.float32)
-    one, eight = (
-        knn.neighbours(queries, bank, 30, mesh=mesh, leave_one_out=leave_one_out, bank_chunk=256)
-        for mesh in meshes()
-    )
+    options = {"leave_one_out": leave_one_out, "bank_chunk": 256}
+    one, eight = (knn.neighbours(queries, bank, 30, mesh=mesh, **options) for mesh in meshes)
     assert (one.index_QxK == eight.index_QxK).all()
     assert (one.similarity_QxK == eight.similarity_QxK).all()
 
 
 @pytest.mark.parametrize("bank_chunk", [128, 512, 8192])
-def test_of_equal_similarities_the_smaller_index_is_nearer(bank_chunk):
-    bank = signs(1100, seed=0)
+def test_of_equal_similarities_the_smaller_index_is_nearer(meshes, bank_chunk):
+    """Rows of +-1 in 16 dimensions: all products and sums of unit rows are exact, many equal."""
+    bank, others = (
+        np.random.default_rng(seed).choice([-1.0, 1.0], (count, 16)).astype(np.float32)
+        for seed, count in enumerate((1100, 64))
+    )
     bank[600:900] = bank[:300]
-    for mesh in meshes():
-        for queries, leave_one_out in ((signs(64, seed=1), False), (bank, True)):
-            found = knn.neighbours(
-                queries, bank, 100, mesh=mesh, leave_one_out=leave_one_out, bank_chunk=bank_chunk
-            )
+    for mesh in meshes:
+        for queries, leave_one_out in ((others, False), (bank, True)):
+            options = {"leave_one_out": leave_one_out, "bank_chunk": bank_chunk}
+            found = knn.neighbours(queries, bank, 100, mesh=mesh, **options)
             similarity = queries @ bank.T / 16
             if leave_one_out:
                 np.fill_diagonal(similarity, -np.inf)
@@ -77,103 +79,88 @@ def test_of_equal_similarities_the_smaller_index_is_nearer(bank_chunk):
     assert (np.diff(found.similarity_QxK) == 0).mean() > 0.5
 
 
-def test_an_example_is_not_its_own_neighbour():
+def test_an_example_is_not_its_own_neighbour(one_device):
     bank = np.random.default_rng(0).normal(size=(60, 8))
-    found = knn.neighbours(bank, bank, 59, leave_one_out=True).index_QxK
+    found = knn.neighbours(bank, bank, 59, mesh=one_device, leave_one_out=True).index_QxK
     others = [np.delete(np.arange(60), i) for i in range(60)]  # and no padding
     assert (np.sort(found, axis=1) == others).all()
-    assert (knn.neighbours(bank, bank, 1).index_QxK[:, 0] == np.arange(60)).all()
+    assert (knn.neighbours(bank, bank, 1, mesh=one_device).index_QxK[:, 0] == np.arange(60)).all()
 
 
-def test_classes_are_found_and_shuffled_labels_are_not():
-    (bank, labels), (queries, truth) = make_clusters(500), make_clusters(400, seed=1)
-    shuffled = np.random.default_rng(0).permutation(labels)
-    options = {"classes": 5, "k": 20, "temperature": 0.07}
-    assert (knn.predict(queries, bank, labels, **options) == truth).mean() == 1.0
-    assert 0.05 < (knn.predict(queries, bank, shuffled, **options) == truth).mean() < 0.4
-
-
-def test_the_program_at_imagenet_size_fits_16_gb_and_is_shared_by_devices():
+def test_the_program_at_imagenet_size_fits_16_gb_and_is_shared_by_devices(meshes):
     peaks = []
-    for mesh in meshes():
-        program = knn.search_program((50_000, 768), (1_281_167, 768), 200, mesh)
-        memory = program.lowered.compile().memory_analysis()
+    for mesh in meshes:
+        lowered, calls = knn.search_program((50_000, 768), (1_281_167, 768), 200, mesh)
+        memory = lowered.compile().memory_analysis()
         peaks.append(
             memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         )
-        assert program.calls == 49
+        assert calls == 49
     bank = 1_281_167 * 768 * 4
     assert bank < peaks[0] < 1.1 * bank < 16e9
     assert peaks[1] < bank / 8 + 0.1 * bank
 
 
-def test_what_cannot_be_searched_is_refused():
+def test_features_that_are_not_finite_are_refused(one_device):
     bank, broken = np.ones((10, 4)), np.ones((10, 4))
     broken[3, 2] = np.nan
-    for arguments, message in (
-        ((bank, bank, 11), r"k is 11; it must lie in \[1, 10\]"),
-        ((np.ones((5, 3)), bank, 1), "3 dimensions, the bank 4"),
-        ((bank, broken, 1), "bank of kNN has NaN or infinity in 1 of 10 rows, first in row 3"),
-        ((np.ones((0, 4)), bank, 1), r"shape \(0, 4\)"),
-    ):
-        with pytest.raises(SetupError, match=message):
-            knn.neighbours(*arguments)
-    with pytest.raises(SetupError, match=r"\[1, 9\]"):
-        knn.neighbours(bank, bank, 10, leave_one_out=True)
-    with pytest.raises(SetupError, match=r"k = \[4\] .* \[1, 3\]"):
-        knn.vote(np.ones((2, 3)), np.ones((2, 3), int), (1, 4), 0.07, 2)
+    for arguments in ((bank, broken), (broken, bank)):
+        with pytest.raises(SetupError, match="1 of 10 rows, first in row 3"):
+            knn.neighbours(*arguments, 1, mesh=one_device)
 
 
-def naive_map_at_r(index, queries, bank, leave_one_out) -> float:
+def naive_map_at_r(index, labels) -> float:
     """mAP@R in per cent, a query and a rank at a time."""
     averages = []
-    for i, label in enumerate(queries):
-        r = sum(int(x) == label for x in bank) - (1 if leave_one_out else 0)
-        if r == 0:
-            continue
-        hits, total = 0, 0.0
-        for rank in range(1, r + 1):
-            if bank[index[i][rank - 1]] == label:
-                hits += 1
-                total += hits / rank
-        averages.append(total / r)
+    for i, label in enumerate(labels):
+        r = sum(x == label for x in labels) - 1
+        if r:
+            hits = [labels[j] == label for j in index[i][:r]]
+            averages.append(
+                sum(hit * sum(hits[: j + 1]) / (j + 1) for j, hit in enumerate(hits)) / r
+            )
     return 100 * sum(averages) / len(averages)
 
 
-@pytest.mark.parametrize("leave_one_out", [True, False])
-def test_retrieval_is_that_of_a_naive_loop(leave_one_out, monkeypatch):
+def test_retrieval_is_that_of_a_naive_loop(one_device, monkeypatch):
     monkeypatch.setattr(retrieval, "CHUNK", 50)
     bank, labels = make_clusters(180, spread=2.0)
     labels[7] = 5  # the only one of its class: nothing to find
-    queries, truth = (bank, labels) if leave_one_out else make_clusters(130, spread=2.0, seed=1)
-    k = retrieval.depth(truth, labels, leave_one_out=leave_one_out, recalls=(1, 10))
-    index = knn.neighbours(queries, bank, k, leave_one_out=leave_one_out).index_QxK
-    options = {"leave_one_out": leave_one_out, "recalls": (1, 10)}
-    scores = retrieval.score(index, truth, labels, **options)
-    assert scores["map@r"] == pytest.approx(naive_map_at_r(index, truth, labels, leave_one_out))
-    kept = truth != 5
+    k = retrieval.depth(labels, (1, 10))
+    index = knn.neighbours(bank, bank, k, mesh=one_device, leave_one_out=True).index_QxK
+    scores = retrieval.score(index, labels, (1, 10))
+    assert scores["map@r"] == pytest.approx(naive_map_at_r(index, labels))
+    kept = labels != 5
     for recall in (1, 10):
-        hit = [t in labels[row[:recall]] for row, t in zip(index[kept], truth[kept])]
+        hit = [t in labels[row[:recall]] for row, t in zip(index[kept], labels[kept])]
         assert scores[f"recall@{recall}"] == pytest.approx(100 * np.mean(hit))
     assert 20 < scores["map@r"] < scores["recall@1"] < scores["recall@10"] <= 100
-    with pytest.raises(SetupError, match=f"nearest {k} neighbours .* got {k - 1}"):
-        retrieval.score(index[:, :-1], truth, labels, **options)
+    with pytest.raises(SetupError):
+        retrieval.depth(np.arange(5), (1,))
 
 
-def test_retrieval_of_one_query_by_hand():
-    bank = np.array([1, 0, 1, 0, 1])
-    scores = retrieval.score(
-        np.array([[1, 0, 2, 3, 4]]), np.array([1]), bank, leave_one_out=False, recalls=(1, 2)
-    )
-    assert scores["map@r"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 3)
-    assert (scores["recall@1"], scores["recall@2"]) == (0.0, 100.0)
+def test_retrieval_by_hand():
+    """Of the first example of class 1 the others are at ranks 2 and 3, of the second at 1 and 3."""
+    index = np.array([[3, 1, 2, 4], [0, 4, 2, 3], [0, 1, 3, 4], [4, 0, 1, 2], [3, 0, 1, 2]])
+    scores = retrieval.score(index, np.array([1, 1, 1, 0, 0]), (1, 2))
+    averages = [1 / 4, 1 / 2, 1, 1, 1]  # at rank R = 2 or 1
+    assert scores["map@r"] == pytest.approx(100 * np.mean(averages))
+    assert (scores["recall@1"], scores["recall@2"]) == (80.0, 100.0)
 
 
-def test_retrieval_of_separable_and_of_shuffled_classes():
-    bank, labels = make_clusters(300)
-    k = retrieval.depth(labels, labels, leave_one_out=True)
-    index = knn.neighbours(bank, bank, k, leave_one_out=True).index_QxK
-    assert set(retrieval.score(index, labels, labels, leave_one_out=True).values()) == {100.0}
+def test_classes_are_found_and_shuffled_labels_are_not(one_device):
+    (bank, labels), (queries, truth) = make_clusters(500), make_clusters(400, seed=1)
     shuffled = np.random.default_rng(0).permutation(labels)
-    scores = retrieval.score(index, shuffled, shuffled, leave_one_out=True)
+    recalls = (1, 10, 100)
+    found = knn.neighbours(queries, bank, 20, mesh=one_device)
+    others = knn.neighbours(
+        bank, bank, retrieval.depth(labels, recalls), mesh=one_device, leave_one_out=True
+    )
+    right, chance = (
+        (knn.vote(found.similarity_QxK, x[found.index_QxK], (20,), 0.07, 5)[20] == truth).mean()
+        for x in (labels, shuffled)
+    )
+    assert right == 1.0 and 0.05 < chance < 0.4
+    assert set(retrieval.score(others.index_QxK, labels, recalls).values()) == {100.0}
+    scores = retrieval.score(others.index_QxK, shuffled, recalls)
     assert scores["recall@1"] < 30 and scores["map@r"] < 15 and scores["recall@100"] == 100.0

@@ -1,6 +1,5 @@
 """What an evaluation needs is looked at first; one that cannot be made leaves the others alone."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from supmim_jax import evals
-from supmim_jax.config import FewShotConfig, MasksConfig
+from supmim_jax.config import MasksConfig, changed
 from supmim_jax.data import source
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
@@ -18,9 +17,7 @@ from supmim_jax.evals import evaluate
 
 
 def judged(cfg, *which: str, shots: int = 2, **data):
-    few_shot = FewShotConfig(shots=shots)
-    judge = dataclasses.replace(cfg.eval, which=which, few_shot=few_shot)
-    return dataclasses.replace(cfg, eval=judge, data=dataclasses.replace(cfg.data, **data))
+    return changed(cfg, eval={"which": which, "few_shot": {"shots": shots}}, data=data)
 
 
 def refused(cfg, *said: str) -> None:

@@ -1,7 +1,5 @@
 """Masks beside images, data sets with other fields, and what `probe` makes of them."""
 
-import dataclasses
-
 import cv2
 import jax
 import numpy as np
@@ -19,6 +17,7 @@ from supmim_jax.config import (
     ProbeDataConfig,
     RetrievalConfig,
     SegmentationConfig,
+    changed,
 )
 from supmim_jax.data import crops, decode, fractals, source
 from supmim_jax.data.loader import Dataset
@@ -67,9 +66,8 @@ def shapes_dir(tmp_path_factory) -> str:
 
 def test_masks_come_with_their_images_whatever_the_mesh(cfg, one_device):
     """Twice the size, so that a mask that is not in place would show."""
-    masks = MasksConfig(field="segmentation")
-    data = dataclasses.replace(cfg.data, masks=masks, image_size=40, eval_resize=48)
-    cfg = dataclasses.replace(cfg, data=data)
+    data = {"masks": {"field": "segmentation"}, "image_size": 40, "eval_resize": 48}
+    cfg = changed(cfg, data=data)
     (first, *_), (other, *_) = (
         list(Dataset(cfg).masked("train[:70]", mesh))
         for mesh in (one_device, sharding.make_mesh(cfg.mesh))
@@ -138,14 +136,14 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
     assert 25 < found["recall@1"] < 90 and found["recall@29"] == 100
     assert found["miou/linear"] > 50 and found["pixel_accuracy/linear"] > 80
 
-    unlabelled = dataclasses.replace(
+    unlabelled = changed(
         asked,
-        data=dataclasses.replace(data, label_field="no_such", num_classes=99),
-        eval=dataclasses.replace(evaluations, which=("segmentation",), batch_size=7),
+        data={"label_field": "no_such", "num_classes": 99},
+        eval={"which": ("segmentation",), "batch_size": 7},
     )
     again = probe.probe(Checkpoint.open(initial), unlabelled, devices=ONE).results
     assert again.metrics == pytest.approx({name: found[name] for name in again.metrics}, abs=0.1)
     assert len(again.metrics) == 2 and again.details["segmentation"]["trained_on"] == 48
-    wrong = dataclasses.replace(data, masks=dataclasses.replace(data.masks, ignore=-1))
+    wrong = changed(asked, data={"masks": {"ignore": -1}})
     with pytest.raises(SetupError, match=r"has pixels of \[0\]; expected are 1 to 2"):
-        probe.probe(Checkpoint.open(initial), dataclasses.replace(asked, data=wrong), devices=ONE)
+        probe.probe(Checkpoint.open(initial), wrong, devices=ONE)

@@ -1,7 +1,5 @@
 """ViT, decoder and patch tokenizer on small inputs."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,10 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from supmim_jax.config import DataConfig, PatchCodesConfig, ViTConfig
+from supmim_jax.config import DataConfig, PatchCodesConfig, ViTConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.models import kmeans, masking, vit
-from supmim_jax.models.transformer import _keep, dropout, sincos2d
+from supmim_jax.models.transformer import _keep, dropout
 
 DATA = DataConfig(image_size=16, eval_resize=16, channels=3)
 SMALL = ViTConfig(patch=4, width=32, depth=2, mlp_dim=64, heads=2)
@@ -20,7 +18,7 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float
 
 
 def encoder(**changes) -> vit.ViT:
-    return vit.ViT(dataclasses.replace(SMALL, **changes), DATA, rngs=nnx.Rngs(0))
+    return vit.ViT(changed(SMALL, **changes), DATA, rngs=nnx.Rngs(0))
 
 
 def test_patches_are_in_row_order_and_come_back():
@@ -41,40 +39,38 @@ def test_packed_inputs_do_not_see_each_other(changes):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
-def test_visible_patches_are_those_of_the_whole_image():
+def test_visible_patches_are_those_of_the_whole_image_and_masked_pixels_are_hidden():
     model = encoder()
     mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
     kept = jnp.take_along_axis(model.embed(IMAGES), mask.keep[..., None], axis=1)
     np.testing.assert_allclose(model.embed(IMAGES, visible=mask), kept, atol=1e-6)
-
-
-def test_masked_pixels_are_hidden_in_both_forms():
-    model = encoder()
-    mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
     hidden = vit.unpatchify(jnp.repeat(mask.masked[..., None], 48, axis=2), 4, 4)
     other = jnp.where(hidden, -IMAGES, IMAGES)
     for arguments in ({"visible": mask}, {"masked": (mask, jnp.ones(32))}):
         assert (model.embed(IMAGES, **arguments) == model.embed(other, **arguments)).all()
-        assert (model.embed(IMAGES) != model.embed(other)).any()
+    assert (model.embed(IMAGES) != model.embed(other)).any()
 
 
-def test_dropout_needs_a_key_and_keeps_the_mean():
-    plain, model = (encoder(dropout=rate, depth=3) for rate in (0.0, 0.5))
+@pytest.mark.parametrize("name", ["dropout", "drop_path"])
+def test_what_is_dropped_depends_on_the_key_and_nothing_is_without_one(name):
+    plain, model = (encoder(depth=3, **{name: rate}) for rate in (0.0, 0.5))
     nnx.update(model, nnx.state(plain))
     kept = plain.features(IMAGES).pooled
     assert (model.features(IMAGES).pooled == kept).all()
     first, again, other = (model.features(IMAGES, jax.random.key(i)).pooled for i in (0, 0, 1))
     assert (first == again).all() and (first != other).any() and (first != kept).any()
+    assert jnp.isfinite(first).all()
+
+
+def test_the_input_and_the_branches_drop_the_rate_that_is_asked_for():
     x = dropout(jnp.ones((1000, 100)), 0.25, jax.random.key(0))
     assert set(np.unique(x)) == {0.0, np.float32(1 / 0.75)}
     assert abs(float((x == 0).mean()) - 0.25) < 0.005
-
-
-def test_drop_path_needs_a_key_and_keeps_the_mean():
-    model = encoder(drop_path=0.5, depth=3)
-    tokens = (model.embed(IMAGES),)
-    dropped = model.encode(tokens, jax.random.key(0))[0]
-    assert (dropped != model.encode(tokens)[0]).any() and jnp.isfinite(dropped).all()
+    model = encoder(dropout=0.5, depth=1)  # blocks that add nothing: what is left is the input's
+    for layer in (model.transformer.blocks.out, model.transformer.blocks.fc2):
+        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    zero = model.transformer(jnp.ones((3, 16, 32)), (16,), jax.random.key(0)) == 0
+    assert abs(float(zero.mean()) - 0.5) < 0.05
     keep = _keep(jax.random.key(0), 0.25, 4000, (3, 2))
     assert keep.shape == (2, 4000, 5, 1) and abs(float(keep.mean()) - 1.0) < 0.02
     assert (keep[:, :, 0] == keep[:, :, 2]).all() and (keep[:, :, 0] != keep[:, :, 3]).any()
@@ -112,12 +108,6 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     }
 
 
-def test_sincos_positions_are_distinct_and_unit_scaled():
-    table = sincos2d(3, 5, 32)
-    np.testing.assert_allclose((table**2).sum(1), 16.0, rtol=1e-5)
-    assert len(np.unique(table.round(4), axis=0)) == 15
-
-
 @pytest.mark.parametrize("normalize", ["raw", "luminance"])
 def test_patch_codes_are_the_nearest_centres(normalize):
     cfg = PatchCodesConfig(codes=12, normalize=normalize)
@@ -152,17 +142,16 @@ def test_luminance_tokens_see_neither_colour_nor_brightness():
 
 
 def test_a_bad_codebook_is_refused(tmp_path):
-    tmp_path = epath.Path(tmp_path)
-    cfg = PatchCodesConfig(codes=4)
-    good = {"codes": np.zeros((4, 16), np.float32)}
-    kmeans.save(tmp_path / "codes.npz", good)
-    assert (kmeans.load(tmp_path / "codes.npz", cfg, 4, 1)["codes"] == 0).all()
-    with pytest.raises(SetupError, match=r"shape \(4, 16\); the config needs .*\(4, 48\)"):
-        kmeans.load(tmp_path / "codes.npz", cfg, 4, 3)
-    with pytest.raises(SetupError, match="cannot be read"):
-        kmeans.load(tmp_path / "missing.npz", cfg, 4, 1)
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "codes.npz").read_bytes()[:100])
-    with pytest.raises(SetupError, match=r"cut\.npz cannot be read"):
-        kmeans.load(tmp_path / "cut.npz", cfg, 4, 1)
+    good, cut, cfg = tmp_path / "codes.npz", tmp_path / "cut.npz", PatchCodesConfig(codes=4)
+    np.savez(good, codes=np.zeros((4, 16), np.float32))
+    cut.write_bytes(good.read_bytes()[:100])
+    assert (kmeans.load(epath.Path(good), cfg, 4, 1)["codes"] == 0).all()
+    for path, channels, message in (
+        (good, 3, r"\(4, 16\).*\(4, 48\)"),
+        (tmp_path / "missing.npz", 1, "missing.npz"),
+        (cut, 1, "cut.npz"),
+    ):
+        with pytest.raises(SetupError, match=message):
+            kmeans.load(epath.Path(path), cfg, 4, channels)
     with pytest.raises(SetupError, match=r"1 distinct patches, and .* is 4"):
         kmeans.fit(cfg, 4, np.zeros((2, 16, 16, 1), np.uint8), seed=0)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
@@ -21,28 +20,16 @@ from supmim_jax.config import (
     PatchCodesConfig,
     SupMIMConfig,
     ViTConfig,
+    changed,
 )
 from supmim_jax.models.vit import pixels
-from supmim_jax.objectives import losses
+from supmim_jax.objectives import OBJECTIVES, losses
 from supmim_jax.objectives import supervised as supervised_module
 from supmim_jax.objectives.supmim import SupMIM
 
 
-def test_cross_entropies_by_hand():
-    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]))
-    smoothed = optax.smooth_labels(jax.nn.one_hot(jnp.array([0, 2]), 3), 0.3)
-    np.testing.assert_allclose(smoothed, [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]], rtol=1e-6)
-    by_hand = [
-        -(0.8 * np.log(0.7) + 0.1 * np.log(0.2) + 0.1 * np.log(0.1)),
-        -(0.1 * np.log(0.1) + 0.1 * np.log(0.6) + 0.8 * np.log(0.3)),
-    ]
-    np.testing.assert_allclose(optax.softmax_cross_entropy(logits, smoothed), by_hand, rtol=1e-6)
-    p = np.array([0.7, 0.2, 0.1]) / (1 + np.array([0.7, 0.2, 0.1]))  # sigmoid(log x) = x / (1 + x)
-    one_hot = jnp.array([[1.0, 0.0, 0.0]])
-    by_hand = -(np.log(p[0]) + np.log(1 - p[1]) + np.log(1 - p[2]))
-    np.testing.assert_allclose(
-        losses.sigmoid_cross_entropy(logits[:1], one_hot)[0], by_hand, rtol=1e-6
-    )
+def mae_of(cfg: Config) -> Config:
+    return changed(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
 
 
 def test_only_real_examples_count():
@@ -75,12 +62,12 @@ def test_cross_entropy_of_tokens_and_its_gradient_by_hand(dtype):
 @pytest.mark.parametrize("encoder_input", ["masked", "visible"])
 def test_tokens_of_kept_patches_do_not_matter(cfg, encoder_input):
     """Loss and accuracy are plain means over the masked places of what `predict` says of all."""
-    cfg = dataclasses.replace(
+    cfg = changed(
         cfg,
         batch_size=4,
-        model=dataclasses.replace(cfg.model, drop_path=0.0),
-        objective=dataclasses.replace(cfg.objective, encoder_input=encoder_input, mask_ratio=0.7),
-        tokens=dataclasses.replace(cfg.tokens, cache="any"),
+        model={"drop_path": 0.0},
+        objective={"encoder_input": encoder_input, "mask_ratio": 0.7},
+        tokens={"cache": "any"},
     )
     model, batch, key = SupMIM(cfg, rngs=nnx.Rngs(0)), make_batch(cfg), jax.random.key(0)
 
@@ -103,34 +90,38 @@ def test_tokens_of_kept_patches_do_not_matter(cfg, encoder_input):
     np.testing.assert_allclose(terms["mim_accuracy"], hits[masked].mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("encoder_input", ["masked", "visible"])
-def test_the_loss_of_a_model_of_four_patches_by_hand(encoder_input):
-    """2x2 patches of one pixel, width 4, with blocks that add nothing: all else is arithmetic."""
+@pytest.mark.parametrize("which", ["masked", "visible", "mae", "raw"])
+def test_the_loss_of_a_model_of_four_patches_by_hand(which):
+    """2x2 patches of 2x2 pixels, width 4, with blocks that add nothing: all else is arithmetic."""
+    decoder, mae = DecoderConfig(depth=1, width=4, mlp_dim=4, heads=1), which in ("mae", "raw")
+    supmim = SupMIMConfig(mim_weight=0.25, target=PatchCodesConfig(codes=2), decoder=decoder)
     cfg = Config(
-        data=DataConfig(image_size=2, eval_resize=2, num_classes=2),
-        model=ViTConfig(patch=1, width=4, depth=1, mlp_dim=4, heads=1),
-        objective=SupMIMConfig(
-            mim_weight=0.25,
-            encoder_input=encoder_input,
-            decoder=DecoderConfig(depth=1, width=4, mlp_dim=4, heads=1),
-            target=PatchCodesConfig(codes=2),
-        ),
+        batch_size=3,
+        data=DataConfig(image_size=4, eval_resize=4, num_classes=2),
+        model=ViTConfig(patch=2, width=4, depth=1, mlp_dim=4, heads=1),
+        objective=supmim if mae else changed(supmim, encoder_input=which),
     )
-    model = SupMIM(cfg, rngs=nnx.Rngs(0))
+    if mae:
+        objective = MAEConfig(mask_ratio=0.5, normalize_patches=which == "mae", decoder=decoder)
+        cfg = changed(cfg, objective=objective, model={"pooling": "cls"})
+    model = OBJECTIVES[cfg.objective.name](cfg, rngs=nnx.Rngs(0))
     for stack in (model.encoder.transformer.blocks, model.decoder.transformer.blocks):
         for layer in (stack.out, stack.fc2):
             layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-    model.head.kernel[...] = jax.random.normal(jax.random.key(1), (4, 2))  # zero to begin with
-    model.target.tokenizer.codes[...] = jnp.array([[-1.0], [1.0]])
-    batch = dataclasses.replace(
-        make_batch(dataclasses.replace(cfg, batch_size=3)), label=jnp.array([0, 1, 1])
-    )
+    if not mae:
+        model.head.kernel[...] = jax.random.normal(jax.random.key(1), (4, 2))  # zero to begin with
+        model.target.tokenizer.codes[...] = jnp.array([[-1.0] * 4, [1.0] * 4])
+    weight, label = np.array([1, 0, 1], np.float32), np.array([0, 1, 1])
+    batch = dataclasses.replace(make_batch(cfg), label=label, weight=weight)
     key = jax.random.key(5)
     found, terms = model.loss(batch, key)
 
-    x = np.asarray(batch.views[0], np.float64).reshape(3, 4, 1) / 127.5 - 1
+    images = np.asarray(batch.views[0], np.float64)[..., 0] / 127.5 - 1
+    corners = [images[:, r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2)]
+    x = np.stack(corners, 1).reshape(3, 4, 4)
     w = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1]))
-    mask = jax.tree.map(np.asarray, model.mask(jax.random.split(key, 3)[2], batch.id))
+    masked = np.asarray(model.mask(jax.random.split(key, 2 if mae else 3)[-1], batch.id).masked)
+    assert (masked.sum(1) == 2).all()
 
     def norm(t, p):
         t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
@@ -145,87 +136,80 @@ def test_the_loss_of_a_model_of_four_patches_by_hand(encoder_input):
     encoder, decoder = w["encoder"], w["decoder"]
     embedded = linear(x, encoder["patches"])
     pooled = norm(embedded + encoder["positions"], encoder["norm"]).mean(1)
-    ce = -log_softmax(linear(pooled, w["head"]))[range(3), np.asarray(batch.label)].mean()
-
-    if encoder_input == "masked":
-        embedded = np.where(mask.masked[..., None], w["mask_embedding"], embedded)
-    tokens = norm(embedded + encoder["positions"], encoder["norm"])
-    tokens = linear(tokens, decoder["embed"])
-    if encoder_input == "visible":
-        tokens = np.where(mask.masked[..., None], decoder["mask_token"], tokens)
+    if which == "masked":
+        embedded = np.where(masked[..., None], w["mask_embedding"], embedded)
+    tokens = linear(norm(embedded + encoder["positions"], encoder["norm"]), decoder["embed"])
+    if which != "masked":
+        tokens = np.where(masked[..., None], decoder["mask_token"], tokens)
     at = np.array([[0, 1, 0, 1], [np.sin(1), np.cos(1), 0, 1]])
     columns, rows = at[[0, 1, 0, 1], :2], at[[0, 0, 1, 1], :2]
     tokens = norm(tokens + np.concatenate([columns, rows], 1), decoder["norm"])
-    log_p = log_softmax(linear(tokens, decoder["output"]))
-    ids = (x[..., 0] > 0).astype(int)
-    nll = -np.take_along_axis(log_p, ids[..., None], 2)[..., 0]
-    mim = nll[mask.masked].reshape(3, 2).mean()
-
-    np.testing.assert_allclose(terms["ce"], ce, rtol=1e-5)
-    np.testing.assert_allclose(terms["mim"], mim, rtol=1e-5)
-    np.testing.assert_allclose(found, ce + 0.25 * mim, rtol=1e-5)
-
-
-@pytest.mark.parametrize("encoder_input", ["masked", "visible", "supervised"])
-def test_every_term_falls_to_near_zero_on_one_batch(cfg, supervised, one_device, encoder_input):
-    if encoder_input == "supervised":
-        cfg = supervised
+    predicted = linear(tokens, decoder["output"])
+    if mae:
+        squares = ((x - x.mean(-1, keepdims=True)) ** 2).sum(-1, keepdims=True)
+        normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(squares / 3 + 1e-6)
+        errors = ((predicted - (normal if which == "mae" else x)) ** 2).mean(-1)
     else:
-        cfg = dataclasses.replace(
-            cfg, objective=dataclasses.replace(cfg.objective, encoder_input=encoder_input)
-        )
-    cfg = dataclasses.replace(
-        cfg,
+        ids = (x.sum(-1) > 0).astype(int)
+        errors = -np.take_along_axis(log_softmax(predicted), ids[..., None], 2)[..., 0]
+    by_hand = errors[[0, 2]][masked[[0, 2]]].mean()
+    if mae:
+        assert terms == {"loss": found}
+    else:
+        ce = -log_softmax(linear(pooled, w["head"]))[[0, 2], label[[0, 2]]].mean()
+        np.testing.assert_allclose(terms["ce"], ce, rtol=1e-5)
+        np.testing.assert_allclose(terms["mim"], by_hand, rtol=1e-5)
+        by_hand = ce + 0.25 * by_hand
+    np.testing.assert_allclose(found, by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["masked", "visible", "supervised", "mae"])
+def test_every_term_falls_far_on_one_batch(cfg, supervised, one_device, which):
+    base = {"supervised": supervised, "mae": mae_of(cfg)}.get(which)
+    base = base or changed(cfg, objective={"encoder_input": which})
+    cfg = changed(
+        base,
         batch_size=4,
         epochs=50,  # 800 steps, each with another mask
-        model=dataclasses.replace(cfg.model, drop_path=0.0),
+        model={"drop_path": 0.0},
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98),
     )
     built = train_step.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(cfg.total_steps):
         state, metrics = built.step(state, batch, codes)
-    terms = [name for name in ("loss", "ce", "mim") if name in metrics]
-    assert len(terms) == (1 if encoder_input == "supervised" else 3)
-    assert all(float(metrics[name]) < 0.05 for name in terms), metrics
+    terms = {name: float(metrics[name]) for name in ("loss", "ce", "mim") if name in metrics}
+    assert len(terms) == (3 if which in ("masked", "visible") else 1)
+    # 15/16 is MAE's error where each patch's mean is predicted; the images are noise.
+    assert max(terms.values()) < (0.6 if which == "mae" else 0.05), terms
 
 
-def test_mixing_keeps_the_share_of_pixels_and_labels(cfg):
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}, {}])
+def test_mixing_keeps_the_share_of_pixels_and_labels(cfg, mixing):
     batch = make_batch(cfg)
     images = jnp.asarray(batch.views[0], jnp.float32)
-    for which in ({"mixup": 0.8}, {"cutmix": 1.0}):
-        mix = ClassificationConfig(**which)
-        mixed, targets = supervised_module.mix(mix, images, batch, 30, jax.random.key(1))
-        share = targets[0, batch.label[0]]
-        assert 0.0 < share < 1.0 and jnp.allclose(targets.sum(1), 1.0)
-        assert jnp.allclose(targets[0, batch.label[-1]], 1.0 - share, atol=1e-6)
-        if "mixup" in which:
-            expected = share * images[0] + (1 - share) * images[-1]
-            np.testing.assert_allclose(mixed[0], expected, rtol=1e-4, atol=1e-2)
-        else:
-            own, other = mixed[0] == images[0], mixed[0] == images[-1]
-            assert (own | other).all() and abs(float((mixed[0] == images[0]).mean() - share)) < 0.02
-    same, _ = supervised_module.mix(ClassificationConfig(), images, batch, 30, jax.random.key(1))
-    assert (same == images).all()
+    mix = ClassificationConfig(**mixing)
+    mixed, targets = supervised_module.mix(mix, images, batch, 30, jax.random.key(1))
+    share = targets[0, batch.label[0]]
+    assert (0.0 < share < 1.0 or not mixing) and jnp.allclose(targets.sum(1), 1.0)
+    assert jnp.allclose(targets[0, batch.label[-1]], 1.0 - share, atol=1e-6)
+    if "cutmix" in mixing:
+        own, other = mixed[0] == images[0], mixed[0] == images[-1]
+        assert (own | other).all() and abs(float(own.mean() - share)) < 0.02
+    else:
+        expected = share * images[0] + (1 - share) * images[-1]
+        np.testing.assert_allclose(mixed[0], expected, rtol=1e-4, atol=1e-2)
 
 
 def test_mixup_can_leave_each_image_its_larger_share(cfg):
     """Over steps the share of the image itself is as often below a half, and then never."""
     batch = make_batch(cfg)
-    images = jnp.asarray(batch.views[0], jnp.float32)
 
     def shares(**mixing) -> np.ndarray:
         mixing = ClassificationConfig(mixup=0.5, **mixing)
-        mix = jax.jit(lambda key: supervised_module.mix(mixing, images, batch, 30, key))
-        found = []
-        for step in range(60):
-            mixed, targets = mix(jax.random.key(step))
-            share = targets[0, batch.label[0]]
-            if not mixing.cutmix:
-                expected = share * images[0] + (1 - share) * images[-1]
-                np.testing.assert_allclose(mixed[0], expected, rtol=1e-4, atol=1e-2)
-            found.append(share)
-        return np.array(found)
+        images = jnp.asarray(batch.views[0], jnp.float32)
+        mix = jax.jit(lambda key: supervised_module.mix(mixing, images, batch, 30, key)[1])
+        return np.array([mix(jax.random.key(step))[0, batch.label[0]] for step in range(60)])
 
     any_share, larger = shares(), shares(mixup_larger=True)
     assert batch.label[0] != batch.label[-1] and 0.2 < (any_share < 0.5).mean() < 0.8
@@ -233,31 +217,33 @@ def test_mixup_can_leave_each_image_its_larger_share(cfg):
     assert (shares(cutmix=1.0, mixup_larger=True) < 0.5).any()  # a CutMix's share is its box's
 
 
-def test_bce_counts_every_mixed_in_label_whole_and_starts_at_the_prior():
-    logits = jnp.array([[2.0, -1.0, 0.5]])
+def test_sigmoid_losses_by_hand_and_their_start_at_the_prior():
+    """`bce` counts every mixed-in label whole; sigmoid(log x) is x / (1 + x)."""
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
+    p = np.array([0.7, 0.2, 0.1]) / (1 + np.array([0.7, 0.2, 0.1]))
     mixed, weight = jnp.array([[0.3, 0.7, 0.0]]), jnp.ones(1)
-    both = losses.sigmoid_cross_entropy(logits, jnp.array([[1.0, 1.0, 0.0]]))[0]
-    soft = losses.sigmoid_cross_entropy(logits, mixed)[0]
-    bce, sigmoid = (ClassificationConfig(loss=name) for name in ("bce", "sigmoid"))
-    assert supervised_module.classification_loss(bce, logits, mixed, weight) == both
-    assert supervised_module.classification_loss(sigmoid, logits, mixed, weight) == soft != both
-    mean = supervised_module.classification_loss(
-        ClassificationConfig(loss="bce_mean"), logits, mixed, weight
+    soft, both = (
+        -(x * np.log(p) + (1 - x) * np.log(1 - p)).sum()
+        for x in (np.asarray(mixed[0]), np.array([1, 1, 0]))
     )
-    np.testing.assert_allclose(mean, both / 3, rtol=1e-6)
+    configs = {name: ClassificationConfig(loss=name) for name in ("bce", "sigmoid", "bce_mean")}
+    found = {
+        name: supervised_module.classification_loss(cfg, logits, mixed, weight)
+        for name, cfg in configs.items()
+    }
+    expected = {"bce": both, "sigmoid": soft, "bce_mean": both / 3}
+    assert {k: float(x) for k, x in found.items()} == pytest.approx(expected, rel=1e-5)
     head = nnx.Linear(4, 1000, rngs=nnx.Rngs(0))
     supervised_module.start_head(ClassificationConfig(), head)
     assert (head.bias[...] == 0).all()
-    supervised_module.start_head(bce, head)
+    supervised_module.start_head(configs["bce"], head)
     np.testing.assert_allclose(head.bias[...], -6.9078, rtol=1e-4)
 
 
 def test_the_masked_branch_is_of_the_image_before_mixing(cfg):
     def mim(mixup: float) -> float:
-        objective = dataclasses.replace(
-            cfg.objective, classification=ClassificationConfig(mixup=mixup)
-        )
-        model = SupMIM(dataclasses.replace(cfg, objective=objective), rngs=nnx.Rngs(0))
+        mixing = changed(cfg, objective={"classification": {"mixup": mixup}})
+        model = SupMIM(mixing, rngs=nnx.Rngs(0))
         return float(model.loss(make_batch(cfg), jax.random.key(0))[1]["mim"])
 
     assert mim(0.0) == pytest.approx(mim(1.0), rel=1e-6)
@@ -276,8 +262,7 @@ INTENDED = (
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
-    mae = dataclasses.replace(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
-    cfg = {"supervised": supervised, "supmim": cfg, "mae": mae}[name]
+    cfg = {"supervised": supervised, "supmim": cfg, "mae": mae_of(cfg)}[name]
     built = train_step.build(cfg, one_device)
     state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
     for _ in range(3):

@@ -1,6 +1,5 @@
 """`probe` against training, on 1 and 8 devices; its files, its configs and its mistakes."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from supmim_jax.config import (
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
+    changed,
 )
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import ConfigError, SetupError
@@ -49,18 +49,16 @@ FITTED = {
 @pytest.fixture
 def run(cfg):
     """A run whose evaluation is all that there is."""
-    data = dataclasses.replace(
-        cfg.data, eval_split="validation[:120]", masks=MasksConfig(field="segmentation"), flip=False
-    )
-    return dataclasses.replace(cfg, data=data, eval=EVERYTHING)
+    masks = {"field": "segmentation"}
+    data = {"eval_split": "validation[:120]", "masks": masks, "flip": False}
+    return changed(cfg, data=data, eval=EVERYTHING)
 
 
-def test_training_and_probes_on_1_and_8_devices_agree(run, tmp_path):
+def test_training_and_probes_agree_on_1_and_8_devices_and_in_other_batches(run, tmp_path):
     trained = train(run, tmp_path, devices=ONE)
-    one, eight = (
-        probe.probe(Checkpoint.open(str(tmp_path)), devices=ONE),
-        probe.probe(Checkpoint.open(str(tmp_path))),
-    )
+    checkpoint = Checkpoint.open(str(tmp_path))
+    other_batch = ProbeConfig(eval=changed(EVERYTHING, batch_size=48))
+    one, eight = probe.probe(checkpoint, devices=ONE), probe.probe(checkpoint, other_batch)
     assert (one.mesh.size, eight.mesh.size) == (1, 8)
     found, other = one.results.metrics, eight.results.metrics
     assert found == {name: trained[name] for name in found}
@@ -76,7 +74,7 @@ def test_training_and_probes_on_1_and_8_devices_agree(run, tmp_path):
 
 
 def test_a_probe_measures_what_it_is_asked_for_and_writes_it_down(run, initial):
-    fewer = dataclasses.replace(EVERYTHING, which=("linear", "segmentation", "few_shot"))
+    fewer = changed(EVERYTHING, which=("linear", "segmentation", "few_shot"))
     data = ProbeDataConfig(
         train_split="train[:64]", eval_split="test[:50]", masks=MasksConfig(field="segmentation")
     )
@@ -128,15 +126,9 @@ def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, d
     )
     assert out.returncode == 0, out.stderr
     heading, _, *rows = out.stdout.splitlines()
-    assert [cell.strip() for cell in heading.split("|")][1:2] == ["checkpoint"]
     assert f"| {Path(initial).name}@0 " in rows[0]
-    assert heading.split("|")[2:-3] == [
-        " encoder ",
-        " kNN % ",
-        " recall@1 ",
-        " recall@5 ",
-        " map@r ",
-    ]
+    names = [cell.strip() for cell in heading.split("|")]
+    assert names[1:-3] == ["checkpoint", "encoder", "kNN %", "recall@1", "recall@5", "map@r"]
     assert len(rows) == 2 and rows[0] == rows[1]
     path = Path(initial, "evals/fractals-tiny-validation_40_-0.json")
     assert str(path) in out.stderr
@@ -150,18 +142,12 @@ def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, d
     ("arguments", "message"),
     [
         (["--config=configs/probes/none.py"], "--config names no readable file"),
-        (
-            ["--config=configs/debug.py"],
-            "config.batch_size does not exist. Known: data, eval, mesh",
-        ),
-        (["--config=configs/probes/cifar100.py:x"], "argument 'x' is unknown"),
-        (
-            ["--config=configs/probes/fractals.py", "--config.eval.which=('knn','lineer')"],
-            "config.eval.which[1] is 'lineer'; known are 'top1', 'miou', 'knn'",
-        ),
+        (["--config=configs/debug.py"], "config.batch_size does not exist"),
+        (["--config.eval.which=('knn','lineer')"], "config.eval.which[1] is 'lineer'; known are"),
     ],
 )
 def test_a_mistake_is_answered_by_a_paragraph(arguments, message):
+    arguments = ["--config=configs/probes/fractals.py", *arguments]  # of two the last counts
     out = command("--checkpoint=/nowhere", *arguments)
     assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
 
@@ -170,8 +156,7 @@ REFUSED = (
     (
         {"masks": MasksConfig(field="segmentation", num_classes=5)},
         {},
-        r"num_classes=5, offset=0 and ignore=-1, but 'segmentation' has "
-        r"pixels of \[\d.*; expected are 0 to 4",
+        r"num_classes=5, .*'segmentation' has pixels of \[\d.*; expected are 0 to 4",
     ),
     ({}, {}, "eval.which has 'segmentation', but data.masks.field is empty"),
     ({"masks": MasksConfig(field="label")}, {}, "masks.field is 'label'"),
@@ -206,7 +191,7 @@ def test_every_probe_config_fits_its_data_set_and_any_run(name, cfg):
     assert loaded.is_locked and from_configdict(to_configdict(asked), ProbeConfig) == asked
     data = asked.data.over(cfg.data)
     assert (data.image_size, data.channels) == (cfg.data.image_size, cfg.data.channels)
-    dataclasses.replace(cfg, data=data, eval=asked.eval)  # raises what does not fit together
+    changed(cfg, data=data, eval=asked.eval)  # raises what does not fit together
     features = dict(tfds.builder(data.name, data_dir=data.data_dir or None).info.features)
     if "segmentation" in asked.eval.which:
         assert isinstance(features[data.masks.field], tfds.features.Image)

@@ -1,6 +1,5 @@
 """The VQGAN against an independent model of MaskGIT's, written in linen as theirs is."""
 
-import dataclasses
 import pickle
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import linen, nnx, serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from supmim_jax import train_step
-from supmim_jax.config import VQGANConfig
+from supmim_jax.config import VQGANConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.models import maskgit
 from supmim_jax.models.variables import Frozen, freeze
@@ -32,11 +32,9 @@ class ResBlock(linen.Module):
         for _ in range(2):
             y = jax.nn.silu(linen.GroupNorm(self.groups)(y))
             y = linen.Conv(self.filters, (3, 3), use_bias=False)(y)
-        return y + (
-            x
-            if x.shape[-1] == self.filters
-            else linen.Conv(self.filters, (1, 1), use_bias=False)(y)
-        )
+        if x.shape[-1] == self.filters:
+            return y + x
+        return y + linen.Conv(self.filters, (1, 1), use_bias=False)(y)
 
 
 class Encoder(linen.Module):
@@ -140,21 +138,10 @@ def test_the_published_architecture_has_the_published_tree():
     cfg = VQGANConfig()
     images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
     theirs = jax.eval_shape(Tokenizer(cfg).init, jax.random.key(0), images)["params"]
-    theirs = {
-        "/".join(k): x.shape
-        for k, x in jax.tree_util.tree_leaves_with_path(theirs)
-        for k in [[p.key for p in k]]
-    }
-    like = jax.eval_shape(
-        lambda: nnx.to_pure_dict(
-            nnx.split(VQGAN(cfg, channels=3, side=16, size=256, rngs=nnx.Rngs(0)))[1]
-        )
-    )
-    mine = {
-        maskgit.their_name("/".join(p.key for p in k), cfg): x.shape
-        for k, x in jax.tree_util.tree_leaves_with_path(like)
-    }
-    assert mine == theirs
+    theirs = {k: x.shape for k, x in flatten_dict(theirs, sep="/").items()}
+    model = jax.eval_shape(lambda: nnx.split(ours(cfg, 16, 256)[0])[1])
+    mine = flatten_dict(nnx.to_pure_dict(model), sep="/")
+    assert {maskgit.their_name(k, cfg): x.shape for k, x in mine.items()} == theirs
     assert theirs["encoder/ResBlock_4/Conv_2/kernel"] == (1, 1, 256, 256)
     assert theirs["quantizer/codebook"] == (1024, 256)
 
@@ -172,23 +159,16 @@ def test_a_patch_of_another_size_is_one_token_all_the_same(published):
     assert (enlarged.encode(jax.image.resize(images, (2, 20, 20, 3), "cubic")) == ids).all()
 
 
-def changed(variables: dict, name: str, value) -> dict:
-    tree = serialization.to_state_dict(jax.tree.map(np.asarray, variables))
-    node = tree["params"]
-    *parents, last = name.split("/")
-    for parent in parents:
-        node = node.setdefault(parent, {})
-    if value is None:
-        del node[last]
-    else:
-        node[last] = value
-    return tree
+def written(tmp_path, tree) -> epath.Path:
+    path = epath.Path(tmp_path) / "tokenizer"
+    path.write_bytes(serialization.msgpack_serialize(tree))
+    return path
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("encoder/Conv_0/kernel", None, r"encoder/Conv_0/kernel \(3, 3, 3, 16\) is missing"),
+        ("encoder/Conv_0/kernel", None, r"encoder/Conv_0/kernel float32\[3, 3, 3, 16\] is"),
         ("encoder/Conv_9/kernel", np.zeros(3, np.float32), "encoder/Conv_9/kernel is not of this"),
         ("decoder/Conv_3/bias", np.zeros(4, np.float32), r"float32\[4\], expected float32\[3\]"),
         ("quantizer/codebook", np.zeros((32, 8), np.float64), r"codebook is float64\[32, 8\]"),
@@ -196,8 +176,9 @@ def changed(variables: dict, name: str, value) -> dict:
     ],
 )
 def test_a_tree_that_differs_is_refused_with_its_path(published, tmp_path, name, value, message):
-    path = epath.Path(tmp_path) / "tokenizer"
-    path.write_bytes(serialization.msgpack_serialize(changed(published[2], name, value)))
+    flat = flatten_dict(jax.tree.map(np.asarray, published[2]["params"]), sep="/") | {name: value}
+    flat = {k: x for k, x in flat.items() if x is not None}
+    path = written(tmp_path, {"params": unflatten_dict(flat, sep="/")})
     with pytest.raises(SetupError, match=message):
         maskgit.load(path, SMALL, ours(SMALL, 4, 16)[1])
 
@@ -205,38 +186,22 @@ def test_a_tree_that_differs_is_refused_with_its_path(published, tmp_path, name,
 def test_half_precision_and_collections_beside_the_parameters_are_read(published, tmp_path):
     half = jax.tree.map(lambda x: np.asarray(x, np.float16), published[2]["params"])
     tree = {"params": half, "batch_stats": {"x": np.zeros(3, np.float32)}, "step": np.int32(7)}
-    path = epath.Path(tmp_path) / "tokenizer"
-    path.write_bytes(serialization.msgpack_serialize(tree))
-    found = maskgit.load(path, SMALL, ours(SMALL, 4, 16)[1])
+    found = maskgit.load(written(tmp_path, tree), SMALL, ours(SMALL, 4, 16)[1])
     expected = np.asarray(half["quantizer"]["codebook"], np.float32)
     np.testing.assert_array_equal(found["codebook"], expected)
 
 
-def test_another_architecture_is_refused(published):
-    wider = dataclasses.replace(SMALL, res_blocks=1)
-    with pytest.raises(
-        SetupError, match=r"ResBlock_\d/.* is missing; .* is not of this model.* and \d+ more"
-    ):
-        maskgit.load(published[0], wider, ours(wider, 4, 16)[1])
-
-
 def test_a_file_that_is_cut_or_no_msgpack_is_refused(published, tmp_path):
     like = ours(SMALL, 4, 16)[1]
-    data = published[0].read_bytes()
-    path = epath.Path(tmp_path) / "tokenizer"
-    for bad in (data[: len(data) // 2], data[:-3], b"", b"\x00nothing", pickle.dumps({"a": 1})):
-        path.write_bytes(bad)
-        with pytest.raises(SetupError, match=r"tokenizer .*(whole msgpack file|no parameter tree)"):
+    data, path = published[0].read_bytes(), epath.Path(tmp_path) / "tokenizer"
+    for bad in (None, data[: len(data) // 2], data[:-3], b"", b"\x00nothing", pickle.dumps({})):
+        if bad is not None:
+            path.write_bytes(bad)
+        with pytest.raises(SetupError, match=str(path)):
             maskgit.load(path, SMALL, like)
-    with pytest.raises(SetupError, match=r"missing cannot be read"):
-        maskgit.load(epath.Path(tmp_path) / "missing", SMALL, like)
 
 
 def test_a_frozen_tokenizer_is_an_argument_of_the_step_and_not_in_its_state(cfg, one_device):
-    target = dataclasses.replace(SMALL, multipliers=(1, 2, 2))
-    objective = dataclasses.replace(cfg.objective, target=target)
-    built = train_step.build(dataclasses.replace(cfg, objective=objective), one_device)
+    built = train_step.build(changed(cfg, objective={"target": SMALL}), one_device)
     assert "codebook" in built.frozen["target"]["tokenizer"]
-    assert not [
-        p for p, _ in jax.tree_util.tree_leaves_with_path(built.state) if "codebook" in str(p)
-    ]
+    assert "codebook" not in str(jax.tree_util.tree_leaves_with_path(built.state))

@@ -4,7 +4,7 @@ Evaluators take host arrays and spread their rows again, each device with the sa
 so that a result does not depend on the mesh that the features came from.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,30 +29,14 @@ class Results(NamedTuple):
     errors: dict[str, str] = {}  # why an evaluation could not be made, by its name
 
 
-def everywhere() -> Mesh:
-    """All devices of this run on one axis."""
-    axis = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((jax.device_count(),), ("rows",), axis_types=axis)
-
-
 def by_rows(mesh: Mesh) -> NamedSharding:
     """The first axis split over every axis of the mesh, in the order of its devices."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
-    """All of an array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def spread(x: np.ndarray, mesh: Mesh) -> jax.Array:
     """`x`, the same on every process, split by rows; the mesh must divide their number."""
     return sharding.put(x, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_rows(mesh)))
-
-
-def copied(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """`x`, the same on every process, whole on every device."""
-    return sharding.put(x, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole(mesh)))
 
 
 def padded(x: np.ndarray, rows: int) -> np.ndarray:
@@ -64,13 +48,8 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def check_features(features_NxD: np.ndarray, what: str) -> None:
-    """Raises SetupError unless these are finite numbers, a row for each of N > 0 examples."""
-    if features_NxD.ndim != 2 or not features_NxD.size:
-        raise CannotEvaluate(
-            f"{what} must be a row per example and a column per dimension, got an array of shape "
-            f"{features_NxD.shape}."
-        )
+def check_finite(features_NxD: np.ndarray, what: str) -> None:
+    """Raises CannotEvaluate if a value is NaN or infinite."""
     with np.errstate(invalid="ignore"):
         bad = np.flatnonzero(~np.isfinite(features_NxD.sum(axis=1, dtype=np.float64)))
     if len(bad):
@@ -80,65 +59,25 @@ def check_features(features_NxD: np.ndarray, what: str) -> None:
         )
 
 
-def check_labels(labels_N: np.ndarray, features_NxD: np.ndarray, classes: int, what: str) -> None:
-    """Raises SetupError unless there is one integer label in [0, classes) for each example."""
-    if labels_N.shape != features_NxD.shape[:1] or not np.issubdtype(labels_N.dtype, np.integer):
-        raise CannotEvaluate(
-            f"{what} must have an integer for each of {len(features_NxD)} examples, got "
-            f"{labels_N.dtype} {labels_N.shape}."
-        )
-    if labels_N.min() < 0 or labels_N.max() >= classes:
-        raise CannotEvaluate(
-            f"{what} must lie in [0, {classes}), got {labels_N.min()} to {labels_N.max()}."
-        )
-
-
 class Extracted(NamedTuple):
     pooled: np.ndarray  # float32 NxD
-    prediction: np.ndarray | None  # int32 N, the classifier's class where there is one
     label: np.ndarray  # int32 N
     id: np.ndarray  # int32 N
+    prediction: np.ndarray | None  # int32 N, the classifier's class where there is one
 
 
 def extract(encoder: Encoder, batches: Iterable[Batch]) -> Extracted:
     """Features of every example that is not padding, in the order of the batches."""
-    pooled, predictions, labels, ids = [], [], [], []
+    rows = []
     for batch in batches:
         found = encoder.features(batch.views[0])
-        x, label, number, weight = on_host((found.pooled, batch.label, batch.id, batch.weight))
-        pooled.append(x[weight > 0])
-        labels.append(label[weight > 0])
-        ids.append(number[weight > 0])
+        arrays = [batch.weight, found.pooled, batch.label, batch.id]
         if found.logits is not None:
-            (prediction,) = on_host((found.logits.argmax(-1).astype(np.int32),))
-            predictions.append(prediction[weight > 0])
-    prediction = np.concatenate(predictions) if predictions else None
-    return Extracted(np.concatenate(pooled), prediction, *map(np.concatenate, (labels, ids)))
-
-
-def extract_tokens(
-    encoder: Encoder, batches: Iterable[Batch]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens float16 BxHxWxD (256 times the pooled features) and masks, without padding."""
-    for batch in batches:
-        tokens, mask, weight = on_host(
-            (encoder.features(batch.views[0]).tokens, batch.masks, batch.weight)
-        )
-        yield tokens[weight > 0].astype(np.float16), mask[weight > 0]
-
-
-def first_rows(
-    batches: Iterable[tuple[np.ndarray, np.ndarray]], most: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first `most` rows of the batches, or all."""
-    kept, count = [], 0
-    for batch in batches:
-        kept.append(batch)
-        count += len(batch[0])
-        if count >= most:
-            break
-    tokens, masks = (np.concatenate(parts)[:most] for parts in zip(*kept))
-    return tokens, masks
+            arrays.append(found.logits.argmax(-1).astype(np.int32))
+        weight, *arrays = on_host(tuple(arrays))
+        rows.append([x[weight > 0] for x in arrays])
+    pooled, label, number, *prediction = map(np.concatenate, zip(*rows))
+    return Extracted(pooled, label, number, prediction[0] if prediction else None)
 
 
 def on_host(arrays: tuple[jax.Array, ...]) -> tuple[np.ndarray, ...]:

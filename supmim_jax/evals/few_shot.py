@@ -7,6 +7,7 @@ it: features standardised by the shots, a constant column for the bias, targets 
 
 import numpy as np
 
+from supmim_jax.config import FewShotConfig
 from supmim_jax.evals import features
 from supmim_jax.evals.features import CannotEvaluate
 
@@ -20,29 +21,21 @@ def evaluate(
     test_labels_M: np.ndarray,
     *,
     classes: int,
-    shots: int = 10,
-    draws: int = 5,
-    penalty: float = 1024.0,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Accuracy on the test set in per cent: {"mean", "std"} over `draws` draws of the shots.
+    cfg: FewShotConfig,
+) -> tuple[float, float]:
+    """Mean and deviation, over draws of the shots, of the accuracy on the test set in per cent.
 
     Raises:
-      SetupError: the arrays don't fit together, or a class has fewer than `shots` examples.
+      CannotEvaluate: features are not finite, or a class has too few examples.
     """
-    for x, labels, what in (
-        (train_NxD, train_labels_N, "few-shot training"),
-        (test_MxD, test_labels_M, "few-shot test"),
-    ):
-        features.check_features(x, f"features of {what}")
-        features.check_labels(labels, x, classes, f"labels of {what}")
+    features.check_finite(train_NxD, "features of few-shot training")
+    features.check_finite(test_MxD, "features of few-shot test")
     accuracies = []
-    for draw in range(draws):
-        chosen = draw_shots(train_labels_N, classes, shots, seed=seed, draw=draw)
-        weights = fit(train_NxD[chosen], train_labels_N[chosen], classes, penalty)
-        predicted = predict(test_MxD, *weights)
-        accuracies.append(100.0 * (predicted == test_labels_M).mean())
-    return {"mean": float(np.mean(accuracies)), "std": float(np.std(accuracies))}
+    for draw in range(cfg.draws):
+        chosen = draw_shots(train_labels_N, classes, cfg.shots, seed=cfg.seed, draw=draw)
+        weights = fit(train_NxD[chosen], train_labels_N[chosen], classes, cfg.penalty)
+        accuracies.append(100.0 * (predict(test_MxD, *weights) == test_labels_M).mean())
+    return float(np.mean(accuracies)), float(np.std(accuracies))
 
 
 def draw_shots(labels_N: np.ndarray, classes: int, shots: int, *, seed: int, draw: int):
@@ -77,12 +70,10 @@ def fit(features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, penalty: f
 
 
 def predict(features_NxD: np.ndarray, mean_D, scale_D, weights_DxV) -> np.ndarray:
-    """Class of each example, int32 N."""
-    found = []
-    for start in range(0, len(features_NxD), CHUNK):
-        x = (features_NxD[start : start + CHUNK] - mean_D) / scale_D
-        found.append((_with_ones(x) @ weights_DxV).argmax(axis=1).astype(np.int32))
-    return np.concatenate(found)
+    """Class of each example, int N."""
+    chunks = (features_NxD[i : i + CHUNK] for i in range(0, len(features_NxD), CHUNK))
+    logits = (_with_ones((x - mean_D) / scale_D) @ weights_DxV for x in chunks)
+    return np.concatenate([x.argmax(axis=1) for x in logits])
 
 
 def _with_ones(x_NxD: np.ndarray) -> np.ndarray:

@@ -5,10 +5,9 @@ The bank is normalised once and stays on the devices, split by rows: 1.28 M x 76
 the products. One program searches a chunk of queries: a scan over chunks of the bank keeps the
 best k so far, and the best k of every device are merged.
 
-All similarities come from products of one shape, query chunk x bank chunk, whatever the number of
-devices, and a row of the bank always has the same place in its chunk. So the same rows meet the
-same kernel, and 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its kernels
-per program may still round differently).
+All products are of one shape, query chunk x bank chunk, and a row of the bank always has the same
+place in its chunk, so 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its
+kernels per program may still round differently).
 """
 
 import functools
@@ -22,7 +21,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from supmim_jax import sharding
 from supmim_jax.evals import features
-from supmim_jax.evals.features import CannotEvaluate
 
 QUERY_CHUNK = 1024  # times BANK_CHUNK: 32 MiB of similarities at once
 BANK_CHUNK = 8192
@@ -42,7 +40,7 @@ def neighbours(
     bank_NxD: np.ndarray,
     k: int,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
     leave_one_out: bool = False,
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
@@ -52,25 +50,25 @@ def neighbours(
     Args:
       queries_QxD, bank_NxD: any float dtype, the same on every process; a zero row is similar
         to nothing (cosine 0).
-      mesh: whose devices share the bank; default: all of this run's.
+      mesh: whose devices share the bank.
       leave_one_out: queries are the bank, and row i is no neighbour of query i.
       query_chunk, bank_chunk: most rows in one product, rounded up to a power of two from 128.
         Memory depends on them; results only as far as the products round differently.
 
     Raises:
-      SetupError: the arrays don't fit together, have NaN, or hold fewer than k neighbours.
+      CannotEvaluate: features are not finite.
     """
-    _check(queries_QxD, bank_NxD, k, leave_one_out)
-    mesh = mesh or features.everywhere()
+    features.check_finite(queries_QxD, "queries of kNN")
+    features.check_finite(bank_NxD, "bank of kNN")
     query_chunk = _chunk(len(queries_QxD), query_chunk)
     bank = _placed(bank_NxD, _chunk(len(bank_NxD), bank_chunk), mesh)
     found = []
     for first in range(0, len(queries_QxD), query_chunk):
         chunk = _normalised(queries_QxD[first : first + query_chunk])
-        arguments = (features.padded(chunk, query_chunk), np.int32(first))
-        queries, start = (features.copied(np.asarray(x), mesh) for x in arguments)
+        host = (features.padded(chunk, query_chunk), np.asarray(first, np.int32))
+        queries = sharding.put(host, sharding.replicated(host, mesh))
         best = _search(
-            queries, start, bank, k=k, size=len(bank_NxD), leave_one_out=leave_one_out, mesh=mesh
+            *queries, bank, k=k, size=len(bank_NxD), leave_one_out=leave_one_out, mesh=mesh
         )
         found.append([np.asarray(x)[: len(chunk)] for x in best])
     return Neighbours(*(np.concatenate(parts) for parts in zip(*found)))
@@ -87,16 +85,7 @@ def vote(
 
     A neighbour votes for its label with exp(similarity / temperature), as in Wu et al. (arXiv
     1805.01978, section 3.4). Of equal votes the smaller class wins.
-
-    Raises:
-      SetupError: a k that is not in [1, K].
     """
-    depth = similarity_QxK.shape[1]
-    wrong = [k for k in ks if not 1 <= k <= depth]
-    if wrong:
-        raise CannotEvaluate(
-            f"k = {wrong} of the vote must lie in [1, {depth}], the neighbours found."
-        )
     # Relative to the nearest: exp(s / 0.07) alone would be fine, a small temperature would not.
     nearest = similarity_QxK[:, :1].astype(np.float64)
     weight_QxK = np.exp((similarity_QxK - nearest) / temperature)
@@ -114,53 +103,21 @@ def vote(
     return winners
 
 
-def predict(
-    queries_QxD: np.ndarray,
-    bank_NxD: np.ndarray,
-    labels_N: np.ndarray,
-    *,
-    classes: int,
-    k: int,
-    temperature: float,
-    mesh: Mesh | None = None,
-    query_chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
-) -> np.ndarray:
-    """Class of each query, int32 Q: `neighbours` and their `vote` for one k."""
-    features.check_labels(labels_N, bank_NxD, classes, "labels of the kNN bank")
-    similarity, index = neighbours(
-        queries_QxD, bank_NxD, k, mesh=mesh, query_chunk=query_chunk, bank_chunk=bank_chunk
-    )
-    return vote(similarity, labels_N[index], (k,), temperature, classes)[k]
-
-
-class SearchProgram(NamedTuple):
-    """What `neighbours` runs."""
-
-    lowered: jax.stages.Lowered  # one chunk of queries against the whole bank
-    calls: int  # chunks of queries
-
-
 def search_program(
     queries_shape: tuple[int, int], bank_shape: tuple[int, int], k: int, mesh: Mesh
-) -> SearchProgram:
-    """The program for arrays of these shapes, lowered without them."""
-    queries, size = queries_shape[0], bank_shape[0]
+) -> tuple[jax.stages.Lowered, int]:
+    """What `neighbours` runs for arrays of these shapes, lowered without them, and how often."""
+    (queries, dim), (size, _) = queries_shape, bank_shape
     query_chunk, chunk = _chunk(queries, QUERY_CHUNK), _chunk(size, BANK_CHUNK)
-    abstract = sharding.replicated(
-        (
-            jax.ShapeDtypeStruct((query_chunk, queries_shape[1]), jnp.float32),
-            jax.ShapeDtypeStruct((), jnp.int32),
-        ),
-        mesh,
+    abstract = (
+        jax.ShapeDtypeStruct((query_chunk, dim), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.int32),
     )
-    bank = jax.ShapeDtypeStruct(
-        (_chunks(size, chunk, mesh), chunk, bank_shape[1]),
-        jnp.float32,
-        sharding=features.by_rows(mesh),
-    )
-    lowered = _search.lower(*abstract, bank, k=k, size=size, leave_one_out=False, mesh=mesh)
-    return SearchProgram(lowered, -(-queries // query_chunk))
+    shape = (_chunks(size, chunk, mesh), chunk, dim)
+    bank = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=features.by_rows(mesh))
+    abstract = (*sharding.replicated(abstract, mesh), bank)
+    lowered = _search.lower(*abstract, k=k, size=size, leave_one_out=False, mesh=mesh)
+    return lowered, -(-queries // query_chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "size", "leave_one_out", "mesh"))
@@ -233,22 +190,3 @@ def _chunks(size: int, chunk: int, mesh: Mesh) -> int:
 def _normalised(x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def _check(queries_QxD: np.ndarray, bank_NxD: np.ndarray, k: int, leave_one_out: bool) -> None:
-    features.check_features(queries_QxD, "queries of kNN")
-    features.check_features(bank_NxD, "bank of kNN")
-    if queries_QxD.shape[1] != bank_NxD.shape[1]:
-        raise CannotEvaluate(
-            f"queries have {queries_QxD.shape[1]} dimensions, the bank {bank_NxD.shape[1]}."
-        )
-    if leave_one_out and len(queries_QxD) != len(bank_NxD):
-        raise CannotEvaluate(
-            f"leave_one_out needs the bank as queries, got {len(queries_QxD)} queries and a bank "
-            f"of {len(bank_NxD)}."
-        )
-    most = len(bank_NxD) - leave_one_out
-    if not 1 <= k <= most:
-        raise CannotEvaluate(
-            f"k is {k}; it must lie in [1, {most}], the neighbours that there are."
-        )

@@ -14,7 +14,7 @@ reach it in 3,000 steps where the penalty is weak and the classes are nearly sep
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -24,11 +24,12 @@ import optax
 from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
+from supmim_jax import sharding
+from supmim_jax.config import LinearProbeConfig
 from supmim_jax.evals import features
 from supmim_jax.evals.features import CannotEvaluate
 
 ROWS = 4096  # of one chunk's logits: memory doesn't grow with the training set
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # c; a small one is a strong penalty
 TOLERANCE = 1e-9  # converged when the gradient's largest entry is this share of that at zero
 STEPS = 100  # of Newton's method, most
 PRODUCTS = 1000  # of the Hessian with a vector in each, most
@@ -59,24 +60,22 @@ def evaluate(
     test_labels_M: np.ndarray,
     *,
     classes: int,
-    strengths: Sequence[float] = STRENGTHS,
-    held_out: float = 0.2,
-    seed: int = 0,
-    mesh: Mesh | None = None,
+    cfg: LinearProbeConfig,
+    mesh: Mesh,
 ) -> Result:
     """Chooses c on a held-out share of train, refits on all of train, and tests once.
 
     Of equal accuracies the smallest c, the strongest penalty, wins.
 
     Raises:
-      SetupError: the arrays don't fit together.
+      CannotEvaluate: features are not finite, or no example can be held out.
     """
-    features.check_features(test_MxD, "test features of the linear probe")
-    features.check_labels(test_labels_M, test_MxD, classes, "test labels of the linear probe")
-    aside_N = hold_out(train_labels_N, held_out, seed)
+    features.check_finite(train_NxD, "features of the linear probe")
+    features.check_finite(test_MxD, "test features of the linear probe")
+    aside_N = hold_out(train_labels_N, cfg.held_out, cfg.seed)
     kept = (train_NxD[~aside_N], train_labels_N[~aside_N])
     scores = {}
-    for c in sorted(set(strengths)):
+    for c in sorted(set(cfg.strengths)):
         probe = fit(*kept, classes=classes, c=c, mesh=mesh)
         scores[c] = accuracy(probe, train_NxD[aside_N], train_labels_N[aside_N])
     best = max(scores, key=scores.get)  # the first of equals
@@ -110,27 +109,23 @@ def fit(
     *,
     classes: int,
     c: float,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
     chunk: int = ROWS,
-    tolerance: float = TOLERANCE,
     steps: int = STEPS,
 ) -> Probe:
-    """The minimum of the objective above, from zero.
+    """The minimum of the objective above, from zero: one point whatever the mesh and the chunk.
 
-    It is one point whatever the mesh and the chunk. Where `steps` end before `tolerance` is
-    reached, that is logged, and the result's `gradient` tells how far it came.
-
-    Raises:
-      SetupError: the arrays don't fit together.
+    Where `steps` end before TOLERANCE is reached, that is logged, and the result's `gradient` tells
+    how far it came.
     """
-    features.check_features(features_NxD, "features of the linear probe")
-    features.check_labels(labels_N, features_NxD, classes, "labels of the linear probe")
-    mesh = mesh or features.everywhere()
-    mean, scale = _moments(features_NxD)
+    mean = features_NxD.mean(axis=0, dtype=np.float64)
+    scale = features_NxD.std(axis=0, dtype=np.float64)
+    scale = np.where(scale <= 1e-6 * np.abs(mean), 1.0, scale)  # constant dimensions
     count = len(features_NxD)
     chunk = min(chunk, -(-count // mesh.size))
     total = features.round_up(count, chunk * mesh.size)
-    variance_D, axes_DxD = np.linalg.eigh(_covariance(features_NxD, mean, scale))
+    covariance_DxD = sum(x.T @ x for x in _standardised(features_NxD, mean, scale)) / count
+    variance_D, axes_DxD = np.linalg.eigh(covariance_DxD)
     # The curvature of the cross-entropy at zero, where all classes are equally likely.
     curvature_D = np.maximum(variance_D, 0) * (1 - 1 / classes) / classes + 1 / (c * count)
     axes_DxD = axes_DxD / np.sqrt(curvature_D)
@@ -139,21 +134,19 @@ def fit(
         return features.spread(features.padded(x, total).reshape(-1, chunk, *x.shape[1:]), mesh)
 
     with jax.enable_x64(True):
+        penalty_D = 1 / (c * count * curvature_D)
         given = (
             place(np.concatenate([x @ axes_DxD for x in _standardised(features_NxD, mean, scale)])),
             place(labels_N.astype(np.int32)),
             place(np.full(count, 1.0 / count)),  # the weight of padding is 0
-            *(
-                features.copied(x, mesh)
-                for x in (1 / (c * count * curvature_D), np.float64(tolerance))
-            ),
+            sharding.put(penalty_D, sharding.replicated(penalty_D, mesh)),
         )
         found = _minimise(*given, classes=classes, steps=steps, mesh=mesh)
         (kernel, bias), taken, slope = jax.device_get(found)
-    if slope > tolerance:
+    if slope > TOLERANCE:
         logging.error(
             "Linear probe, c = %g: after %d steps the gradient is %.1e of that at zero, not %.1e.",
-            *(c, taken, slope, tolerance),
+            *(c, taken, slope, TOLERANCE),
         )
     return Probe(axes_DxD @ kernel, bias, mean, scale, int(taken), float(slope))
 
@@ -170,24 +163,18 @@ def accuracy(probe: Probe, features_NxD: np.ndarray, labels_N: np.ndarray) -> fl
     return 100.0 * float((predict(probe, features_NxD) == labels_N).mean())
 
 
-def _moments(x_NxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, float64 D each; the deviation of a constant dimension counts as 1."""
-    mean, scale = x_NxD.mean(axis=0, dtype=np.float64), x_NxD.std(axis=0, dtype=np.float64)
-    return mean, np.where(scale <= 1e-6 * np.abs(mean), 1.0, scale)
-
-
 def _standardised(x_NxD: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Iterator[np.ndarray]:
     """float64 rows in chunks: they are twice the size of what is given."""
     for start in range(0, len(x_NxD), ROWS):
         yield (x_NxD[start : start + ROWS].astype(np.float64) - mean) / scale
 
 
-def _covariance(x_NxD: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return sum(x.T @ x for x in _standardised(x_NxD, mean, scale)) / len(x_NxD)
+@functools.partial(jax.jit, static_argnames=("classes", "steps", "mesh"))
+def _minimise(x_CxNxD, labels_CxN, weight_CxN, penalty_D, *, classes, steps, mesh):
+    """((kernel, bias), steps taken, gradient as a share of that at zero) of Newton's method.
 
-
-def _objective(x_CxNxD, labels_CxN, weight_CxN, penalty_D, mesh: Mesh):
-    """Weighted sum of cross-entropies and half of penalty * kernel^2, of (kernel, bias)."""
+    The objective is the weighted sum of cross-entropies and half of penalty * kernel^2.
+    """
 
     @jax.checkpoint  # logits are made again for the gradient instead of kept for all rows
     def chunk_loss(params, x_NxD, labels_N, weight_N):
@@ -200,21 +187,13 @@ def _objective(x_CxNxD, labels_CxN, weight_CxN, penalty_D, mesh: Mesh):
         return jax.lax.psum(losses_C.sum(), mesh.axis_names)
 
     whole, split = PartitionSpec(), PartitionSpec(mesh.axis_names)
-    total = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(whole, split, split, split), out_specs=whole
-    )
+    specs = (whole, split, split, split)
+    total = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=whole)
 
     def objective(params):
         loss = total(params, x_CxNxD, labels_CxN, weight_CxN)
         return loss + 0.5 * (penalty_D[:, None] * params[0] ** 2).sum()
 
-    return objective
-
-
-@functools.partial(jax.jit, static_argnames=("classes", "steps", "mesh"))
-def _minimise(x_CxNxD, labels_CxN, weight_CxN, penalty_D, tolerance, *, classes, steps, mesh):
-    """((kernel, bias), steps taken, gradient as a share of that at zero) of Newton's method."""
-    objective = _objective(x_CxNxD, labels_CxN, weight_CxN, penalty_D, mesh)
     gradient = jax.grad(objective)
 
     def largest(grad):
@@ -243,7 +222,7 @@ def _minimise(x_CxNxD, labels_CxN, weight_CxN, penalty_D, tolerance, *, classes,
 
     def unfinished(carry):
         _, grad, taken = carry
-        return (taken < steps) & (largest(grad) > tolerance * first)
+        return (taken < steps) & (largest(grad) > TOLERANCE * first)
 
     zero = (jnp.zeros((x_CxNxD.shape[-1], classes)), jnp.zeros(classes))
     first = largest(gradient(zero))

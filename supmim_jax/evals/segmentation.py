@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from supmim_jax import optim
+from supmim_jax import optim, sharding
 from supmim_jax.config import IGNORED, HeadTrainingConfig
 from supmim_jax.evals import features
 from supmim_jax.evals.features import CannotEvaluate
@@ -24,11 +24,11 @@ from supmim_jax.models.segmentation import classes as classes_of
 
 
 class Scores(NamedTuple):
-    """In per cent. IoU is NaN for a class that neither the truth nor a prediction has."""
+    """In per cent."""
 
-    miou: float  # mean over the other classes
+    miou: float  # mean over the classes that have an IoU
     pixel_accuracy: float
-    iou_V: np.ndarray  # float64
+    iou: list[float | None]  # by class; None: neither the truth nor a prediction has it
 
 
 def count(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -36,8 +36,6 @@ def count(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
 
     Arrays of one shape, whatever it is; matrices of several batches add up.
     """
-    if truth.shape != predicted.shape:
-        raise CannotEvaluate(f"Masks are {truth.shape}, predictions {predicted.shape}.")
     valid = truth != IGNORED
     cell = truth[valid].astype(np.int64) * classes + predicted[valid]
     return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
@@ -49,10 +47,12 @@ def score(matrix_VxV: np.ndarray) -> Scores:
         raise CannotEvaluate("No pixel of the masks counts: all are to be ignored.")
     right_V = np.diag(matrix_VxV)
     union_V = matrix_VxV.sum(axis=0) + matrix_VxV.sum(axis=1) - right_V
+    there_V = union_V > 0
     iou_V = np.full(len(union_V), np.nan)
-    iou_V[union_V > 0] = 100.0 * right_V[union_V > 0] / union_V[union_V > 0]
+    iou_V[there_V] = 100.0 * right_V[there_V] / union_V[there_V]
     accuracy = 100.0 * right_V.sum() / matrix_VxV.sum()
-    return Scores(float(np.nanmean(iou_V)), float(accuracy), iou_V)
+    iou = [float(x) if there else None for x, there in zip(iou_V, there_V)]
+    return Scores(float(np.nanmean(iou_V)), float(accuracy), iou)
 
 
 class Segmenter(NamedTuple):
@@ -60,7 +60,6 @@ class Segmenter(NamedTuple):
 
     classify: Callable[[Any, jax.Array, jax.Array], jax.Array]  # of masks it reads the size only
     params: Any  # replicated
-    classes: int
     mesh: Mesh
 
 
@@ -71,7 +70,7 @@ def fit(
     classes: int,
     head: str,
     training: HeadTrainingConfig,
-    mesh: Mesh | None = None,
+    mesh: Mesh,
 ) -> Segmenter:
     """A head trained for exactly `training.steps` steps, the same on any mesh but for rounding.
 
@@ -80,46 +79,13 @@ def fit(
       masks_NxYxX: integer labels of the image's pixels (or of any other size), cropped as the
         images were; IGNORED marks pixels that don't count.
       head: a key of HEADS.
-
-    Raises:
-      SetupError: the arrays don't fit together, or a mask has a label that is not a class.
     """
-    _check(tokens_NxHxWxD, masks_NxYxX, classes)
-    if head not in HEADS:
-        raise CannotEvaluate(f"head is {head!r}; the known ones are {', '.join(HEADS)}.")
-    mesh = mesh or features.everywhere()
-    init, apply = _functions(head, tokens_NxHxWxD.shape[-1], classes)
-    solver = optax.adamw(
-        _schedule(training), weight_decay=training.weight_decay, mask=optim.decay_mask
+    width, whole = tokens_NxHxWxD.shape[-1], NamedSharding(mesh, sharding.REPLICATED)
+    warmup = training.steps // 10
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else training.learning_rate, training.learning_rate, warmup, training.steps
     )
-
-    @jax.jit
-    def step(carry, tokens, masks):
-        def loss(params):
-            return pixel_cross_entropy(apply(params, tokens), masks)
-
-        params, state = carry
-        updates, state = solver.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    whole = features.whole(mesh)
-    key = jax.random.key(training.seed)
-    params = jax.jit(lambda: init(key), out_shardings=whole)()
-    carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
-    for batch in order(len(tokens_NxHxWxD), training):
-        tokens, masks = tokens_NxHxWxD[batch], masks_NxYxX[batch]
-        placed = _placed(tokens, masks, training.batch_size, mesh)
-        # No queue of steps: simulated devices on few cores would wait for each other for ever.
-        carry = step(jax.block_until_ready(carry), *placed)
-
-    def classify(params, tokens, masks):
-        return classes_of(apply(params, tokens), masks.shape[1:])
-
-    return Segmenter(jax.jit(classify, out_shardings=whole), carry[0], classes, mesh)
-
-
-def _functions(head: str, width: int, classes: int) -> tuple[Callable, Callable]:
-    """`init(key) -> params` and `apply(params, tokens_BxHxWxD) -> logits` of a head."""
+    solver = optax.adamw(schedule, weight_decay=training.weight_decay, mask=optim.decay_mask)
 
     def split(key) -> tuple[nnx.GraphDef, Any]:
         with nnx.use_eager_sharding(False):
@@ -127,50 +93,49 @@ def _functions(head: str, width: int, classes: int) -> tuple[Callable, Callable]
         return graph, nnx.to_pure_dict(params)
 
     graph, _ = jax.eval_shape(split, jax.random.key(0))
-    return lambda key: split(key)[1], lambda params, tokens: nnx.merge(graph, params)(tokens)
 
+    @jax.jit
+    def step(carry, tokens, masks):
+        def loss(params):
+            return pixel_cross_entropy(nnx.merge(graph, params)(tokens), masks)
 
-def confusions(
-    segmenter: Segmenter,
-    tokens_NxHxWxD: np.ndarray,
-    masks_NxYxX: np.ndarray,
-    *,
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Pixels by (true class, predicted class), int64 VxV, at the size of the masks."""
-    _check(tokens_NxHxWxD, masks_NxYxX, segmenter.classes)
-    matrix = np.zeros((segmenter.classes, segmenter.classes), np.int64)
-    for first in range(0, len(tokens_NxHxWxD), batch_size):
-        part = slice(first, first + batch_size)
-        truth = masks_NxYxX[part]
-        predicted = predict(segmenter, tokens_NxHxWxD[part], truth.shape[1:], batch_size)
-        matrix += count(truth, predicted, segmenter.classes)
-    return matrix
+        params, state = carry
+        updates, state = solver.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def classify(params, tokens, masks):
+        return classes_of(nnx.merge(graph, params)(tokens), masks.shape[1:])
+
+    key = jax.random.key(training.seed)
+    params = jax.jit(lambda: split(key)[1], out_shardings=whole)()
+    carry = (params, jax.jit(solver.init, out_shardings=whole)(params))
+    for batch in order(len(tokens_NxHxWxD), training):
+        tokens, masks = tokens_NxHxWxD[batch], masks_NxYxX[batch]
+        placed = _placed(tokens, masks, training.batch_size, mesh)
+        # No queue of steps: simulated devices on few cores would wait for each other for ever.
+        carry = step(jax.block_until_ready(carry), *placed)
+    return Segmenter(jax.jit(classify, out_shardings=whole), carry[0], mesh)
 
 
 def predict(
-    segmenter: Segmenter, tokens_BxHxWxD: np.ndarray, size: tuple[int, int], batch_size: int
+    segmenter: Segmenter, tokens_NxHxWxD: np.ndarray, size: tuple[int, int], batch_size: int
 ) -> np.ndarray:
-    """The class of each pixel, int32 BxYxX, of at most `batch_size` images of `size`."""
-    nothing = np.zeros((len(tokens_BxHxWxD), *size), np.int32)
-    placed = _placed(tokens_BxHxWxD, nothing, batch_size, segmenter.mesh)
-    return np.asarray(segmenter.classify(segmenter.params, *placed))[: len(tokens_BxHxWxD)]
+    """The class of each pixel, int32 NxYxX, of images of `size`, `batch_size` of them at a time."""
+    found = []
+    for first in range(0, len(tokens_NxHxWxD), batch_size):
+        tokens = tokens_NxHxWxD[first : first + batch_size]
+        nothing = np.zeros((len(tokens), *size), np.int32)
+        placed = _placed(tokens, nothing, batch_size, segmenter.mesh)
+        found.append(np.asarray(segmenter.classify(segmenter.params, *placed))[: len(tokens)])
+    return np.concatenate(found)
 
 
 def order(count: int, training: HeadTrainingConfig) -> np.ndarray:
     """Examples of each step, a row each: one sequence, a new permutation every epoch."""
     total = training.steps * training.batch_size
-    epochs = -(-total // count)
     random = np.random.default_rng(training.seed)
-    sequence = np.concatenate([random.permutation(count) for _ in range(epochs)])
+    sequence = np.concatenate([random.permutation(count) for _ in range(-(-total // count))])
     return sequence[:total].reshape(training.steps, training.batch_size)
-
-
-def _schedule(training: HeadTrainingConfig) -> optax.Schedule:
-    warmup = training.steps // 10
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup else training.learning_rate, training.learning_rate, warmup, training.steps
-    )
 
 
 def _placed(tokens, masks, batch_size: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
@@ -178,20 +143,5 @@ def _placed(tokens, masks, batch_size: int, mesh: Mesh) -> tuple[jax.Array, jax.
     size = features.round_up(batch_size, mesh.size)
     filler = np.full((size - len(masks), *masks.shape[1:]), IGNORED, np.int32)
     masks = np.concatenate([masks.astype(np.int32), filler])
-    return tuple(
-        features.spread(x, mesh) for x in (features.padded(tokens.astype(np.float32), size), masks)
-    )
-
-
-def _check(tokens: np.ndarray, masks: np.ndarray, classes: int) -> None:
-    if tokens.ndim != 4 or masks.ndim != 3 or len(tokens) != len(masks) or not tokens.size:
-        raise CannotEvaluate(
-            f"Segmentation needs tokens NxHxWxD and masks NxYxX of as many examples, got "
-            f"{tokens.shape} and {masks.shape}."
-        )
-    wrong = masks[(masks != IGNORED) & ((masks < 0) | (masks >= classes))]
-    if wrong.size:
-        raise CannotEvaluate(
-            f"Masks have labels {np.unique(wrong)[:8].tolist()}; known are 0 to {classes - 1}, and "
-            f"{IGNORED} for pixels that don't count."
-        )
+    tokens = features.padded(tokens.astype(np.float32), size)
+    return features.spread(tokens, mesh), features.spread(masks, mesh)

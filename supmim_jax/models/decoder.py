@@ -6,7 +6,7 @@ from flax import nnx
 
 from supmim_jax.config import DecoderConfig, ViTConfig
 from supmim_jax.models.masking import Mask
-from supmim_jax.models.transformer import Transformer, layer_norm, linear, sincos2d
+from supmim_jax.models.transformer import Transformer, embedding, layer_norm, linear, sincos2d
 
 
 class Decoder(nnx.Module):
@@ -33,20 +33,9 @@ class Decoder(nnx.Module):
         self.inserts_masked = inserts_masked
         self.embed = linear(encoder.width, cfg.width, dtype, rngs)
         if inserts_masked:
-            draw = nnx.initializers.truncated_normal(0.02)
-            self.mask_token = nnx.Param(draw(rngs.params(), (cfg.width,), jnp.float32))
-        self.transformer = Transformer(
-            cfg.depth,
-            (0.0, 0.0),
-            encoder.remat,
-            rngs,
-            width=cfg.width,
-            mlp_dim=cfg.mlp_dim,
-            heads=cfg.heads,
-            layer_scale=0.0,
-            gelu=encoder.gelu,
-            dtype=dtype,
-        )
+            self.mask_token = embedding(rngs, cfg.width)
+        options = {"layer_scale": 0.0, "gelu": encoder.gelu, "dtype": dtype}
+        self.transformer = Transformer(cfg, encoder.remat, rngs, **options)
         self.norm = layer_norm(cfg.width, dtype, rngs)
         self.output = linear(cfg.width, outputs, dtype, rngs)
 

@@ -6,7 +6,6 @@ the train step takes as an argument and neither optimises nor checkpoints. `make
 a VQGAN, as the config names it.
 """
 
-import io
 import os
 import zipfile
 
@@ -16,13 +15,13 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from supmim_jax import storage
 from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.models.variables import Frozen
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.models.vqgan import VQGAN, nearest
 
+EPSILON = 1e-2  # added to a patch's standard deviation before dividing; pixels are in [-1, 1]
 MOST_RATIO = 100  # arrays to file, in bytes; weights do not compress so well, bombs do
 
 
@@ -42,9 +41,6 @@ def read(path: epath.Path) -> dict[str, np.ndarray]:
                 return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # numpy and zipfile raise all kinds for a damaged file
         raise ValueError(str(error) or type(error).__name__) from None
-
-
-EPSILON = 1e-2  # added to a patch's standard deviation before dividing; pixels are in [-1, 1]
 
 
 class PatchCodes(nnx.Module):
@@ -116,15 +112,8 @@ def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) 
     return {"codes": np.asarray(codes, np.float32)}
 
 
-def save(path: epath.Path, arrays: dict) -> None:
-    """Writes the codebook so that a reader sees all of it or none."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    storage.write(path, file.getvalue())
-
-
 def load(path: epath.Path, cfg: PatchCodesConfig, patch: int, channels: int) -> dict:
-    """Reads a codebook that `save` wrote, without pickle.
+    """Reads a codebook, an .npz with one array `codes`, without pickle.
 
     Raises:
       SetupError: the file is missing, unreadable, or of another shape.
@@ -149,7 +138,7 @@ def make(
     cfg: PatchCodesConfig | VQGANConfig, patch: int, data: DataConfig, rngs: nnx.Rngs
 ) -> PatchCodes | VQGAN:
     """A tokenizer that gives one token for each patch of `patch` pixels of the data's images."""
-    if cfg.name == "patch_codes":
+    if is_fitted(cfg):
         return PatchCodes(cfg, patch, data)
     side = data.image_size // patch
     return VQGAN(cfg, channels=data.channels, side=side, size=data.image_size, rngs=rngs)

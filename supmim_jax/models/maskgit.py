@@ -42,31 +42,22 @@ def load(path: epath.Path, cfg: VQGANConfig, like: dict) -> dict:
     Raises:
       SetupError: the file is missing or cut, or a parameter is missing, left over or misshapen.
     """
-    stored = _read(path)
-    wanted = {
-        their_name(ours, cfg): (ours, x.shape)
-        for ours, x in traverse_util.flatten_dict(like, sep="/").items()
-    }
-    problems = [f"{name} {s} is missing" for name, (_, s) in wanted.items() if name not in stored]
+    stored, like = _read(path), traverse_util.flatten_dict(like, sep="/")
+    names = {ours: their_name(ours, cfg) for ours in like}
+    wanted = {names[ours]: f"float32{list(x.shape)}" for ours, x in like.items()}
+    problems = [f"{name} {x} is missing" for name, x in wanted.items() if name not in stored]
     problems += [f"{name} is not of this model" for name in stored if name not in wanted]
     problems += [
-        f"{name} is {_kind(stored[name])}, expected float32{list(shape)}"
-        for name, (_, shape) in wanted.items()
-        if name in stored and _kind(stored[name]) != f"float32{list(shape)}"
+        f"{name} is {_kind(stored[name])}, expected {kind}"
+        for name, kind in wanted.items()
+        if name in stored and _kind(stored[name]) != kind
     ]
     if problems:
         raise SetupError(
             f"{path} is not the tokenizer that the config describes: {first_few(problems)}. The "
             f"defaults of VQGANConfig are MaskGIT's ImageNet tokenizer at 256 px."
         )
-    flat = {ours: stored[name] for name, (ours, _) in wanted.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _float32(x):
-    """Half precision widened, which changes no value; all else as it is."""
-    half = isinstance(x, np.ndarray) and x.dtype.name in ("float16", "bfloat16")
-    return x.astype(np.float32) if half else x
+    return traverse_util.unflatten_dict({ours: stored[names[ours]] for ours in names}, sep="/")
 
 
 def _kind(x) -> str:
@@ -74,20 +65,19 @@ def _kind(x) -> str:
 
 
 def _read(path: epath.Path) -> dict:
-    """What the file holds, by its path in the tree."""
+    """What the file holds, by its path in the tree; half precision is widened to float32."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise SetupError(f"The tokenizer {path} cannot be read: {error}") from None
     try:
         tree = serialization.msgpack_restore(data)  # no pickle: arrays are bytes, shape and dtype
-        if isinstance(tree, dict):
-            tree = tree.get("params", tree)  # beside it may be other collections, of training
-            flat = traverse_util.flatten_dict(tree, sep="/")
-            return {name: _float32(x) for name, x in flat.items()}
+        tree = tree.get("params", tree)  # beside it may be other collections, of training
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        half = [k for k, x in flat.items() if _kind(x).startswith(("float16", "bfloat16"))]
+        return flat | {name: flat[name].astype(np.float32) for name in half}
     except Exception as error:  # msgpack and Flax raise all kinds for a damaged file
         raise SetupError(
-            f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file ({error}). "
-            f"Fetch it again; MaskGIT's is a Flax checkpoint in msgpack."
+            f"The tokenizer {path} ({len(data)} bytes) is not a whole msgpack file of parameters "
+            f"({error}). Fetch it again; MaskGIT's is a Flax checkpoint in msgpack."
         ) from None
-    raise SetupError(f"The tokenizer {path} holds no parameter tree, but {type(tree)}.")

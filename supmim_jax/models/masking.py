@@ -37,15 +37,7 @@ def from_scores(scores_BxL, ratio: float) -> Mask:
 
 
 def sample(form: str, ratio: float, side: int, key: jax.Array, ids_B) -> Mask:
-    """Masks of a side x side grid, one for each id.
-
-    Args:
-      form: "random" or "block".
-      ratio: share of the patches that are masked.
-      side: patches along each side.
-      key: key of the step.
-      ids_B: int32 ids of the examples.
-    """
+    """Masks of a side x side grid in the form "random" or "block", one for each int32 id."""
     score = {"random": random_scores, "block": block_scores}[form]
     count = num_masked(side * side, ratio)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_B)

@@ -41,8 +41,10 @@ class ConvHead(nnx.Module):
         self.output = nnx.Linear(channels, classes, rngs=rngs)
 
     def __call__(self, tokens_BxHxWxD) -> jax.Array:
-        x = upsampled(nnx.gelu(self.norm1(self.conv1(tokens_BxHxWxD))), 2)
-        x = upsampled(nnx.gelu(self.norm2(self.conv2(x))), 2)
+        x = tokens_BxHxWxD
+        for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
+            x = nnx.gelu(norm(conv(x)))
+            x = resized(x, (2 * x.shape[1], 2 * x.shape[2]))
         return self.output(x)
 
 
@@ -65,14 +67,9 @@ class Segmenter(nnx.Module):
         return features._replace(masks=classes(logits, (self.size, self.size)))
 
 
-def upsampled(x_BxHxWxC, factor: int) -> jax.Array:
-    b, h, w, c = x_BxHxWxC.shape
-    return jax.image.resize(x_BxHxWxC, (b, h * factor, w * factor, c), "bilinear")
-
-
-def resized(logits_BxHxWxV, size: tuple[int, int]) -> jax.Array:
-    b, _, _, v = logits_BxHxWxV.shape
-    return jax.image.resize(logits_BxHxWxV, (b, *size, v), "bilinear")
+def resized(x_BxHxWxC, size: tuple[int, int]) -> jax.Array:
+    b, _, _, c = x_BxHxWxC.shape
+    return jax.image.resize(x_BxHxWxC, (b, *size, c), "bilinear")
 
 
 def classes(logits_BxHxWxV, size: tuple[int, int]) -> jax.Array:

@@ -5,7 +5,6 @@ them again; cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the
 two runs is chosen as the step is traced, by platform, dtype and shape.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,13 +13,14 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from supmim_jax.config import DecoderConfig, ViTConfig
 from supmim_jax.sharding import by_rows
 
 # Of cuDNN (jax/_src/cudnn/fused_attention_stablehlo.py); Hopper would take heads of up to 256.
 MAX_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 FUSED_DTYPES = (jnp.bfloat16, jnp.float16)
-# The kernel's equation in a trace.
-KERNEL = "dot_product_attention_fwd_wrapper"
+KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
+EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
 def implementation(
@@ -54,23 +54,25 @@ def keeps_kernel(primitive, *_, **__) -> bool:
     return primitive.name == KERNEL
 
 
-Initializer = jax.nn.initializers.Initializer
 XAVIER = nnx.initializers.xavier_uniform()
 # The flat kernel of three square ones: Xavier of each of them, not of their concatenation.
 XAVIER_QKV = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 NAMED = jax.checkpoint_policies.save_only_these_names("qkv", "attention", "mid", "fc1")
-REMAT_POLICIES: dict[str, Callable] = {
+REMAT_POLICIES = {
     "names": jax.checkpoint_policies.save_from_both_policies(NAMED, keeps_kernel),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def linear(
-    inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, init: Initializer = XAVIER
-) -> nnx.Linear:
+def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, init=XAVIER) -> nnx.Linear:
     """Linear layer with float32 parameters, Xavier-uniform and zero as in ViT's and MAE's codes."""
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
+    """Learned vectors that are added to tokens or take their place, float32."""
+    return nnx.Param(nnx.initializers.truncated_normal(0.02)(rngs.params(), shape, jnp.float32))
 
 
 def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -90,9 +92,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        width: int,
-        mlp_dim: int,
-        heads: int,
+        cfg: ViTConfig | DecoderConfig,
         *,
         layer_scale: float,
         gelu: str,
@@ -100,19 +100,18 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
         dropout: float = 0.0,
     ):
-        self.heads = heads
-        self.dropout = dropout
-        self.gelu = gelu
+        width, self.heads, self.dropout, self.gelu = cfg.width, cfg.heads, dropout, gelu
         self.norm1 = layer_norm(width, dtype, rngs)
         self.qkv = linear(width, 3 * width, dtype, rngs, XAVIER_QKV)
         self.out = linear(width, width, dtype, rngs)
         self.norm2 = layer_norm(width, dtype, rngs)
-        self.fc1 = linear(width, mlp_dim, dtype, rngs)
-        self.fc2 = linear(mlp_dim, width, dtype, rngs)
-        self.scales = layer_scale > 0
-        if self.scales:
-            self.scale1 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
-            self.scale2 = nnx.Param(jnp.full((width,), layer_scale, jnp.float32))
+        self.fc1 = linear(width, cfg.mlp_dim, dtype, rngs)
+        self.fc2 = linear(cfg.mlp_dim, width, dtype, rngs)
+
+        def scale() -> nnx.Param | None:
+            return nnx.Param(jnp.full((width,), layer_scale, jnp.float32)) if layer_scale else None
+
+        self.scale1, self.scale2 = scale(), scale()
 
     @jax.named_scope("MLP")
     def __call__(self, x_BxNxD, segments: tuple[int, ...], keep_2xBxNx1, key=None):
@@ -126,13 +125,17 @@ class Block(nnx.Module):
             drawn = None if key is None else jax.random.fold_in(key, number)
             return dropout(x, self.dropout, drawn)
 
+        def kept(branch, which: int):
+            if keep_2xBxNx1 is None:
+                return branch
+            return branch * keep_2xBxNx1[which].astype(branch.dtype)
+
         x = by_rows(x_BxNxD)
-        branch = dropped(self.attend(self.norm1(x), segments), 0)
-        x = x + _kept(branch, 0, keep_2xBxNx1)
+        x = x + kept(dropped(self.attend(self.norm1(x), segments), 0), 0)
         x = checkpoint_name(x, "mid")
         hidden = checkpoint_name(self.fc1(self.norm2(x)), "fc1")
         hidden = dropped(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"), 1)
-        return x + _kept(dropped(self.project(self.fc2, hidden, 1), 2), 1, keep_2xBxNx1)
+        return x + kept(dropped(self.project(self.fc2, hidden, self.scale2), 2), 1)
 
     @jax.named_scope("attention")
     def attend(self, x_BxNxD, segments: tuple[int, ...]):
@@ -148,32 +151,37 @@ class Block(nnx.Module):
         mixed = jnp.concatenate(parts, axis=1).reshape(x_BxNxD.shape)
         if "xla" in forms:  # of cuDNN's form, keeps_kernel has kept the parts
             mixed = checkpoint_name(mixed, "attention")
-        return self.project(self.out, mixed, 0)
+        return self.project(self.out, mixed, self.scale1)
 
-    def project(self, layer: nnx.Linear, x, which: int):
+    def project(self, layer: nnx.Linear, x, scale: nnx.Param | None):
         """What a residual branch ends with: a linear layer, its outputs times LayerScale.
 
         The scale multiplies the weights: the gradient of a scale of the outputs would need the
         outputs again, and rematerialization would repeat two matmuls of every block for it.
         """
-        if not self.scales:
+        if scale is None:
             return layer(x)
-        scale = (self.scale1, self.scale2)[which][...]
-        kernel, bias = layer.kernel[...] * scale, layer.bias[...] * scale  # float32
+        kernel, bias = layer.kernel[...] * scale[...], layer.bias[...] * scale[...]  # float32
         return x @ kernel.astype(layer.dtype) + bias.astype(layer.dtype)
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks whose parameters are stacked along a leading axis and run by lax.scan."""
+    """Blocks whose parameters are stacked along a leading axis and run by lax.scan.
+
+    `drop_path` is the rate of the first block and that of the last.
+    """
 
     def __init__(
-        self, depth: int, drop_path: tuple[float, float], remat: str, rngs: nnx.Rngs, **block
+        self,
+        cfg: ViTConfig | DecoderConfig,
+        remat: str,
+        rngs: nnx.Rngs,
+        drop_path: tuple[float, float] = (0.0, 0.0),
+        **block,
     ):
-        self.depth = depth
-        self.drop_path = drop_path  # of the first block and of the last
-        self.remat = remat
-        make = nnx.vmap(lambda rngs: Block(rngs=rngs, **block), in_axes=0, out_axes=0)
-        self.blocks = make(rngs.split(depth))
+        self.depth, self.drop_path, self.remat = cfg.depth, drop_path, remat
+        make = nnx.vmap(lambda rngs: Block(cfg, rngs=rngs, **block), in_axes=0, out_axes=0)
+        self.blocks = make(rngs.split(cfg.depth))
 
     def __call__(self, x_BxNxD, segments: tuple[int, ...], key: jax.Array | None = None):
         """Tokens after all blocks; `key` draws DropPath and dropout, None (inference) neither.
@@ -182,7 +190,10 @@ class Transformer(nnx.Module):
         segment, at a rate that goes linearly from the first block's to the last one's.
         """
         graph, params = nnx.split(self.blocks)
-        if self.blocks.scales:  # LayerScale's first values are below the resolution of bfloat16
+        if key is not None:
+            embedded = jax.random.fold_in(key, EMBEDDED)
+            x_BxNxD = dropout(x_BxNxD, self.blocks.dropout, embedded)
+        if self.blocks.scale1 is not None:  # whose first values bfloat16 would round away
             x_BxNxD = x_BxNxD.astype(jnp.float32)
         drop = key is not None and max(self.drop_path) > 0
         rates = jnp.linspace(*self.drop_path, self.depth, dtype=jnp.float32)
@@ -202,19 +213,11 @@ class Transformer(nnx.Module):
         return jax.lax.scan(body, x_BxNxD, (params, rates, keys, jnp.arange(self.depth)))[0]
 
 
-def _kept(branch, which: int, keep_2xBxNx1):
-    """A residual branch after DropPath."""
-    if keep_2xBxNx1 is None:
-        return branch
-    return branch * keep_2xBxNx1[which].astype(branch.dtype)
-
-
 def _keep(key, rate, examples: int, segments: tuple[int, ...]):
     """0 or 1 / (1 - rate) for each residual branch, example and token: 2xBxNx1."""
     kept = jax.random.bernoulli(key, 1.0 - rate, (2, examples, len(segments))) / (1.0 - rate)
-    return jnp.repeat(kept, np.array(segments), axis=2, total_repeat_length=sum(segments))[
-        ..., None
-    ]
+    per_token = jnp.repeat(kept, np.array(segments), axis=2, total_repeat_length=sum(segments))
+    return per_token[..., None]
 
 
 def sincos2d(height: int, width: int, dim: int, grid: int = 0) -> np.ndarray:

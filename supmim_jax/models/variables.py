@@ -14,17 +14,8 @@ class Moving(nnx.Variable):
     """
 
 
-def freeze(module: nnx.Module) -> None:
-    """Turns every parameter of the module into a Frozen variable, in place."""
-    _become(module, Frozen)
-
-
-def set_moving(module: nnx.Module) -> None:
-    """Turns every parameter of the module into a Moving variable, in place."""
-    _become(module, Moving)
-
-
-def _become(module: nnx.Module, kind: type[nnx.Variable]) -> None:
+def freeze(module: nnx.Module, kind: type[nnx.Variable] = Frozen) -> None:
+    """Turns every parameter of the module into a variable of this kind, in place."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):

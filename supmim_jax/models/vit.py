@@ -11,7 +11,7 @@ from flax import nnx
 from supmim_jax.batch import Features
 from supmim_jax.config import DataConfig, ViTConfig
 from supmim_jax.models.masking import Mask
-from supmim_jax.models.transformer import Transformer, dropout, layer_norm, linear, sincos2d
+from supmim_jax.models.transformer import Transformer, embedding, layer_norm, linear, sincos2d
 
 
 def pixels(images_uint8) -> jax.Array:
@@ -33,9 +33,6 @@ def unpatchify(patches_BxLxP, patch: int, side: int) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * patch, side * patch, -1)
 
 
-EMBEDDED = 2**16  # folded into the key for dropout: above the number of any block
-
-
 class ViT(nnx.Module):
     """Images, or their kept patches, to normalised tokens.
 
@@ -49,22 +46,16 @@ class ViT(nnx.Module):
         dtype = jnp.dtype(cfg.dtype)
         self.patches = linear(cfg.patch**2 * data.channels, cfg.width, dtype, rngs)
         if cfg.positions == "learned":
-            draw = nnx.initializers.truncated_normal(0.02)
-            self.positions = nnx.Param(draw(rngs.params(), (self.side**2, cfg.width), jnp.float32))
+            self.positions = embedding(rngs, self.side**2, cfg.width)
         if cfg.pooling == "cls":
             self.cls = nnx.Param(jnp.zeros((cfg.width,), jnp.float32))
         if cfg.registers:
-            draw = nnx.initializers.truncated_normal(0.02)
-            shape = (cfg.registers, cfg.width)
-            self.registers = nnx.Param(draw(rngs.params(), shape, jnp.float32))
+            self.registers = embedding(rngs, cfg.registers, cfg.width)
         self.transformer = Transformer(
-            cfg.depth,
-            (cfg.drop_path if cfg.drop_path_form == "constant" else 0.0, cfg.drop_path),
+            cfg,
             cfg.remat,
             rngs,
-            width=cfg.width,
-            mlp_dim=cfg.mlp_dim,
-            heads=cfg.heads,
+            (cfg.drop_path if cfg.drop_path_form == "constant" else 0.0, cfg.drop_path),
             layer_scale=cfg.layer_scale,
             gelu=cfg.gelu,
             dtype=dtype,
@@ -93,7 +84,11 @@ class ViT(nnx.Module):
             embedding in place of their position, so that nothing tells where they are.
         """
         x = patchify(images_BxHxWxC, self.cfg.patch)
-        positions = self._positions()[None]
+        if self.cfg.positions == "learned":
+            positions = self.positions[...][None]
+        else:
+            grid = self.cfg.position_grid
+            positions = jnp.asarray(sincos2d(self.side, self.side, self.cfg.width, grid))[None]
         if visible is not None:
             x = jnp.take_along_axis(x, visible.keep[..., None], axis=1)
             positions = positions[0][visible.keep]
@@ -117,9 +112,7 @@ class ViT(nnx.Module):
     def encode(self, inputs: tuple[jax.Array, ...], key=None) -> tuple[jax.Array, ...]:
         """Normalised tokens of each BxNxD input, all in one pass; attention stays within one."""
         segments = tuple(x.shape[1] for x in inputs)
-        x = jnp.concatenate(inputs, axis=1)
-        x = dropout(x, self.cfg.dropout, None if key is None else jax.random.fold_in(key, EMBEDDED))
-        x = self.norm(self.transformer(x, segments, key))
+        x = self.norm(self.transformer(jnp.concatenate(inputs, axis=1), segments, key))
         ends = [sum(segments[: i + 1]) for i in range(len(segments) - 1)]
         return tuple(jnp.split(x, ends, axis=1))
 
@@ -133,12 +126,6 @@ class ViT(nnx.Module):
         """The image's embedding, float32 BxD: CLS token or mean over patches."""
         x = tokens_BxNxD.astype(jnp.float32)
         return x[:, 0] if self.cfg.pooling == "cls" else x[:, self.prefix :].mean(axis=1)
-
-    def _positions(self) -> jax.Array:
-        if self.cfg.positions == "learned":
-            return self.positions[...]
-        side, cfg = self.side, self.cfg
-        return jnp.asarray(sincos2d(side, side, cfg.width, cfg.position_grid))
 
 
 class Backbone(nnx.Module):

@@ -24,9 +24,8 @@ class ResBlock(nnx.Module):
         self.conv1 = conv(inputs, filters, 3, cfg, rngs, bias=False)
         self.norm2 = group_norm(filters, cfg, rngs)
         self.conv2 = conv(filters, filters, 3, cfg, rngs, bias=False)
-        self.shortcut = (
-            conv(filters, filters, 1, cfg, rngs, bias=False) if inputs != filters else None
-        )
+        wider = inputs != filters
+        self.shortcut = conv(filters, filters, 1, cfg, rngs, bias=False) if wider else None
 
     def __call__(self, x_BxHxWxC) -> jax.Array:
         y = self.conv1(nnx.swish(self.norm1(x_BxHxWxC)))
@@ -40,16 +39,8 @@ class Encoder(nnx.Module):
     def __init__(self, cfg: VQGANConfig, channels: int, rngs: nnx.Rngs):
         self.res_blocks = cfg.res_blocks
         self.conv_in = conv(channels, cfg.filters, 3, cfg, rngs, bias=False)
-        widths = level_widths(cfg)
-        before = [cfg.filters, *widths[:-1]]
-        blocks = []
-        for inputs, filters in zip(before, widths, strict=True):
-            blocks += [
-                ResBlock(filters if i else inputs, filters, cfg, rngs)
-                for i in range(cfg.res_blocks)
-            ]
-        blocks += [ResBlock(widths[-1], widths[-1], cfg, rngs) for _ in range(cfg.res_blocks)]
-        self.blocks = numbered(blocks)
+        widths = [cfg.filters * multiplier for multiplier in cfg.multipliers]
+        self.blocks = res_blocks(cfg.filters, [*widths, widths[-1]], cfg, rngs)
         self.norm = group_norm(widths[-1], cfg, rngs)
         self.conv_out = conv(widths[-1], cfg.code_dim, 1, cfg, rngs)
 
@@ -69,15 +60,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, cfg: VQGANConfig, channels: int, rngs: nnx.Rngs):
         self.res_blocks = cfg.res_blocks
-        widths = level_widths(cfg)[::-1]
+        widths = [cfg.filters * multiplier for multiplier in reversed(cfg.multipliers)]
         self.conv_in = conv(cfg.code_dim, widths[0], 3, cfg, rngs)
-        blocks = [ResBlock(widths[0], widths[0], cfg, rngs) for _ in range(cfg.res_blocks)]
-        for inputs, filters in zip([widths[0], *widths[:-1]], widths, strict=True):
-            blocks += [
-                ResBlock(filters if i else inputs, filters, cfg, rngs)
-                for i in range(cfg.res_blocks)
-            ]
-        self.blocks = numbered(blocks)
+        self.blocks = res_blocks(widths[0], [widths[0], *widths], cfg, rngs)
         self.upsample = numbered([conv(w, w, 3, cfg, rngs) for w in widths[:-1]])
         self.norm = group_norm(widths[-1], cfg, rngs)
         self.conv_out = conv(widths[-1], channels, 3, cfg, rngs)
@@ -144,9 +129,11 @@ def _relative_distances(x_BxLxD, codes_VxD) -> jax.Array:
     return (codes_VxD**2).sum(-1) - 2.0 * dots
 
 
-def level_widths(cfg: VQGANConfig) -> list[int]:
-    """Channels at each resolution, the finest first."""
-    return [cfg.filters * multiplier for multiplier in cfg.multipliers]
+def res_blocks(inputs: int, widths: list[int], cfg: VQGANConfig, rngs: nnx.Rngs) -> nnx.Dict:
+    """`cfg.res_blocks` blocks of each width, one after another."""
+    outputs = [width for width in widths for _ in range(cfg.res_blocks)]
+    before = [inputs, *outputs]
+    return numbered([ResBlock(i, o, cfg, rngs) for i, o in zip(before, outputs)])
 
 
 def numbered(modules: list[nnx.Module]) -> nnx.Dict:
@@ -180,17 +167,11 @@ class Discriminator(nnx.Module):
 
     def __init__(self, cfg: AdversarialConfig, channels: int, *, rngs: nnx.Rngs):
         widths = [min(cfg.filters * 2**i, 8 * cfg.filters) for i in range(cfg.layers)]
-        before = [channels, *widths[:-1]]
-        self.layers = numbered(
-            [
-                nnx.Conv(inputs, outputs, (4, 4), strides=2, rngs=rngs)
-                for inputs, outputs in zip(before, widths, strict=True)
-            ]
-        )
+        pairs = zip([channels, *widths], widths)
+        self.layers = numbered([nnx.Conv(i, o, (4, 4), strides=2, rngs=rngs) for i, o in pairs])
         self.logit = nnx.Conv(widths[-1], 1, (3, 3), rngs=rngs)
 
-    def __call__(self, images) -> jax.Array:
-        x = images
+    def __call__(self, x) -> jax.Array:
         for i in range(len(self.layers)):
             x = nnx.leaky_relu(self.layers[str(i)](x), 0.2)
         return self.logit(x)[..., 0]

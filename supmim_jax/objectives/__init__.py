@@ -1,4 +1,8 @@
-"""The training methods by name. Each is an nnx.Module with `loss(batch, key)`."""
+"""The training methods by name.
+
+Each is an nnx.Module with `loss(batch, key)`: the scalar loss of a batch, and its terms; `key` is
+that of the step.
+"""
 
 from supmim_jax.objectives.cmae import CMAE
 from supmim_jax.objectives.mae import MAE

@@ -14,8 +14,8 @@ from flax import nnx
 from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
 from supmim_jax.models import masking
-from supmim_jax.models.transformer import layer_norm, linear
-from supmim_jax.models.variables import Moving, set_moving
+from supmim_jax.models.transformer import embedding, layer_norm, linear
+from supmim_jax.models.variables import Moving, freeze
 from supmim_jax.models.vit import ViT, pixels
 from supmim_jax.objectives import losses
 from supmim_jax.objectives.mae import MAE
@@ -54,10 +54,7 @@ class CMAE(MAE):
             places = self.encoder.side**2
             self.locator = linear(cfg.model.width, places, jnp.dtype("float32"), rngs)
             if position.leak_free:
-                draw = nnx.initializers.truncated_normal(0.02)
-                self.place_embedding = nnx.Param(
-                    draw(rngs.params(), (cfg.model.width,), jnp.float32)
-                )
+                self.place_embedding = embedding(rngs, cfg.model.width)
         contrastive = self.cfg.contrastive
         if contrastive.weight:
             sizes = contrastive.hidden, contrastive.dim
@@ -66,7 +63,6 @@ class CMAE(MAE):
             self.momentum = MomentumBranch(cfg)
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of a batch and its terms; `key` is that of the step."""
         drop_key, mask_key = jax.random.split(key)
         cfg, weight = self.cfg, batch.weight
         views = [pixels(view) for view in batch.views]
@@ -74,11 +70,11 @@ class CMAE(MAE):
         inputs = tuple(self.embed_kept(view, mask) for view in views)
         outputs = self.encoder.encode(inputs, batch.row_key(drop_key))
 
-        errors = [
+        errors = sum(
             self.target.loss(self.decoder(tokens, mask), self.target.patches(view, mask))
             for view, tokens in zip(views, outputs, strict=True)
-        ]
-        loss = reconstruction = losses.mean(sum(errors), weight)
+        )
+        loss = reconstruction = losses.mean(errors, weight)
         terms = {"reconstruction": reconstruction}
         if cfg.position.weight:
             found = [self.position(tokens, mask) for tokens in outputs]
@@ -93,7 +89,7 @@ class CMAE(MAE):
         return loss, {"loss": loss, **terms}
 
     def embed_kept(self, view, mask: masking.Mask) -> jax.Array:
-        """What the encoder sees of float images: BxKxD, a CLS token besides if there is one."""
+        """What the encoder sees of float images: BxKxD, and the tokens before the patches."""
         position = self.cfg.position
         if not (position.weight and position.leak_free):
             return self.encoder.embed(view, visible=mask)
@@ -136,7 +132,7 @@ class MomentumBranch(nnx.Module):
         sizes = contrastive.hidden, contrastive.dim
         self.encoder = ViT(cfg.model, cfg.data, rngs=nnx.Rngs(0))
         self.projector = Projector(cfg.model.width, *sizes, rngs=nnx.Rngs(0))
-        set_moving(self)
+        freeze(self, Moving)
         self.steps = Moving(jnp.zeros((), jnp.int32))
 
     def __call__(self, views, mask: masking.Mask) -> list[jax.Array]:
@@ -152,11 +148,9 @@ class MomentumBranch(nnx.Module):
         """
         keep = jnp.where(self.steps[...] == 0, 0.0, momentum)
         for slow, fast in ((self.encoder, encoder), (self.projector, projector)):
-            state = nnx.state(slow, Moving)
-            weights = nnx.to_pure_dict(nnx.state(fast, nnx.Param))
-            moved = jax.tree.map(
-                lambda s, f: keep * s + (1.0 - keep) * f, nnx.to_pure_dict(state), weights
+            old, new = (
+                nnx.to_pure_dict(nnx.state(x, kind))
+                for x, kind in ((slow, Moving), (fast, nnx.Param))
             )
-            nnx.replace_by_pure_dict(state, moved)
-            nnx.update(slow, state)
+            nnx.update(slow, jax.tree.map(lambda s, f: keep * s + (1.0 - keep) * f, old, new))
         self.steps[...] += 1

@@ -71,9 +71,3 @@ def code_shares(ids_BxL, codes: int, weight_B) -> jax.Array:
     weights = jnp.broadcast_to(weight_B[:, None], ids_BxL.shape)
     counts = jnp.zeros(codes).at[ids_BxL.reshape(-1)].add(weights.reshape(-1))
     return counts / jnp.maximum(counts.sum(), 1.0)
-
-
-def perplexity(share_V) -> jax.Array:
-    """exp(entropy) of shares: the number of codes, if all were used alike."""
-    share = share_V / share_V.sum()
-    return jnp.exp(-(share * jnp.log(jnp.maximum(share, 1e-30))).sum())

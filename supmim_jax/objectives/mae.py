@@ -23,17 +23,12 @@ class MAE(nnx.Module):
         self.cfg = cfg.objective
         self.encoder = ViT(cfg.model, cfg.data, rngs=rngs)
         self.target = targets.Pixels(cfg, self.cfg.normalize_patches)
+        side, outputs = self.encoder.side, self.target.outputs
         self.decoder = Decoder(
-            self.cfg.decoder,
-            cfg.model,
-            self.encoder.side,
-            self.target.outputs,
-            inserts_masked=True,
-            rngs=rngs,
+            self.cfg.decoder, cfg.model, side, outputs, inserts_masked=True, rngs=rngs
         )
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of a batch and its terms; `key` is that of the step."""
         drop_key, mask_key = jax.random.split(key)
         images = pixels(batch.views[0])
         mask = self.mask(mask_key, batch.id)
@@ -48,8 +43,7 @@ class MAE(nnx.Module):
         return masking.sample("random", self.cfg.mask_ratio, self.encoder.side, key, ids_B)
 
     def encoded(self, images, mask: masking.Mask, key=None) -> jax.Array:
-        """Tokens of the kept patches of float images, BxKxD, a CLS token besides if there is one;
-        `key` draws DropPath."""
+        """Tokens of the kept patches of float images, BxKxD, besides those before the patches."""
         (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),), key)
         return tokens
 
@@ -59,7 +53,6 @@ class MAE(nnx.Module):
         return MAE(cfg, rngs=rngs)
 
     def predict(self, images, mask: masking.Mask) -> jax.Array:
-        """Predictions for every patch, float32 BxLxP, from float images whose masked patches
-        are not looked at."""
+        """Predictions for every patch, float32 BxLxP, from the kept patches of float images."""
         tokens = self.encoded(images, mask)
         return self.decoder(tokens, mask, every_patch=True).astype(jnp.float32)

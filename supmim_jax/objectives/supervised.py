@@ -58,37 +58,29 @@ def mix(cfg: ClassificationConfig, images, batch: Batch, classes: int, key) -> t
     share = jax.random.beta(beta_key, alpha, alpha)  # of the image itself
     if cfg.mixup_larger:
         share = jnp.where(use_cutmix, share, jnp.maximum(share, 1.0 - share))
-    inside = _box(box_key, share, images.shape[1:3]) & use_cutmix
+    # CutMix's rectangle: (1 - share) of the area before it is cut at the border.
+    half = jnp.sqrt(1.0 - share) / 2.0
+    places = [(jnp.arange(size) + 0.5) / size for size in images.shape[1:3]]
+    rows, columns = (
+        (at > centre - half) & (at < centre + half)
+        for at, centre in zip(places, jax.random.uniform(box_key, (2,)))
+    )
+    inside = rows[:, None] & columns & use_cutmix
     share = jnp.where(use_cutmix, 1.0 - inside.mean(), share)
     own = jnp.where(use_cutmix, ~inside, share).astype(images.dtype)[None, :, :, None]
     images = images * own + images[::-1] * (1.0 - own)
     return images, targets * share + targets[::-1] * (1.0 - share)
 
 
-def _box(key, share, shape: tuple[int, int]) -> jax.Array:
-    """CutMix's rectangle, bool HxW: (1 - share) of the area before it is cut at the border."""
-    centre = jax.random.uniform(key, (2,))
-    half = jnp.sqrt(1.0 - share) / 2.0
-
-    def span(size: int, c):
-        at = (jnp.arange(size) + 0.5) / size
-        return (at > c - half) & (at < c + half)
-
-    return span(shape[0], centre[0])[:, None] & span(shape[1], centre[1])[None, :]
-
-
-class Supervised(nnx.Module):
+class Supervised(Classifier):
     """L = cross-entropy(head(pool(encoder(image))), label)."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg.objective
-        self.classes = cfg.data.num_classes
-        classifier = Classifier(cfg.model, cfg.data, rngs=rngs)
-        self.encoder, self.head = classifier.encoder, classifier.head
+        super().__init__(cfg.model, cfg.data, rngs=rngs)
+        self.cfg, self.classes = cfg.objective, cfg.data.num_classes
         start_head(self.cfg.classification, self.head)
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of a batch and its terms; `key` is that of the step."""
         mix_key, drop_key, _ = jax.random.split(key, 3)  # mixes as SupMIM does
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])

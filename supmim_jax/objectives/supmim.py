@@ -8,12 +8,12 @@ from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
 from supmim_jax.models import masking
 from supmim_jax.models.decoder import Decoder
+from supmim_jax.models.transformer import embedding
 from supmim_jax.models.vit import Classifier, pixels
-from supmim_jax.objectives import losses, supervised
-from supmim_jax.objectives import targets as targets_module
+from supmim_jax.objectives import losses, supervised, targets
 
 
-class SupMIM(nnx.Module):
+class SupMIM(Classifier):
     """L = cross-entropy(head(encoder(x)), y) + w * masked-token cross-entropy.
 
     The same encoder sees the image and its masked twin; a shallow decoder predicts the discrete
@@ -25,38 +25,30 @@ class SupMIM(nnx.Module):
     """
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.cfg = cfg.objective
-        self.classes = cfg.data.num_classes
-        classifier = Classifier(cfg.model, cfg.data, rngs=rngs)
-        self.encoder, self.head = classifier.encoder, classifier.head
+        super().__init__(cfg.model, cfg.data, rngs=rngs)
+        self.cfg, self.classes = cfg.objective, cfg.data.num_classes
         supervised.start_head(self.cfg.classification, self.head)
+        self.target = targets.Tokens(cfg) if cfg.has_tokens else targets.Pixels(cfg)
         visible = self.cfg.encoder_input == "visible"
-        self.target = targets_module.make(cfg)
+        side, outputs = self.encoder.side, self.target.outputs
         self.decoder = Decoder(
-            self.cfg.decoder,
-            cfg.model,
-            self.encoder.side,
-            self.target.outputs,
-            inserts_masked=visible,
-            rngs=rngs,
+            self.cfg.decoder, cfg.model, side, outputs, inserts_masked=visible, rngs=rngs
         )
         if not visible:
-            draw = nnx.initializers.truncated_normal(0.02)
-            self.mask_embedding = nnx.Param(draw(rngs.params(), (cfg.model.width,), jnp.float32))
+            self.mask_embedding = embedding(rngs, cfg.model.width)
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of a batch and its terms; `key` is that of the step."""
         mix_key, drop_key, mask_key = jax.random.split(key, 3)
         encoder, cfg = self.encoder, self.cfg.classification
         images = pixels(batch.views[0])
-        mixed, targets = supervised.mix(cfg, images, batch, self.classes, mix_key)
+        mixed, labels = supervised.mix(cfg, images, batch, self.classes, mix_key)
         mask = self.mask(mask_key, batch.id)
 
         inputs = encoder.embed(mixed), self.embed_masked(images, mask)
         tokens, masked_tokens = encoder.encode(inputs, batch.row_key(drop_key))
 
         logits = self.head(encoder.pool(tokens))
-        ce = supervised.classification_loss(cfg, logits, targets, batch.weight)
+        ce = supervised.classification_loss(cfg, logits, labels, batch.weight)
 
         target = self.target(batch, mask)
         predicted = self.decoder(masked_tokens, mask)
@@ -74,9 +66,8 @@ class SupMIM(nnx.Module):
     @jax.named_scope("masks")
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
         """The masks of the examples with these ids."""
-        return masking.sample(
-            self.cfg.mask_form, self.cfg.mask_ratio, self.encoder.side, key, ids_B
-        )
+        form, ratio = self.cfg.mask_form, self.cfg.mask_ratio
+        return masking.sample(form, ratio, self.encoder.side, key, ids_B)
 
     def embed_masked(self, images, mask: masking.Mask) -> jax.Array:
         """What the encoder sees of masked images: BxNxD, N = L (`masked`) or K (`visible`)."""

@@ -28,9 +28,8 @@ class Tokens(nnx.Module):
 
     def __call__(self, batch: Batch, mask: Mask) -> jax.Array:
         """int32 ids BxM of the masked patches."""
-        ids = batch.tokens
-        if ids is None:
-            ids = self.tokenizer.encode(target_image(batch))
+        cached = batch.tokens is not None
+        ids = batch.tokens if cached else self.tokenizer.encode(target_image(batch))
         return jnp.take_along_axis(ids.astype(jnp.int32), mask.hidden, axis=1)
 
     def loss(self, predicted_BxMxV, ids_BxM) -> jax.Array:
@@ -84,10 +83,6 @@ def statistics(patches_BxLxP) -> tuple[jax.Array, jax.Array]:
     """Mean and deviation of each patch over its pixels and channels, BxLx1 each."""
     variance = patches_BxLxP.var(-1, keepdims=True, ddof=1)
     return patches_BxLxP.mean(-1, keepdims=True), jnp.sqrt(variance + PIXEL_EPSILON)
-
-
-def make(cfg: Config) -> Tokens | Pixels:
-    return Tokens(cfg) if cfg.has_tokens else Pixels(cfg)
 
 
 def target_image(batch: Batch) -> jax.Array:

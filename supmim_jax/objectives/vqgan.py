@@ -40,7 +40,6 @@ class VQGANTraining(nnx.Module):
             self.start = round(self.cfg.adversarial.start * cfg.total_steps)
 
     def loss(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        """The scalar loss of a batch and its terms; `key` is that of the step."""
         cfg, weight, fixed = self.cfg, batch.weight, jax.lax.stop_gradient
         images = pixels(batch.views[0])
         latents = self.tokenizer.latents(images)
@@ -73,12 +72,13 @@ class VQGANTraining(nnx.Module):
         loss = sum(terms.values())
         share = losses.code_shares(ids, len(codes), weight)
         self._revive(flat, share, key)
+        usage = self.usage[...] / self.usage[...].sum()
         return loss, {
             "loss": loss,
             **terms,
             "psnr": -10.0 * jnp.log10(jnp.maximum(l2 / 4.0, 1e-10)),  # images span [-1, 1]
             "code_usage": (share > 0).mean(),
-            "perplexity": losses.perplexity(self.usage[...]),
+            "perplexity": jnp.exp(-(usage * jnp.log(jnp.maximum(usage, 1e-30))).sum()),
         }
 
     def _features(self, images) -> jax.Array:
