@@ -53,7 +53,7 @@ setup(
         "parity": ["torch", "transformers>=5.9"],
         "timm": ["timm>=1.0.31", "torch", "torchvision"],  # torch and torchvision of one build
         "bench": ["faiss-cpu"],
-        "onnx": ["jax2onnx", "onnxruntime"],
+        "onnx": ["jax2onnx>=0.13", "onnxruntime"],
         "parquet": ["pyarrow"],  # for supmim_jax.embed --out=*.parquet
         "fast": ["turbojpeg"],  # libjpeg-turbo 3, of which supmim_jax/data/jpeg.py uses the library
         "cuda": ["jax[cuda13]"],
