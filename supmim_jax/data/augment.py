@@ -258,8 +258,10 @@ def _bicubic(image: np.ndarray, matrix: Sequence[float]) -> np.ndarray:
 
 def _grey(image: np.ndarray) -> np.ndarray:
     """tf.image.rgb_to_grayscale, int32 HxW."""
-    share = image.astype(np.float32) * np.float32(1 / 255)
-    return (share @ np.float32([0.2989, 0.5870, 0.1140]) * np.float32(255.5)).astype(np.int32)
+    share = image.astype(np.float32) * (np.float32([0.2989, 0.5870, 0.1140]) * np.float32(1 / 255))
+    # Added one by one: a product of matrices is rounded in another way on each processor.
+    grey = share[..., 0] + share[..., 1] + share[..., 2]
+    return (grey * np.float32(255.5)).astype(np.int32)
 
 
 def _cutout(image: np.ndarray, half: int, rng: Generator) -> np.ndarray:
