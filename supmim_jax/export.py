@@ -31,7 +31,7 @@ from supmim_jax.formats import files, timm, transformers
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 TOLERANCE = 1e-4  # of the largest value: what another runtime may round differently
-LARGEST = 2**31  # bytes of a protocol buffer, which holds a StableHLO program
+LARGEST = 2**31  # bytes: jax.export writes a FlatBuffer, whose offsets have 31 bits
 OPSET = 21
 
 
@@ -104,11 +104,8 @@ def _program(
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *bound.program.images.shape[1:]), jnp.uint8)
-    return (
-        function,
-        images,
-        ["embedding", "tokens", *(["logits"] if "head" in bound.params else [])],
-    )
+    names = ["embedding", "tokens"] + ["logits"] * ("head" in bound.params)
+    return function, images, names
 
 
 def _description(cfg: Config, class_names: Sequence[str], outputs: list[str]) -> dict[str, Any]:
@@ -201,9 +198,7 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
 
 def main() -> None:
     loading = export(CHECKPOINT.value, TO.value, OUT.value)
-    print(
-        f"Written to {OUT.value}. README.md there is a model card. To load it there:\n\n{loading}"
-    )
+    print(f"{OUT.value} is written; its README.md is a model card. Load it there by\n\n{loading}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from supmim_jax.config.configdict import to_configdict
 from supmim_jax.report import files
 from supmim_jax.report.page import METRICS
 
-# The hub's names for what a metric says how well a model does: the rest is about features.
+# The hub's names of a metric's task and kind; all other metrics are of features.
 TASKS = {
     "top1": ("image-classification", "accuracy"),
     "miou": ("image-segmentation", "mean_iou"),

@@ -14,12 +14,12 @@ from supmim_jax.sharding import path_name
 MATRICES = re.compile(r"/kernel$")  # not biases, norms, positions, LayerScale, mask embeddings
 DECAYED = {  # by config.optim.decay_on
     "matrices": MATRICES,
-    "matrices_and_tokens": re.compile(r"/kernel$|(^|/)(cls|mask_token|mask_embedding)$"),
+    "matrices_and_tokens": re.compile(r"/kernel$|(^|/)(cls|registers|mask_token|mask_embedding)$"),
     "all": re.compile(""),
 }
 STACKED = re.compile(r"(^|/)blocks/")  # parameters with a leading axis of layers
 # For layer_decay. BEiT's code counts the mask embedding among the inputs, too.
-ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls)|mask_embedding)$")
+ENCODER_INPUTS = re.compile(r"^(encoder/(patches/.*|positions|cls|registers)|mask_embedding)$")
 ENCODER_BLOCKS = re.compile(r"^encoder/transformer/blocks/")
 
 

@@ -39,6 +39,11 @@ def test_too_few_images_of_a_class(cfg):
     refused(judged(cfg, "retrieval", eval_split="validation[:30]"), "retrieval", "validation[:30]")
 
 
+def test_one_split_to_search_and_to_learn_from(cfg):
+    few = "train[:30]"
+    refused(judged(cfg, "knn", "retrieval", train_split=few, eval_split=few), "retrieval", few)
+
+
 def test_a_large_split_is_not_counted_but_must_have_enough_in_all(cfg, monkeypatch):
     monkeypatch.setattr(evaluate, "COUNTED", 10)
     monkeypatch.setattr(evaluate, "GLANCE", 5)

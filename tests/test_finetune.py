@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from supmim_jax import checkpoint, init_from, sharding, train_step
+from supmim_jax import encoder as encoder_module
 from supmim_jax.config import (
     Config,
     InitConfig,
@@ -76,6 +77,16 @@ def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
     assert layouts[0] == layouts[1]
 
 
+def test_features_and_logits_are_those_of_the_checkpoint(supervised, source, one_device):
+    workdir, theirs = source
+    cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
+    images = make_batch(cfg).views[0]
+    runner = encoder_module.build_encoder(cfg, 16, one_device)
+    ours = runner.bind(started(cfg, train_step.build(cfg, one_device)).params).features(images)
+    before = runner.features({name: theirs[name] for name in runner.params}, images)
+    assert same(ours, before) and np.ptp(ours.logits) > 0
+
+
 @pytest.mark.parametrize("side", [3, 7, 10])
 def test_learned_positions_are_resized_as_pillow_resizes_images(side):
     positions = np.random.default_rng(0).normal(size=(25, 6)).astype(np.float32)
@@ -122,6 +133,9 @@ def test_fixed_positions_keep_their_relative_places(cfg):
 
 REFUSED = [  # of a run whose checkpoint has the defaults of `cfg`
     ({"model": {"width": 64}}, r"config\.model\.width: 32; 64 \(there; here\)"),
+    ({"model": {"depth": 3}}, r"config\.model\.depth: 2; 3"),
+    ({"model": {"mlp_dim": 96}}, r"config\.model\.mlp_dim: 64; 96"),
+    ({"model": {"registers": 2}}, r"config\.model\.registers: 0; 2"),
     ({"model": {"heads": 4}}, r"config\.model\.heads: 2; 4"),
     ({"model": {"patch": 5}}, r"config\.model\.patch: 4; 5"),
     ({"model": {"pooling": "cls"}}, r"config\.model\.pooling: 'gap'; 'cls'"),

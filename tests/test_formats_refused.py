@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from supmim_jax import checkpoint, export, import_weights
 from supmim_jax.batch import TrainState
 from supmim_jax.errors import SetupError
-from supmim_jax.formats import augreg, files, layout
+from supmim_jax.formats import augreg, files, layout, timm
 from supmim_jax.formats.layout import to_foreign
 
 
@@ -85,6 +85,28 @@ def test_other_models_are_refused(exported, source, section, changes, message):
     change_config(path / source, section, **changes)
     with pytest.raises(SetupError, match=message):
         import_weights.load(source, path / source, cfg)
+
+
+def test_what_neither_arrays_nor_arguments_tell_is_known_by_name_or_asked_for(exported):
+    cfg, path = exported
+    arrays = load_file(path / "timm" / files.WEIGHTS)
+    for name, heads, gelu in (
+        ("vit_huge_patch14_224", 16, "exact"),
+        ("vit_so400m_patch14_siglip_gap_384", 16, "exact"),
+        ("vit_so400m_patch16_siglip_gap_384", 16, "tanh"),
+        ("vit_large_patch16_siglip_gap_512", 1, "tanh"),
+        ("vit_base_patch16_gap_224", 16, "exact"),
+    ):
+        width = 32 if heads == 16 else 64
+        wide = arrays | {"patch_embed.proj.weight": np.zeros((width, 1, 4, 4), np.float32)}
+        document = {"architecture": name}
+        model = timm.read({"config.json": document}, wide, "x").model
+        assert (model.heads, model.gelu) == (heads, gelu), name
+    change_config(path / "timm", architecture="vit_of_my_own")
+    import_weights.load("timm", path / "timm", cfg)
+    change_config(path / "timm", "model_args", num_heads=None)
+    with pytest.raises(SetupError, match=r"no num_heads.*'vit_of_my_own'"):
+        import_weights.load("timm", path / "timm", cfg)
 
 
 def test_broken_files_are_named(exported, tmp_path):

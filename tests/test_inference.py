@@ -155,7 +155,7 @@ def test_the_code_of_a_model_card_loads_what_was_exported_without_this_package(
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     show = {
         "timm": "embedding = model.forward_head(model.forward_features(x), pre_logits=True)",
-        "transformers": "embedding = model(x, output_hidden_states=True).hidden_states[-1]",
+        "transformers": "embedding = model(x).logits",
     }
     lines = ["import sys", "import numpy as np", "images = np.load('images.npy')", code]
     if to in show:
@@ -163,9 +163,15 @@ def test_the_code_of_a_model_card_loads_what_was_exported_without_this_package(
         lines += [show[to], "embedding = embedding.detach().numpy()"]
     lines += ["np.save('embedding.npy', embedding)", "assert 'supmim_jax' not in sys.modules"]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=out, check=True)
-    if to != "transformers":  # whose hidden states come before the last norm
-        found = np.load(out / "embedding.npy")
-        np.testing.assert_allclose(found, loaded.features(images).pooled, atol=1e-5)
+    expected = loaded.features(images)
+    expected = expected.logits if to == "transformers" else expected.pooled
+    np.testing.assert_allclose(np.load(out / "embedding.npy"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_a_stablehlo_file_cannot_hold_are_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "LARGEST", 1000)
+    with pytest.raises(SetupError, match="more than a StableHLO file"):
+        export.export(run, "stablehlo", tmp_path / "out")
 
 
 @pytest.mark.parametrize("to", ["onnx", "stablehlo"])

@@ -1,4 +1,4 @@
-"""MAE: what it may not see, and what its picture shows."""
+"""MAE: on one batch, what it may not see, and what its picture shows."""
 
 import dataclasses
 
@@ -16,6 +16,7 @@ from supmim_jax.config import (
     Config,
     DecoderConfig,
     MAEConfig,
+    OptimConfig,
     PixelsConfig,
     SupMIMConfig,
     changed,
@@ -35,6 +36,19 @@ def mae(cfg) -> Config:
     """MAE with a CLS token on the images of `cfg`."""
     model = {"pooling": "cls", "positions": "sincos2d", "drop_path": 0.0}
     return changed(cfg, model=model, objective=MAEConfig(decoder=DECODER))
+
+
+def test_the_loss_falls_far_on_one_batch(mae, one_device):
+    optim = OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98)
+    # 800 steps, each with another mask.
+    cfg = changed(mae, batch_size=4, epochs=50, objective={"mask_ratio": 0.5}, optim=optim)
+    built = train_step.build(cfg, one_device)
+    state, batch, found = built.init(jax.random.key(0)), make_batch(cfg), []
+    for _ in range(cfg.total_steps):
+        state, metrics = built.step(state, batch, {})
+        found.append(float(metrics["loss"]))
+    # 15/16 is the error of predicting each patch's mean; the images are noise.
+    assert found[0] > 0.9 and np.mean(found[-20:]) < 0.4, (found[0], found[-20:])
 
 
 def test_masked_pixels_reach_no_prediction_and_kept_patches_no_loss(mae, monkeypatch):

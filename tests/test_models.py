@@ -27,7 +27,10 @@ def test_patches_are_in_row_order_and_come_back():
     assert (vit.unpatchify(patches, 4, 4) == IMAGES).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"pooling": "cls"}, {"positions": "sincos2d"}])
+FORMS = [{}, {"pooling": "cls"}, {"positions": "sincos2d"}, {"registers": 3}]
+
+
+@pytest.mark.parametrize("changes", [*FORMS, {"registers": 2, "pooling": "cls"}])
 def test_packed_inputs_do_not_see_each_other(changes):
     model = encoder(**changes)
     mask = masking.sample("random", 0.5, 4, jax.random.key(0), jnp.arange(3))
@@ -37,6 +40,18 @@ def test_packed_inputs_do_not_see_each_other(changes):
     alone = model.encode((full,))[0], model.encode((kept,))[0]
     for a, b in zip(packed, alone):
         np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+def test_registers_change_what_is_pooled_and_are_not_pooled(pooling):
+    model = encoder(pooling=pooling, registers=2)
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16 + model.prefix, 32)))
+    first = model.prefix - 2
+    assert (model.pool(tokens) == model.pool(tokens.at[:, first : first + 2].set(9.0))).all()
+    before = model.features(IMAGES)
+    model.registers[...] += 1.0
+    after = model.features(IMAGES)
+    assert (before.pooled != after.pooled).any() and after.tokens.shape == (3, 4, 4, 32)
 
 
 def test_visible_patches_are_those_of_the_whole_image_and_masked_pixels_are_hidden():

@@ -60,12 +60,12 @@ def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
 
 
 def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls", registers=2))
     params = train_step.build(cfg, one_device).state.params
     masks = (optim.decay_mask(params, on) for on in ("matrices", "matrices_and_tokens", "all"))
     matrices, tokens, everything = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
     added = {path_name(path) for (path, a), (_, b) in zip(matrices, tokens) if a != b}
-    assert added == {"encoder/cls", "mask_embedding"}
+    assert added == {"encoder/cls", "encoder/registers", "mask_embedding"}
     assert all(on for _, on in everything)
 
 
@@ -106,6 +106,7 @@ SCALES = {  # decay 0.5, depth 2: 0.5^(depth + 1 - layer)
     "encoder/patches/kernel": 0.125,
     "encoder/patches/bias": 0.125,
     "encoder/positions": 0.125,
+    "encoder/registers": 0.125,
     "encoder/cls": 0.125,
     "mask_embedding": 0.125,
     "encoder/norm/scale": 1.0,
@@ -119,7 +120,7 @@ SCALES = {  # decay 0.5, depth 2: 0.5^(depth + 1 - layer)
 def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
     """Adam's first step is lr * sign(g); with it, and with weight decay, each layer's share."""
     fixed = OptimConfig(name=name, warmup_epochs=0.0, clip=0.0)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls"))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls", registers=2))
     like = train_step.build(cfg, one_device).state.params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.normal(size=(2,) * x.ndim).astype(np.float32), like)

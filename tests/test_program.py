@@ -108,7 +108,13 @@ def test_masks_are_the_same_on_any_mesh(form):
 
 def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
     mesh = sharding.make_mesh(MESHES[2])
-    for changes in ({}, {"pooling": "cls"}, {"layer_scale": 0.1}, {"positions": "sincos2d"}):
+    for changes in (
+        {},
+        {"pooling": "cls"},
+        {"layer_scale": 0.1},
+        {"registers": 2},
+        {"positions": "sincos2d"},
+    ):
         model = dataclasses.replace(cfg.model, **changes)
         state = train_step.build(dataclasses.replace(cfg, model=model), mesh).state
         for path, x in jax.tree_util.tree_leaves_with_path(state):

@@ -44,11 +44,12 @@ def check(dataset: Dataset, split: str) -> None:
     train, shots = cfg.data.train_split, cfg.eval.few_shot.shots
     if "segmentation" in which:
         dataset.records(train, masks=True)
-    counts_V = {}
+    whole = {}  # by split, which may be one: whether all its labels are wanted
     if which - {"segmentation", "miou"}:
-        counts_V[split] = _counts(dataset, split, "retrieval" in which)
+        whole[split] = "retrieval" in which
     if which & TRAINING:
-        counts_V[train] = _counts(dataset, train, bool(which & {"linear", "few_shot"}))
+        whole[train] = whole.get(train, False) or bool(which & {"linear", "few_shot"})
+    counts_V = {name: _counts(dataset, name, wanted) for name, wanted in whole.items()}
     for name, searched in (("retrieval", split), ("linear", train)):
         if name in which and counts_V[searched] is not None and counts_V[searched].max() < 2:
             raise SetupError(
@@ -57,11 +58,8 @@ def check(dataset: Dataset, split: str) -> None:
             )
     if "few_shot" not in which:
         return
-    classes, examples, counted_V = (
-        cfg.data.num_classes,
-        len(dataset.records(train)),
-        counts_V[train],
-    )
+    classes, examples = cfg.data.num_classes, len(dataset.records(train))
+    counted_V = counts_V[train]
     if counted_V is not None:
         enough = counted_V.min() >= shots
         found = f"class {counted_V.argmin()} has {counted_V.min()} examples"
@@ -293,9 +291,8 @@ def fitted(subject: Subject, names: Sequence[str]) -> tuple[dict[str, segmentati
             break
     tokens, masks = (np.concatenate(parts)[: cfg.max_examples] for parts in zip(*kept))
     options = {"classes": data.masks.num_classes, "training": cfg.training, "mesh": subject.mesh}
-    return {head: segmentation.fit(tokens, masks, head=head, **options) for head in names}, len(
-        masks
-    )
+    heads = {head: segmentation.fit(tokens, masks, head=head, **options) for head in names}
+    return heads, len(masks)
 
 
 EVALUATIONS = {

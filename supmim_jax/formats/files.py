@@ -147,17 +147,20 @@ class Section:
             )
         return value
 
-    def per_channel(self, key: str, default: float, channels: int) -> tuple[float, ...]:
-        """A positive number for each channel, or one for all."""
+    def per_channel(
+        self, key: str, default: float, channels: int, positive: bool = True
+    ) -> tuple[float, ...]:
+        """A number for each channel, or one for all; positive, or from 0."""
         value = self.values.get(key)
         value = default if value is None else value
         found = value if isinstance(value, list) else [value]
         if len(found) not in (1, channels) or not all(
-            type(x) in (int, float) and x > 0 for x in found
+            type(x) in (int, float) and (x > 0 or (x == 0 and not positive)) for x in found
         ):
+            wanted = "a positive number" if positive else "a number from 0"
             raise SetupError(
-                f"{self.file}: {key} is {value!r}, expected a positive number for each of "
-                f"{channels} channels, or one."
+                f"{self.file}: {key} is {value!r}, expected {wanted} for each of {channels} "
+                f"channels, or one."
             )
         return tuple(map(float, found))
 

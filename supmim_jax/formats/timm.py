@@ -31,13 +31,24 @@ from supmim_jax.formats.layout import (
 # Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
 INTERPOLATION = {"area": "box", "linear": "bilinear"}
 GELU = {"exact": "gelu", "tanh": "gelu_tanh"}
-# Of a config.json without model_args the architecture's name still tells these.
-HEADS = {1408: 16, 1664: 16, 1152: 16}  # by width, where heads do not have 64 channels
-TANH = re.compile("so400m|siglip_gopt")  # of a name whose function passes act_layer="gelu_tanh"
+# No array shows how many heads there are, nor which GELU. Where model_args do not say either, it is
+# what timm's function of the architecture passes, by its name; 0: heads of 64 channels.
+ARCHITECTURES = {
+    r"(vit|deit3)_huge_patch1[46](_gap)?_\d+|vit_giant_patch1[46](_gap)?_\d+": (16, "exact"),
+    r"vit_gigantic_patch14_224|vit_base_patch16_gap_224": (16, "exact"),
+    r"vit_so400m_patch14_siglip_gap_\d+": (16, "exact"),
+    r"vit_(so400m|giantopt)_patch16_siglip_gap_\d+": (16, "tanh"),
+    r"vit_base_patch32_siglip_gap_256|vit_large_patch16_siglip_gap_512": (0, "tanh"),
+    r"vit_(base|large)_patch16_siglip_gap_\d+|flexivit_(small|base|large)": (0, "exact"),
+    r"(vit|deit3?)_(tiny|small|medium|base|large)_patch\d+(_plus|_36x1)?_\d+": (0, "exact"),
+    r"vit_(small|base|large)_patch14(_reg4)?_dinov2": (0, "exact"),
+    r"vit_so150m_patch16_reg4_gap_\d+": (0, "exact"),
+}
 # Arrays of parts that this encoder has not, and what these are.
 FOREIGN_PARTS = {
     "dist_token": "a distillation token",
     "norm_pre.": "a norm before the blocks",
+    "patch_embed.backbone.": "convolutions before the patches",
     "attn_pool.": "attention pooling",
     "blocks.0.attn.q_norm.": "norms of queries and keys",
     "blocks.0.attn.norm.": "a norm inside attention",
@@ -150,8 +161,8 @@ def write(
 def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) -> Foreign:
     """The model that a config.json of timm's hub and the shapes of its arrays describe.
 
-    The architecture's name is not asked whether it is known: what the model is shows in its arrays,
-    and what does not is in the arguments, with timm's defaults.
+    What the model is shows in its arrays, and the rest is in the arguments. The architecture's name
+    is asked for what neither tells.
 
     Raises:
       SetupError: it has parts that this encoder cannot express.
@@ -178,17 +189,18 @@ def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) ->
     before = cls + registers
     own = 0 if math.isqrt(rows) ** 2 == rows else before
     image_size = root(rows - own, file, "pos_embed") * patch
-    act = "gelu_tanh" if TANH.search(str(name)) else None
+    pooling = _pooling(config, args, cls, arrays)
+    heads, gelu = _heads_and_gelu(str(name), args, width)
     model = ViTConfig(
         patch=patch,
         width=width,
         depth=count(arrays, r"blocks\.(\d+)\..*"),
         mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
-        heads=args.number("num_heads", HEADS.get(width, max(width // 64, 1))),
-        pooling=_pooling(config, args, cls, arrays),
+        heads=heads,
+        pooling=pooling,
         registers=registers,
         layer_scale=_layer_scale(arrays, args),
-        gelu=args.one_of("act_layer", {"gelu": "exact", "gelu_tanh": "tanh", None: "exact"}, act),
+        gelu=gelu,
     )
     head = "head.weight" in arrays
     classes = shape("head.weight", 2)[0] if head else 0
@@ -202,7 +214,8 @@ def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) ->
             )
     crop_pct = pretrained.real("crop_pct", 0.875) or 1.0
     filters = {theirs: ours for ours, theirs in INTERPOLATION.items()}
-    mean, std = (pretrained.per_channel(x, 0.5, channels) for x in ("mean", "std"))
+    mean = pretrained.per_channel("mean", 0.5, channels, positive=False)
+    std = pretrained.per_channel("std", 0.5, channels)
     return Foreign(
         model=model,
         num_classes=classes,
@@ -214,6 +227,26 @@ def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) ->
         std=std,
         class_names=strings(config.values.get("label_names"), classes),
         resize=filters.get(pretrained.values.get("interpolation"), ""),
+    )
+
+
+def _heads_and_gelu(name: str, args: Section, width: int) -> tuple[int, str]:
+    """From the arguments, else from the architecture's name.
+
+    Raises:
+      SetupError: neither tells; a guess would compute something else.
+    """
+    known = next((x for form, x in ARCHITECTURES.items() if re.fullmatch(form, name)), None)
+    missing = [x for x in ("num_heads", "act_layer") if args.values.get(x) is None]
+    if missing and known is None:
+        raise SetupError(
+            f"{args.file} has no {' and no '.join(missing)}, and architecture {name!r} is none "
+            f"whose values are known here. Add them as that architecture has them."
+        )
+    heads, gelu = known or (0, "exact")
+    meanings = {theirs: ours for ours, theirs in GELU.items()}
+    return args.number("num_heads", heads or width // 64), args.one_of(
+        "act_layer", meanings | {None: gelu}, None
     )
 
 
