@@ -202,12 +202,20 @@ def test_mixing_keeps_the_share_of_pixels_and_labels(cfg, mixing):
 def test_mixup_can_leave_each_image_its_larger_share(cfg):
     """Over steps the share of the image itself is as often below a half, and then never."""
     batch = make_batch(cfg)
+    images = jnp.asarray(batch.views[0], jnp.float32)
 
     def shares(**mixing) -> np.ndarray:
         mixing = ClassificationConfig(mixup=0.5, **mixing)
-        images = jnp.asarray(batch.views[0], jnp.float32)
-        mix = jax.jit(lambda key: supervised_module.mix(mixing, images, batch, 30, key)[1])
-        return np.array([mix(jax.random.key(step))[0, batch.label[0]] for step in range(60)])
+        mix = jax.jit(lambda key: supervised_module.mix(mixing, images, batch, 30, key))
+        found = []
+        for step in range(60):
+            mixed, targets = mix(jax.random.key(step))
+            share = targets[0, batch.label[0]]
+            if not mixing.cutmix:
+                expected = share * images[0] + (1 - share) * images[-1]
+                np.testing.assert_allclose(mixed[0], expected, rtol=1e-4, atol=1e-2)
+            found.append(share)
+        return np.array(found)
 
     any_share, larger = shares(), shares(mixup_larger=True)
     assert batch.label[0] != batch.label[-1] and 0.2 < (any_share < 0.5).mean() < 0.8
