@@ -1,7 +1,7 @@
 """What the experiment files share; not an experiment itself.
 
-An experiment file has a function `experiment()` that returns a Config (or, in probes/, a
-ProbeConfig). The commands shrink it with `:debug` behind the file's name.
+`experiment()` of such a file returns a Config or, in probes/, a ProbeConfig, whose encoder, image
+size and channels are those of the checkpoint. `:debug` behind the file's name shrinks the job.
 """
 
 from supmim_jax import config as c
@@ -33,15 +33,15 @@ IMAGENET_1K_THREE_AUGMENT = c.changed(
     repeats=3,
     eval_resize=224,  # DeiT-III's crop ratio of 1
 )
+IMAGENET_1K_CROPS = c.changed(  # MAE's
+    IMAGENET_1K, crop="inception", min_crop_area=0.2, augment="none"
+)
 TINY_IMAGENET = c.changed(
-    IMAGENET_1K,
+    IMAGENET_1K_CROPS,
     name="tiny_imagenet",  # data.prepare --image_folder tiny-imagenet-200 --as tiny_imagenet
     train_examples=100_000,
     num_classes=200,
     image_size=64,
-    crop="inception",
-    min_crop_area=0.2,  # MAE's
-    augment="none",
     eval_resize=64,
 )
 IMAGENET_21K = c.changed(
@@ -67,8 +67,8 @@ MAE_OPTIM = c.OptimConfig(
     clip=0.0,
 )
 EVAL_AT_SCALE = c.EvalConfig(batch_size=2048)
+KNN_SWEEP = c.KNNConfig(ks=(1, 5, 10, 20, 50, 100, 200))
 EVAL_WITHOUT_LABELS = c.EvalConfig(batch_size=2048, which=("knn",))  # there is no head to ask
-
 # The masked branch at scale. Mask ratio and form, the encoder's input, decoder, weight and target
 # are our choices: the text of the paper that we have gives none of them. Mask embeddings through
 # the encoder are what measured better on the built-in data (docs/results.md), at twice the
@@ -85,6 +85,12 @@ SUPMIM = c.SupMIMConfig(
     decoder=c.DecoderConfig(depth=2, width=512, mlp_dim=2048, heads=16),
     target=c.VQGANConfig(),  # MaskGIT's: 224 px in patches of 14 are 256 px in its tokens of 16
 )
+
+
+def probed(name: str, num_classes: int, eval_split: str, **fields) -> c.ProbeDataConfig:
+    """The data of a probe: a data set with a split `train` and a class `label` per image."""
+    fields = {"train_split": "train", "label_field": "label"} | fields
+    return c.ProbeDataConfig(name=name, num_classes=num_classes, eval_split=eval_split, **fields)
 
 
 def with_masked_branch(config: c.Config, supmim: c.SupMIMConfig) -> c.Config:

@@ -11,9 +11,8 @@ the other rows are this config less what comes later:
   + position:         --config.data.crop=inception
   + ContrastiveCrop:  nothing
 
-All values that objectives/cmae.py does not name as the authors' are our choices. The position task
-with its leak and the threshold of the boxes were chosen on the validation split (docs/mae.md); the
-rest was not searched.
+What objectives/cmae.py does not name as the authors' is our choice: the leak of the position task
+and the threshold of the boxes by the validation split (docs/mae.md), the rest without a search.
 """
 
 from configs import mae_fractals

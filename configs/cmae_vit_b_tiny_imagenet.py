@@ -10,8 +10,7 @@ first author's public later code (SDMAE); alpha 0.1 is ContrastiveCrop's for Tin
 boxes are found anew after each fifth of a run (arXiv 2202.03278). Image size and patch are those
 of configs/mae_vit_b_tiny_imagenet.py; the projector and the position task's weight are our choices,
 and so are its leak and the threshold of our heat map, as they did better on the built-in data
-(docs/mae.md). The rows of the paper's ablation are the overrides that configs/cmae_fractals.py
-names.
+(docs/mae.md). configs/cmae_fractals.py names the overrides for the rows of the paper's ablation.
 """
 
 from configs import mae_vit_b_tiny_imagenet

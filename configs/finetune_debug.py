@@ -3,8 +3,8 @@
   python -m supmim_jax.train --config configs/debug.py --workdir runs/supmim
   python -m supmim_jax.train --config configs/finetune_debug.py --workdir runs/finetuned
 
-Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workdir>[@step].
-All values are our choices, made without a search.
+Hardware: 2 CPU cores. Another checkpoint: --config.init.checkpoint=<its --workdir>[@step]. All
+values are our choices, made without a search.
 """
 
 from configs import debug_supervised

@@ -8,18 +8,17 @@ one, as a baseline: --config.init.checkpoint= --config.optim.layer_decay=1. All 
 choices, made without a search.
 """
 
-from configs import mae_fractals
+from configs import debug_supervised, mae_fractals
 from supmim_jax import config as c
 
 
 def experiment() -> c.Config:
-    smoothed = c.ClassificationConfig(label_smoothing=0.1)
     return c.changed(
         mae_fractals.experiment(),
         epochs=160,  # 600 steps
         data={"train_split": "train", "train_examples": 240, "eval_split": "validation"},
         model={"drop_path": 0.1},
-        objective=c.SupervisedConfig(classification=smoothed),
+        objective=debug_supervised.OBJECTIVE,
         init=c.InitConfig(checkpoint="runs/mae"),
         optim=c.OptimConfig(
             lr=2e-3, weight_decay=0.05, b2=0.98, warmup_epochs=25, layer_decay=0.75

@@ -14,7 +14,6 @@ from supmim_jax import config as c
 
 def experiment() -> c.Config:
     start = supmim_b14_imagenet1k.experiment()
-    grid = start.data.image_size // start.model.patch
     return c.changed(
         start,
         batch_size=64,
@@ -33,7 +32,7 @@ def experiment() -> c.Config:
             augment="three_augment",
             workers=start.data.workers,
         ),
-        model={"drop_path": 0.1, "position_grid": grid},
+        model={"drop_path": 0.1, "position_grid": 16},
         objective=c.SegmentationObjectiveConfig(head="conv"),
         init=c.InitConfig(checkpoint="runs/supmim_b14_imagenet1k"),
         optim=c.OptimConfig(lr=1e-4, weight_decay=0.05, warmup_epochs=5, layer_decay=0.75),

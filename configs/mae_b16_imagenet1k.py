@@ -8,14 +8,14 @@ paper's appendix A.1, for 800 epochs, the default of its ablations.
 """
 
 from configs import base
-from supmim_jax.config import Config, MAEConfig, ViTConfig, changed
+from supmim_jax.config import Config, MAEConfig, ViTConfig
 
 
 def experiment() -> Config:
     return Config(
         batch_size=4096,
         epochs=800,
-        data=changed(base.IMAGENET_1K, crop="inception", min_crop_area=0.2, augment="none"),
+        data=base.IMAGENET_1K_CROPS,
         model=ViTConfig.variant("B", patch=16, pooling="cls", **base.AT_SCALE),
         objective=MAEConfig(decoder=base.MAE_DECODER),
         optim=base.MAE_OPTIM,

@@ -4,8 +4,8 @@
 
 Hardware: 2 CPU cores. It learns from the 1,200 images of the validation split, so that the few
 labelled ones of the training split (configs/finetune_mae_fractals.py) are new to it; what it is
-worth is measured on the test split (docs/results.md). The decoder is to the encoder as MAE's of 8
-layers and 512 channels is to ViT-B, roughly. All values are our choices, made without a search.
+worth is measured on the test split (docs/results.md). The decoder is to the encoder roughly as
+MAE's is to ViT-B. All values are our choices, made without a search.
 """
 
 from configs import debug_supervised

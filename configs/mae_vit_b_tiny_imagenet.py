@@ -6,9 +6,8 @@
 Hardware: one GPU or more; with `:debug` after the file name, any machine.
 Fine-tuned top-1: 62.95 % (paper: arXiv 2205.10546, 65.84 - 2.89); not measured here.
 Recipe: MAE's (arXiv 2111.06377, appendix A) for 300 epochs, as in the public code of CMAE's first
-author. The images keep their 64 px, in patches of 8: our choice, the paper's text that we have says
-nothing of it. That makes 64 tokens, 16 of them visible; patches of 16 would leave 4 visible ones,
-and patches of 4 cost four times as much.
+author. 64 px in patches of 8 are our choice, as the text that we have says nothing of it. Of those
+64 tokens 16 are visible; patches of 16 would leave 4, and patches of 4 cost four times as much.
 """
 
 from configs import base, mae_b16_imagenet1k

@@ -14,6 +14,8 @@ choice.
 from configs import base
 from supmim_jax.config import ClassificationConfig, Config, OptimConfig, SupervisedConfig, ViTConfig
 
+DEPTH = {"drop_path": 0.1, "drop_path_form": "constant", "layer_scale": 1e-4}
+
 
 def experiment() -> Config:
     classification = ClassificationConfig(loss="bce_mean", mixup=0.8, cutmix=1.0)
@@ -21,14 +23,7 @@ def experiment() -> Config:
         batch_size=2048,
         epochs=400,
         data=base.IMAGENET_1K_THREE_AUGMENT,
-        model=ViTConfig.variant(
-            "B",
-            patch=14,
-            drop_path=0.1,
-            drop_path_form="constant",
-            layer_scale=1e-4,
-            **base.AT_SCALE,
-        ),
+        model=ViTConfig.variant("B", patch=14, **DEPTH, **base.AT_SCALE),
         objective=SupervisedConfig(classification=classification),
         optim=OptimConfig(
             name="lamb",

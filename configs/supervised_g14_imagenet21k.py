@@ -4,9 +4,7 @@
 
 Hardware: a TPU pod; with `:debug` after the file name, any machine.
 Number: none published for this model and patch; not measured here.
-tfds has no public imagenet21k; prepare one under that name, and set config.data.train_examples
-and num_classes to what it holds (14,197,122 images in 21,841 classes: Ridnik et al., arXiv
-2104.10972). The recipe is our choice, after AugReg (arXiv 2106.10270).
+Data and recipe are those of configs/supervised_l14_imagenet21k.py.
 """
 
 from configs import base, supervised_l14_imagenet21k

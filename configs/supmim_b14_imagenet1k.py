@@ -7,7 +7,6 @@
 
 The first command computes MaskGIT's tokens once; without a cache, and with target.path, the step
 does so itself, at 30 % of its FLOPs (docs/tokens.md).
-
 Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
 Top-1: 81.72 % (paper: arXiv 2312.00950); not measured here.
 """

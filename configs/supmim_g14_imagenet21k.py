@@ -4,7 +4,6 @@
       --config.objective.target.path=gs://.../tokenizer_imagenet256_checkpoint
 
 Tokens are made in the step: for a model of this size a cache spares little.
-
 Hardware: a TPU pod; with `:debug` after the file name, any machine.
 Number: none published for this model and patch; not measured here.
 """

@@ -16,25 +16,15 @@ def experiment() -> c.Config:
     return c.Config(
         batch_size=256,
         epochs=200,
-        data=c.changed(
-            base.IMAGENET_1K,
-            image_size=256,
-            crop="inception",
-            min_crop_area=0.5,
-            augment="none",
-            eval_resize=256,
-        ),
+        data=c.changed(base.IMAGENET_1K_CROPS, image_size=256, eval_resize=256, min_crop_area=0.5),
         model=c.ViTConfig.variant("B", patch=16, **base.AT_SCALE),
-        # Network, losses and optimizer are those of MaskGIT's published vqgan_config.py, beside
-        # which docs/recipes.md puts each value. Its R1 penalty of 10 is on the squared gradient;
-        # ours is on half of that.
+        # Network, losses and optimizer: MaskGIT's vqgan_config.py (docs/recipes.md has each value).
+        # Its R1 penalty of 10 is on the squared gradient; ours is on half of that.
         objective=c.VQGANObjectiveConfig(
             tokenizer=c.VQGANConfig(),
             perceptual=c.PerceptualConfig(weight=0.1, checkpoint="PATH OF A RUN"),
             adversarial=c.AdversarialConfig(weight=0.1, r1_weight=20.0, start=0.25),
         ),
-        optim=c.OptimConfig(
-            lr=1e-4, b1=0.0, b2=0.99, weight_decay=0.0, warmup_epochs=1, clip=1.0, ema=0.999
-        ),
+        optim=c.OptimConfig(lr=1e-4, b1=0.0, b2=0.99, weight_decay=0.0, warmup_epochs=1, ema=0.999),
         eval=base.EVAL_AT_SCALE,
     )

@@ -6,20 +6,12 @@ Hardware: a GPU or a TPU slice (ViT-B's features of 1.28 million images are 3.9 
 together); not run by us. First `python -m supmim_jax.data.prepare --name imagenet2012`.
 """
 
-from configs.probes import base
-from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig
+from configs import base
+from supmim_jax.config import EvalConfig, ProbeConfig
 
 
 def experiment() -> ProbeConfig:
-    data = ProbeDataConfig(
-        name="imagenet2012",
-        train_split="train",
-        eval_split="validation",
-        num_classes=1000,
-        label_field="label",
-        workers=16,
-        threads=16,
-    )
+    data = base.probed("imagenet2012", 1000, "validation", workers=16, threads=16)
     which = ("top1", "knn", "retrieval", "linear", "few_shot")
     evaluations = EvalConfig(batch_size=2048, which=which, knn=base.KNN_SWEEP)
     return ProbeConfig(data=data, eval=evaluations)

@@ -6,24 +6,17 @@ Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --nam
 The masks have 1 for the animal, 2 for the ground and 3 for the border between; all count.
 """
 
-from configs.probes import base
+from configs import base
 from supmim_jax import config as c
 
 
 def experiment() -> c.ProbeConfig:
-    data = c.ProbeDataConfig(
-        name="oxford_iiit_pet",
-        train_split="train",
-        eval_split="test",
-        num_classes=37,
-        label_field="label",
-        masks=c.MasksConfig(field="segmentation_mask", num_classes=3, offset=-1),
-    )
+    masks = c.MasksConfig(field="segmentation_mask", num_classes=3, offset=-1)
     evaluations = c.EvalConfig(
         which=("top1", "knn", "linear", "few_shot", "segmentation"),
         knn=base.KNN_SWEEP,
-        segmentation=c.SegmentationConfig(
-            training=c.HeadTrainingConfig(steps=2300)  # 20 epochs; our choice
-        ),
+        # 20 epochs: our choice.
+        segmentation=c.SegmentationConfig(training=c.HeadTrainingConfig(steps=2300)),
     )
+    data = base.probed("oxford_iiit_pet", 37, "test", masks=masks)
     return c.ProbeConfig(data=data, eval=evaluations)

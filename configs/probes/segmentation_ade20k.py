@@ -19,9 +19,7 @@ def experiment() -> c.ProbeConfig:
         eval_split="test",
         masks=c.MasksConfig(field="annotation", num_classes=100, ignore=0, offset=-1),
     )
-    segmentation = c.SegmentationConfig(
-        max_examples=20_210,  # all
-        training=c.HeadTrainingConfig(steps=12_640),  # 20 epochs; our choice
-    )
+    training = c.HeadTrainingConfig(steps=12_640)  # 20 epochs; our choice
+    segmentation = c.SegmentationConfig(max_examples=20_210, training=training)  # all
     evaluations = c.EvalConfig(which=("segmentation",), segmentation=segmentation)
     return c.ProbeConfig(data=data, eval=evaluations)

@@ -7,18 +7,12 @@ Hardware: one GPU; not run by us. First `python -m supmim_jax.data.prepare --nam
 stanford_online_products`. The test split's 11,316 products search each other.
 """
 
-from supmim_jax.config import EvalConfig, ProbeConfig, ProbeDataConfig, RetrievalConfig
+from configs import base
+from supmim_jax.config import EvalConfig, ProbeConfig, RetrievalConfig
 
 
 def experiment() -> ProbeConfig:
-    data = ProbeDataConfig(
-        name="stanford_online_products",
-        train_split="train",
-        eval_split="test",
-        num_classes=22_634,
-        label_field="class_id",
-    )
-    evaluations = EvalConfig(
-        which=("retrieval",), retrieval=RetrievalConfig(recalls=(1, 10, 100, 1000))
-    )
+    data = base.probed("stanford_online_products", 22_634, "test", label_field="class_id")
+    recalls = RetrievalConfig(recalls=(1, 10, 100, 1000))
+    evaluations = EvalConfig(which=("retrieval",), retrieval=recalls)
     return ProbeConfig(data=data, eval=evaluations)
