@@ -25,7 +25,6 @@ from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data import source, token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
-from supmim_jax.metrics import write_json
 
 # ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
 # compression saves more than that where tokens are many (bench tokens).
@@ -145,7 +144,7 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
         )
         if jax.process_index() == 0:
             tokenizers.save_fitted(cfg, arrays, directory)
-            write_json(manifest, plan.manifest)
+            storage.write_json(manifest, plan.manifest)
     except OSError as error:
         raise SetupError(
             f"--cache {directory} cannot be written: {error}. Choose a directory that you own."

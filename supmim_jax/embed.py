@@ -34,7 +34,6 @@ from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.worker import prefetched
 from supmim_jax.errors import SetupError
 from supmim_jax.inference import BrokenImage, Encoder
-from supmim_jax.metrics import write_json
 
 PLAN = "plan.json"
 PATIENCE = 86400  # seconds for other processes to do their share
@@ -162,7 +161,7 @@ def _begin(parts: epath.Path, plan: dict) -> None:
         if parts.exists() and any(parts.iterdir()):
             raise SetupError(f"--out {parts} is not empty. Choose another, or remove it first.")
         storage.make_directory(parts)
-        write_json(path, plan)
+        storage.write_json(path, plan)
 
 
 def _embedded(

@@ -18,12 +18,16 @@ from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config
 from supmim_jax.models import kmeans
 from supmim_jax.models.segmentation import Segmenter
-from supmim_jax.models.variables import Frozen, freeze
 from supmim_jax.models.vit import Backbone, Classifier, pixels
 
 
 def abstract_images(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A global batch of the run's images, uint8 BxHxWxC."""
+    """A global batch of the run's images, uint8 BxHxWxC.
+
+    Raises:
+      ConfigError: the mesh does not divide it.
+    """
+    sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
     shape = (batch_size, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
     return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, sharding.BATCH))
 
@@ -47,7 +51,6 @@ class EncoderProgram:
 
 def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:
     """The inference program of the encoder that `cfg` trains."""
-    sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
 
     def split():
         with nnx.use_eager_sharding(False):
@@ -129,14 +132,11 @@ class BoundTokenizer:
 
 def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgram:
     """The tokenizer whose tokens are the target of `cfg`, or which `cfg` trains."""
-    sharding.check_batch(batch_size, mesh, "the batch of images to tokenise")
     section, patch = cfg.objective.tokenizer_for(cfg.model.patch)
 
     def split():
         with nnx.use_eager_sharding(False):
-            made = kmeans.make(section, patch, cfg.data, nnx.Rngs(0))
-            freeze(made)
-            graph, arrays = nnx.split(made, Frozen)
+            graph, arrays = nnx.split(kmeans.make(section, patch, cfg.data, nnx.Rngs(0)))
         return graph, nnx.to_pure_dict(arrays)
 
     graph, arrays = jax.eval_shape(split)
@@ -144,8 +144,8 @@ def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgra
         encode=jax.jit(lambda arrays, images: nnx.merge(graph, arrays).encode(pixels(images))),
         decode=jax.jit(lambda arrays, ids: nnx.merge(graph, arrays).decode(ids)),
         num_codes=section.codes,
-        arrays=sharding.replicated(arrays, mesh),
         images=abstract_images(cfg, batch_size, mesh),
+        arrays=sharding.replicated(arrays, mesh),
     )
 
 

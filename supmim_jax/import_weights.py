@@ -25,7 +25,6 @@ from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import augreg, files, layout, timm, transformers
 from supmim_jax.formats.layout import Foreign, from_foreign
-from supmim_jax.metrics import write_json
 from supmim_jax.workdir import CLASS_NAMES
 
 READERS = {"timm": timm.read, "transformers": transformers.read}
@@ -122,8 +121,8 @@ def save(workdir: epath.Path, cfg: Config, params: dict, class_names: Sequence[s
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, optim.make(cfg).init(params))
         checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
         if class_names:
-            write_json(workdir / CLASS_NAMES, list(class_names))
-        write_json(workdir / "config.json", to_configdict(cfg).to_dict())
+            storage.write_json(workdir / CLASS_NAMES, list(class_names))
+        storage.write_json(workdir / "config.json", to_configdict(cfg).to_dict())
         checkpoints.save(state, cfg, checkpoint.BEGIN)
         checkpoints.close()
     except OSError as error:

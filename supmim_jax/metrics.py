@@ -16,8 +16,6 @@ from supmim_jax.batch import Metrics
 from supmim_jax.config import Config
 
 IMPORTED = time.perf_counter()
-
-
 ROLLED_BACK = "rolled_back_from"
 BUCKET_EVERY = 5.0  # seconds between uploads of metrics.jsonl
 
@@ -96,11 +94,6 @@ def write_image(workdir: epath.Path, step: int, name: str, png: bytes) -> None:
     writer = metric_writers.SummaryWriter(str(workdir))
     writer.write_images(step, {name: image.imread(io.BytesIO(png))[None, ..., :3]})
     writer.close()
-
-
-def write_json(path: epath.Path, values: dict | list) -> None:
-    """Writes the file so that a reader sees all of it or none."""
-    storage.write(path, json.dumps(values, indent=1) + "\n")
 
 
 def _values(line: str) -> dict:

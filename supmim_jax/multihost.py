@@ -14,7 +14,7 @@ that the main thread is in returns.
 """
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 from jax._src import distributed as coordination
@@ -49,8 +50,7 @@ hosts: dict[int, str] = {}  # by process, once all have joined
 # --- finding each other
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Which process of how many this is, and where the first one listens; unset: JAX finds out."""
 
     coordinator: str = ""  # host:port
@@ -114,10 +114,9 @@ def join(where: Place, timeout: int) -> None:
         ) from None
     finally:
         joined.set()
-    state = coordination.global_state
-    state.client.key_value_set(f"{ROOT}/host/{state.process_id}", socket.gethostname())
-    for i in range(state.num_processes):
-        hosts[i] = _heard(f"{ROOT}/host/{i}", i)
+    state, key = coordination.global_state, f"{ROOT}/host"
+    state.client.key_value_set(f"{key}/{state.process_id}", socket.gethostname())
+    hosts.update({i: _heard(f"{key}/{i}", i) for i in range(state.num_processes)})
     if state.process_id == 0:  # an abort by JAX names a process by its number alone
         names = ", ".join(f"{i} on {host}" for i, host in hosts.items())
         print(f"{state.num_processes} processes: {names}.", file=sys.stderr, flush=True)
@@ -174,17 +173,15 @@ def agree(topic: str, here: dict[str, dict]) -> None:
     """
     if not active():
         return
-    me, key, store = _me(), f"{ROOT}/agree/{topic}", _store()
-    here = json.loads(json.dumps(here))
-    if me == 0:
-        store.key_value_set(f"{key}/wanted", json.dumps(here))
-    wanted = json.loads(_heard(f"{key}/wanted", 0))
-    changed = [x for name in here for x in differences(wanted[name], here[name], name)]
-    store.key_value_set(f"{key}/{me}", first_few(changed))
-    if me == 0:
-        said = {i: _heard(f"{key}/{i}", i) for i in hosts}
-        odd = [f"{_name(i)}: {text}" for i, text in said.items() if text]
-        store.key_value_set(f"{key}/verdict", first_few(odd, "\n  "))
+    key = f"{ROOT}/agree/{topic}"
+    _store().key_value_set(f"{key}/{_me()}", json.dumps(here))
+    if _me() == 0:
+        said = [json.loads(_heard(f"{key}/{i}", i)) for i in hosts]
+        odd = []
+        for i, there in enumerate(said):
+            changed = [x for name in here for x in differences(said[0][name], there[name], name)]
+            odd += [f"{_name(i)}: {first_few(changed)}"] if changed else []
+        _store().key_value_set(f"{key}/verdict", first_few(odd, "\n  "))
     if verdict := _heard(f"{key}/verdict", 0):
         raise SetupError(
             f"The processes of this run have different {topic} ({_name(0)}; the one named):\n"
@@ -221,11 +218,7 @@ def _name(process: int) -> str:
 
 
 def _heard(key: str, process: int, patience: float = PATIENCE) -> str:
-    """The value of `key`, which `process` sets.
-
-    Raises:
-      SetupError: it does not.
-    """
+    """The value of `key`, which `process` sets; raises SetupError if it does not."""
     try:
         return _store().blocking_key_value_get(key, int(1000 * patience))
     except jax.errors.JaxRuntimeError:
@@ -250,11 +243,9 @@ def behind() -> str:
     """
     if not active():
         return ""
-    try:
-        said = dict(_store().key_value_dir_get(ALIVE))
-    except jax.errors.JaxRuntimeError:
-        return _name(0)  # whom nobody can ask
-    steps = {int(key.rpartition("/")[2]): int(text.split()[1]) for key, text in said.items()}
+    if (signs := _signs()) is None:
+        return _name(0)
+    steps = {i: int(sign.split()[1]) for i, sign in signs.items()}
     late = [f"{_name(i)} at step {n}" for i, n in sorted(steps.items()) if n < max(steps.values())]
     return first_few(late, ", ")
 
@@ -274,14 +265,18 @@ def leave(message: str, code: int) -> None:
     then that is named.
     """
     if active():
-        said = _watch.failure() if code == EXIT_TRY_AGAIN else None
-        if said is None:
-            if code == EXIT_TRY_AGAIN and (dead := _watch.silent()):
+        first = _read(FAILED) if code == EXIT_TRY_AGAIN else ""
+        if not first:
+            if code == EXIT_TRY_AGAIN and (dead := _silent()):
                 names = first_few([_name(i) for i in dead], " and ")
                 message = f"{names} died: killed, out of memory or preempted. {message}"
-            said = _watch.publish(message, code)
+            first = json.dumps([f"{_name(_me())}: {message}", code])
+            try:
+                _store().key_value_set(FAILED, first)
+            except jax.errors.JaxRuntimeError:  # another one was faster
+                first = _read(FAILED) or first
         if code == EXIT_TRY_AGAIN:
-            message, code = said["message"], said["code"]
+            message, code = json.loads(first)
     _exit(message, code)
 
 
@@ -290,52 +285,47 @@ class _Watch(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.step, self.ending, self.preempted = 0, threading.Event(), False
+        self.step, self.ending = 0, threading.Event()
 
     def run(self) -> None:
-        pulse = 0
-        while not self.ending.wait(PULSE):
-            pulse += 1
+        preempted = False
+        for pulse in itertools.count():
+            if self.ending.wait(PULSE):
+                return
             try:
                 sign = f"{pulse} {self.step}"
                 _store().key_value_set(f"{ALIVE}/{_me()}", sign, allow_overwrite=True)
             except jax.errors.JaxRuntimeError:
                 continue  # process 0 is gone: JAX's own client ends this one, and says so
-            said = self.failure()
+            said = _read(FAILED)
             if said and not self.ending.is_set():
-                _exit(said["message"], said["code"])
-            if not self.preempted and _read(PREEMPTED):
-                self.preempted = True
+                _exit(*json.loads(said))
+            if not preempted and _read(PREEMPTED):
+                preempted = True
                 threading.Thread(target=_end_when_saved, daemon=True).start()
-
-    def failure(self) -> dict | None:
-        """What the first process that failed has said; None: nothing yet, or nobody to ask."""
-        said = _read(FAILED)
-        return json.loads(said) if said else None
-
-    def publish(self, message: str, code: int) -> dict:
-        """Says that this process failed, unless another one was faster; returns what was said."""
-        said = {"message": f"{_name(_me())}: {message}", "code": code}
-        try:
-            _store().key_value_set(FAILED, json.dumps(said))
-        except jax.errors.JaxRuntimeError:
-            return self.failure() or said
-        return said
-
-    def silent(self) -> list[int]:
-        """Processes that give no sign of life; process 0 if nobody can be asked."""
-        try:
-            before = dict(_store().key_value_dir_get(ALIVE))
-            time.sleep(4 * PULSE)
-            after = dict(_store().key_value_dir_get(ALIVE))
-        except jax.errors.JaxRuntimeError:
-            return [0]
-        others = {i: f"{ALIVE}/{i}" for i in hosts if i != _me()}
-        return [i for i, key in others.items() if before.get(key) == after.get(key)]
 
 
 _watch = _Watch()
 _exiting = threading.Lock()  # of two threads that find a failure, one reports it
+
+
+def _signs() -> dict[int, str] | None:
+    """The newest sign of life of each process; None: process 0 is gone, so nobody can be asked."""
+    try:
+        signs = _store().key_value_dir_get(ALIVE)
+    except jax.errors.JaxRuntimeError:
+        return None
+    return {int(key.rpartition("/")[2]): sign for key, sign in signs}
+
+
+def _silent() -> list[int]:
+    """The processes that give no sign of life."""
+    before = _signs()
+    time.sleep(4 * PULSE)
+    after = _signs()
+    if before is None or after is None:
+        return [0]
+    return [i for i in hosts if i != _me() and before.get(i) == after.get(i)]
 
 
 def _read(key: str) -> str:
@@ -350,7 +340,7 @@ def _exit(message: str, code: int) -> None:
     _exiting.acquire()
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
     _kill_children()
-    if active() and _me() == 0:
+    if _watch.is_alive() and _me() == 0:
         time.sleep(3 * PULSE)  # the others read from this process why it fails
     sys.stdout.flush()
     os._exit(code)
@@ -412,6 +402,11 @@ def told_to_stop(step: int) -> bool:
     return _told.is_set()
 
 
+def finish_first(finish: Callable[[], None] | None) -> None:
+    """From now on a process that a signal ends calls `finish` first: what was begun is ended."""
+    _unsaved.finish = finish
+
+
 def hold() -> None:
     """A step was done that no checkpoint holds: a signal waits until `release`. May be repeated.
 
@@ -430,15 +425,11 @@ def release() -> None:
 
 
 @contextlib.contextmanager
-def released(finish: Callable[[], None]) -> Iterator[None]:
-    """Inside, all steps are saved once `finish` has returned; a signal calls it, then ends."""
-    _unsaved.finish = finish
+def released() -> Iterator[None]:
+    """Inside, all steps are saved, or will be once what `finish_first` was given has returned."""
     release()
-    try:
-        yield
-        hold()  # not after an error: nothing is done then that would have to be saved
-    finally:
-        _unsaved.finish = None
+    yield
+    hold()  # not after an error: nothing is done then that would have to be saved
 
 
 def _end_when_saved() -> None:

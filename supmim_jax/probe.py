@@ -27,7 +27,6 @@ from supmim_jax.config.configdict import from_configdict, section, to_configdict
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.evals.features import Results
-from supmim_jax.metrics import write_json
 
 TITLES = {"top1": "top-1 %", "knn": "kNN %", "miou": "mIoU %"}  # others keep their names
 SWEEP = "knn/k="  # metrics that would make the table too wide; the file has them
@@ -161,7 +160,7 @@ def save(report: Report, name: str) -> epath.Path:
     """
     path = report.checkpoint.workdir / "evals" / f"{name}-{report.checkpoint.step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, report.document())
+    storage.write_json(path, report.document())
     return path
 
 

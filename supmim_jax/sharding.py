@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from supmim_jax.config import MeshConfig
+from supmim_jax.config import Config, MeshConfig
 from supmim_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -95,6 +95,17 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     shape = (data // len(groups), cfg.fsdp, cfg.tensor)
     return Mesh(np.concatenate([_arranged(shape, x) for x in groups]), AXES, axis_types=types)
+
+
+def run_mesh(cfg: Config, devices: list | None = None) -> Mesh:
+    """The mesh of a run of `cfg`, on whose devices each step's batch falls evenly.
+
+    Raises:
+      ConfigError: as `make_mesh`, or it does not, also in config.optim.accumulate micro-batches.
+    """
+    mesh = make_mesh(cfg.mesh, devices)
+    check_batch(cfg.batch_size, mesh, "config.batch_size", cfg.optim.accumulate)
+    return mesh
 
 
 def by_slice(devices: list, slices: int) -> list[list]:

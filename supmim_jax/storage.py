@@ -193,6 +193,11 @@ def write(path: epath.Path, data: str | bytes) -> None:
     part.replace(path)
 
 
+def write_json(path: epath.Path, values: dict | list) -> None:
+    """As `write`, of what `read_json` gives again."""
+    write(path, json.dumps(values, indent=1) + "\n")
+
+
 @contextlib.contextmanager
 def written(path: epath.Path) -> Iterator[epath.Path]:
     """A local file to write in, which is at `path` when the context ends without an error.

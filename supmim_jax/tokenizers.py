@@ -20,7 +20,6 @@ from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, section
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-from supmim_jax.metrics import write_json
 from supmim_jax.models import kmeans, maskgit
 from supmim_jax.train_step import TrainStep
 
@@ -73,7 +72,7 @@ class Frozen:
         if "target" in self.arrays:
             save_fitted(cfg, self.arrays["target"]["tokenizer"], workdir)
         if self.identity:
-            write_json(workdir / IDENTITY, {"sha256": self.identity})
+            storage.write_json(workdir / IDENTITY, {"sha256": self.identity})
 
     def _check_kept(self, workdir: epath.Path) -> None:
         """Raises SetupError if the run in the workdir began with another tokenizer."""

@@ -30,7 +30,7 @@ from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data.loader import Dataset, Training
 from supmim_jax.evals import ERRORS
 from supmim_jax.init_from import InitialState
-from supmim_jax.metrics import ROLLED_BACK, Clock, MetricsWriter, ProgressLine, write_json
+from supmim_jax.metrics import ROLLED_BACK, Clock, MetricsWriter, ProgressLine
 from supmim_jax.nan_guard import Diverged, NanGuard
 from supmim_jax.tokenizers import Frozen
 from supmim_jax.train_step import TrainStep
@@ -65,7 +65,7 @@ def train(
       SetupError: the config, the data, the devices or the workdir don't fit together.
       Diverged: a loss term or gradient is not finite.
     """
-    line, mesh = ProgressLine(cfg), sharding.make_mesh(cfg.mesh, devices)
+    line, mesh = ProgressLine(cfg), sharding.run_mesh(cfg, devices)
     step_fn = TrainStep.build(cfg, mesh)
     model = encoder.build_evaluation(cfg, cfg.eval.batch_size, mesh)
     dataset = Dataset.open(cfg)
@@ -79,9 +79,8 @@ def train(
     multihost.agree("frozen arrays", {"sha256": frozen.digests})
     names = dataset.class_names() if cfg.objective.leaves == "classifier" else ()
     with workdir.claimed(frozen, names):
-        checkpoints = Checkpoints.open(workdir.path, cfg)
+        checkpoints = Checkpoints.open(workdir.path, cfg, step_fn.state)
         newest = checkpoints.newest(use_older_checkpoint)
-        checkpoints.check_disk_space(checkpoint.plain(step_fn.state))
         workdir.record_environment(newest.step if newest else 0, mesh)
         fixed = sharding.put(frozen.arrays, step_fn.frozen)
         run = Run(workdir, dataset, step_fn, model, checkpoints, line)
@@ -108,8 +107,8 @@ def train(
                 **measured.metrics,
                 **({ERRORS: measured.errors} if measured.errors else {}),
             }
-            if jax.process_index() == 0:
-                write_json(workdir.path / "results.json", results)  # last: the run is complete
+            if jax.process_index() == 0:  # last: with this file the run is complete
+                storage.write_json(workdir.path / "results.json", results)
         checkpoints.close()
     return results
 
@@ -236,7 +235,7 @@ class Run:
     def between_steps(self, step: int, state: TrainState, batches: Training) -> None:
         """What is due after a step that is saved; a run that is told to stop ends in it."""
         with self.clock.stopped(), self.watchdog.paused():
-            with multihost.released(self.checkpoints.wait):
+            with multihost.released():
                 self.evaluate_if_due(step, state)
                 self.find_boxes_if_due(step, state)
             if self.cfg.finds_boxes_after(step):

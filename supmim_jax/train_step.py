@@ -45,12 +45,11 @@ class TrainStep:
 
     @classmethod
     def build(cls, cfg: Config, mesh: Mesh) -> "TrainStep":
-        """The step of `cfg` on `mesh`.
+        """The step of `cfg` on its `run_mesh`.
 
         Raises:
-          ConfigError: the mesh does not divide the batch or a parameter, or accumulate the batch.
+          ConfigError: the mesh does not divide a parameter.
         """
-        sharding.check_batch(cfg.batch_size, mesh, "config.batch_size", cfg.optim.accumulate)
         transform = optim.make(cfg)
         learning_rate = optim.schedule(cfg)
 

@@ -17,7 +17,6 @@ from supmim_jax import environment, multihost, storage
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, from_configdict, to_configdict
 from supmim_jax.errors import SetupError
-from supmim_jax.metrics import write_json
 from supmim_jax.tokenizers import Frozen
 
 # Where a run goes on, how it reads, logs and saves may change between its parts.
@@ -100,8 +99,8 @@ class Workdir:
                     if not config.exists():
                         frozen.save(self.cfg, self.path)
                         if class_names:
-                            write_json(self.path / CLASS_NAMES, class_names)
-                        write_json(config, to_configdict(self.cfg).to_dict())
+                            storage.write_json(self.path / CLASS_NAMES, class_names)
+                        storage.write_json(config, to_configdict(self.cfg).to_dict())
                 except OSError as error:
                     raise SetupError(
                         f"--workdir {self.path} cannot be written: {error}. Choose a directory "
@@ -128,7 +127,7 @@ class Workdir:
                 )
             now = environment.collect(list(mesh.devices.flat))
             self._check_flags(parts, step, now)
-            write_json(path, environment.continued(parts, step, now))
+            storage.write_json(path, environment.continued(parts, step, now))
 
     def _lock(self, file, how: int) -> None:
         """Raises SetupError if another run has locked the file."""

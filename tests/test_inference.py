@@ -23,7 +23,7 @@ from supmim_jax.data import loader
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import features
 from supmim_jax.inference import BrokenImage
-from supmim_jax.metrics import write_json
+from supmim_jax.storage import write_json
 from supmim_jax.workdir import CLASS_NAMES
 
 

@@ -128,7 +128,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
 
 def test_what_does_not_fit_the_mesh_is_named(cfg):
     with pytest.raises(ConfigError, match=r"config\.batch_size is 12, which the 8 batch shards"):
-        train_step.build(dataclasses.replace(cfg, batch_size=12), sharding.make_mesh(MESHES[0]))
+        sharding.run_mesh(dataclasses.replace(cfg, batch_size=12, mesh=MESHES[0]))
     with pytest.raises(ConfigError, match=r"data=3, fsdp=1, tensor=1, but there are 8 devices"):
         sharding.make_mesh(MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"config\.mesh\.fsdp is 8.*does not divide the 30 of"):

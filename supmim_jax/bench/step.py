@@ -349,7 +349,7 @@ def measure(cfg: Config, plan: Plan) -> dict:
     if plan.rival and cfg.has_tokens and not cfg.tokens.cache:
         # Both sides are given random ids, as from a cache: none is read.
         cfg = dataclasses.replace(cfg, tokens=dataclasses.replace(cfg.tokens, cache="random"))
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.run_mesh(cfg)
     device = mesh.devices.flat[0]
     sizes = None
     if plan.rival:

@@ -64,13 +64,16 @@ class Checkpoints:
             self.manager = self._open_manager()
 
     @classmethod
-    def open(cls, workdir: str | os.PathLike, cfg: Config) -> "Checkpoints":
-        """Those of a run of `cfg`, which are due by its schedule.
+    def open(cls, workdir: str | os.PathLike, cfg: Config, state: TrainState) -> "Checkpoints":
+        """Those of a run of `cfg`, due by its schedule, each of a (perhaps abstract) `state`.
 
         Raises:
-          SetupError: the directory cannot be made.
+          SetupError: the directory cannot be made, or the disk has no room for another one.
         """
-        return cls(workdir, cfg.checkpoint, cfg.saves_after)
+        checkpoints = cls(workdir, cfg.checkpoint, cfg.saves_after)
+        checkpoints.check_disk_space(plain(state))
+        multihost.finish_first(checkpoints.wait)
+        return checkpoints
 
     def _open_manager(self) -> ocp.CheckpointManager:
         # Not by orbax, which does it in the background: two of its managers, one after the other,
@@ -236,6 +239,7 @@ class Checkpoints:
     def close(self) -> None:
         """As `wait`; nothing can be saved after it."""
         self.wait()
+        multihost.finish_first(None)
         self.manager.close()
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:

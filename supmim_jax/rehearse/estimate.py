@@ -64,7 +64,7 @@ def rehearse(cfg: Config, part: Slice) -> dict:
             f"config.mesh.slices is {cfg.mesh.slices}: a rehearsal is of one slice. Set it to 1 "
             f"and config.batch_size to a slice's part; between slices go its gradients, too."
         )
-    mesh = sharding.make_mesh(cfg.mesh, aot.devices(part))
+    mesh = sharding.run_mesh(cfg, aot.devices(part))
     result = {
         "topology": part.name,
         "chips": part.chips,

@@ -263,7 +263,7 @@ def command() -> Callable[[], None]:
     def run() -> None:
         cfg = from_configdict(config.value)
         check(cfg)
-        result = measure(cfg, sharding.make_mesh(cfg.mesh))
+        result = measure(cfg, sharding.run_mesh(cfg))
         print(report(result))
         print(json.dumps(result))
 

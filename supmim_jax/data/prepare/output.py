@@ -28,7 +28,6 @@ from tqdm import tqdm
 from supmim_jax import storage
 from supmim_jax.data import source
 from supmim_jax.errors import SetupError
-from supmim_jax.metrics import write_json
 
 # A random read costs time for each group of its file, and a group is decoded as a whole: images,
 # of which one may be large, get groups of one, and few records per file (801 us a read at 131k
@@ -224,7 +223,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
             for path in storage.children(part):
                 if path.name != LOCK:
                     path.unlink()
-            write_json(part / MANIFEST, made_of)
+            storage.write_json(part / MANIFEST, made_of)
         yield
         for path in part.iterdir():
             if path.name == LOCK or path.name.endswith(".part"):
