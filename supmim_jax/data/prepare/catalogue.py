@@ -17,7 +17,7 @@ from etils import epath
 from tensorflow_datasets.core.utils import shard_utils
 
 from supmim_jax import storage
-from supmim_jax.data import fractals, source
+from supmim_jax.data import emoji_designs, fractals, source
 from supmim_jax.data.prepare import output
 from supmim_jax.errors import SetupError
 
@@ -56,6 +56,7 @@ VALIDATION = Archive(
     member=r"ILSVRC2012_val_\d{8}\.JPEG",
 )
 ARCHIVES = (TRAIN, VALIDATION)
+OURS = (emoji_designs.EmojiDesigns,)  # builders that tfds knows by name once they are imported
 
 
 class ShardSizes(shard_utils.ShardConfig):
