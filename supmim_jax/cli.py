@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -176,8 +177,24 @@ def load(given: str) -> ConfigDict:
     """The ConfigDict of `path` or `path:argument`: see the module.
 
     Raises:
-      SetupError: the file is missing, cannot be run, or returns something else; the message names
-        it and the line.
+      SetupError: as `read`, or the file gives something else.
+    """
+    config = read(given, _config)
+    if not isinstance(config, ConfigDict):
+        raise SetupError(
+            f"{given}: get_config() returns {type(config).__name__}; it must return the ConfigDict "
+            f"that supmim_jax.config.configdict.to_configdict makes of a Config or ProbeConfig. Or "
+            f"the file may have a function experiment() that returns one of these."
+        )
+    return config
+
+
+def read(given: str, use: Callable[[ModuleType, str | None], Any]) -> Any:
+    """What `use` makes of the module at `path` or `path:argument`, and of the argument.
+
+    Raises:
+      SetupError: the file is missing or cannot be run, or `use` fails; the message names it and
+        the line.
     """
     name, colon, argument = given.partition(":")
     try:
@@ -194,21 +211,17 @@ def load(given: str) -> ConfigDict:
         spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if hasattr(module, "get_config"):
-            config = module.get_config(*[argument] * bool(colon))
-        else:
-            config = _finished(module.experiment(), argument)
+        return use(module, argument if colon else None)
     except BaseException as error:  # the file may raise anything, SystemExit too
         said = " ".join(str(error).split())[:LONGEST]
         kind = "" if isinstance(error, SetupError) else f"{type(error).__name__}: "
         raise SetupError(f"{_place(error, path)}: {kind}{said}") from None
-    if not isinstance(config, ConfigDict):
-        raise SetupError(
-            f"{path}: get_config() returns {type(config).__name__}; it must return the ConfigDict "
-            f"that supmim_jax.config.configdict.to_configdict makes of a Config or ProbeConfig. Or "
-            f"the file may have a function experiment() that returns one of these."
-        )
-    return config
+
+
+def _config(module: ModuleType, argument: str | None) -> ConfigDict:
+    if hasattr(module, "get_config"):
+        return module.get_config(*[x for x in (argument,) if x is not None])
+    return _finished(module.experiment(), argument or "")
 
 
 def _finished(config: Config | ProbeConfig, argument: str) -> ConfigDict:

@@ -1,0 +1,301 @@
+"""Paired runs over seeds: python -m supmim_jax.study --study configs/studies/x.py --out runs/x.
+
+A study file's `study()` returns a Study: runs that differ in what is asked, each with every seed.
+Runs of one seed see the same images in the same order, and their encoders begin alike. A cell is
+one of them with one seed, trained and probed by a process of its own in <out>/<name>-<seed>. The
+same command goes on where it was ended; --only trains some cells. What is there is tabulated.
+
+<out> is given results.jsonl (a line for each cell), table.md and figure.svg.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from scipy import stats
+
+from supmim_jax import cli, environment, multihost, probe, storage
+from supmim_jax.checkpoint import Checkpoint
+from supmim_jax.config import Config, ProbeConfig
+from supmim_jax.config.configdict import section
+from supmim_jax.errors import SetupError, first_few
+from supmim_jax.rehearse import flops
+from supmim_jax.train import train
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and by what."""
+
+    question: str
+    runs: dict[str, Config]  # by name; their seed is set by the study
+    baseline: str  # the run that the others are compared with
+    seeds: tuple[int, ...]
+    probe: ProbeConfig  # what each trained encoder is measured by
+    metrics: dict[str, str]  # those of the table, with their titles
+
+    def __post_init__(self):
+        if self.baseline not in self.runs:
+            raise SetupError(f"baseline is {self.baseline!r}; runs are {', '.join(self.runs)}.")
+
+
+class Cell(NamedTuple):
+    run: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.run}-{self.seed}"
+
+
+def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
+    """Trains and probes one cell; what was measured is a file of its workdir, written last."""
+    cfg = dataclasses.replace(study.runs[cell.run], seed=cell.seed)
+    if not train(cfg, directory):
+        cli.fail(*multihost.stopped())
+    report = probe.probe(Checkpoint.open(str(directory)), study.probe)
+    settings = json.dumps(section(cfg), sort_keys=True)
+    storage.write_json(
+        directory / "study.json",
+        {
+            **cell._asdict(),
+            "metrics": report.results.metrics,
+            "errors": report.results.errors,
+            "split": report.data.eval_split,
+            "steps": report.checkpoint.step,
+            "seconds": report.checkpoint.run["seconds"],
+            "compute": compute(cfg),
+            "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+            "environment": environment.collect(jax.devices()),
+        },
+    )
+
+
+def compute(cfg: Config) -> float:
+    """FLOPs of the whole run, by arithmetic; NaN where there is none for the objective."""
+    if not flops.is_counted(cfg):
+        return math.nan
+    of_image = sum(work.model for work in flops.train(cfg).values())
+    return float(of_image) * cfg.batch_size * cfg.total_steps
+
+
+def measured(study: Study, out: epath.Path) -> list[dict]:
+    """What is known of each cell so far, in the order of runs and seeds."""
+    paths = (
+        out / str(Cell(run, seed)) / "study.json" for run in study.runs for seed in study.seeds
+    )
+    return [storage.read_json(x, "Remove it to measure again.") for x in paths if x.exists()]
+
+
+class Compared(NamedTuple):
+    """A metric of one run over its seeds, and its difference to the baseline's."""
+
+    mean: float
+    deviation: float  # between seeds; NaN of one
+    difference: float  # mean over the seeds that both have; NaN where there is none
+    margin: float  # half the confidence interval of that, by Student's t; NaN below two
+
+
+def compared(rows: list[dict], baseline: str, run: str, metric: str) -> Compared:
+    """`run` beside the baseline, seed by seed."""
+    values = {
+        name: {row["seed"]: row["metrics"][metric] for row in rows if row["run"] == name}
+        for name in (baseline, run)
+    }
+    own = np.array(list(values[run].values()))
+    common = sorted(values[run].keys() & values[baseline].keys())
+    paired = np.array([values[run][seed] - values[baseline][seed] for seed in common])
+    margin = math.nan
+    if len(paired) > 1:
+        quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1)
+        margin = float(quantile * paired.std(ddof=1) / math.sqrt(len(paired)))
+    deviation = float(own.std(ddof=1)) if len(own) > 1 else math.nan
+    return Compared(
+        float(own.mean()), deviation, float(paired.mean()) if len(paired) else math.nan, margin
+    )
+
+
+def table(study: Study, rows: list[dict]) -> str:
+    """A Markdown table: means over seeds, and paired differences with their intervals."""
+    lines = [{"run": "run", "seeds": "seeds", "compute": "compute", **study.metrics}]
+    base = compute(study.runs[study.baseline])
+    for run, cfg in study.runs.items():
+        own = [row for row in rows if row["run"] == run]
+        if not own:
+            continue
+        line = {"run": run, "seeds": str(len(own)), "compute": f"{compute(cfg) / base:.2f}"}
+        for metric in study.metrics:
+            found = compared(rows, study.baseline, run, metric)
+            line[metric] = f"{found.mean:.2f}"
+            if run != study.baseline and not math.isnan(found.difference):
+                interval = "" if math.isnan(found.margin) else f" ± {found.margin:.2f}"
+                line[metric] += f" ({found.difference:+.2f}{interval})"
+        lines.append(line)
+    text = [f"| {' | '.join(line.values())} |" for line in lines]
+    return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
+
+
+def figure(study: Study, rows: list[dict]) -> bytes:
+    """Differences to the baseline as SVG: a panel for each metric, a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    others = [run for run in study.runs if run != study.baseline][::-1]
+    drawing = Figure(figsize=(2.6 * len(study.metrics) + 1.5, 0.5 * len(others) + 1.2))
+    axes = drawing.subplots(1, len(study.metrics), sharey=True, squeeze=False)[0]
+    base = {row["seed"]: row["metrics"] for row in rows if row["run"] == study.baseline}
+    for axis, (metric, title) in zip(axes, study.metrics.items()):
+        axis.axvline(0, color="grey", linewidth=0.8)
+        for place, run in enumerate(others):
+            own = {row["seed"]: row["metrics"] for row in rows if row["run"] == run}
+            paired = [own[seed][metric] - base[seed][metric] for seed in own.keys() & base.keys()]
+            if not paired:
+                continue
+            found = compared(rows, study.baseline, run, metric)
+            axis.plot(paired, [place] * len(paired), ".", color="silver")
+            margin = 0.0 if math.isnan(found.margin) else found.margin
+            axis.errorbar(found.difference, place, xerr=margin, fmt="o", capsize=3, color="C0")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(f"difference to {study.baseline}", fontsize=8)
+        axis.set_yticks(range(len(others)), others, fontsize=8)
+    drawing.tight_layout()
+    file = io.BytesIO()
+    drawing.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def write(study: Study, out: epath.Path) -> list[dict]:
+    """The three files, of what is there so far, which is returned."""
+    rows = measured(study, out)
+    storage.write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if rows:
+        storage.write(out / "table.md", f"{study.question}\n\n{table(study, rows)}\n")
+        storage.write(out / "figure.svg", figure(study, rows))
+    return rows
+
+
+@dataclass
+class Pool:
+    """Cells under way, each in a process with its share of the cores, or a GPU of its own."""
+
+    command: list[str]
+    out: epath.Path
+    slots: list[str]  # a GPU's number each; "" for none
+    running: dict[int, tuple[Cell, subprocess.Popen]] = dataclasses.field(default_factory=dict)
+
+    def start(self, cell: Cell) -> None:
+        """Starts a cell in a slot that is free; its output goes to a file beside its workdir."""
+        slot = min(set(range(len(self.slots))) - self.running.keys())
+        env = dict(os.environ)
+        if self.slots[slot]:
+            env["CUDA_VISIBLE_DEVICES"] = self.slots[slot]
+        with (self.out / f"{cell}.log").open("a") as log, self._cores(slot):
+            command = [*self.command, f"--cell={cell}"]
+            process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        self.running[slot] = cell, process
+
+    @contextlib.contextmanager
+    def _cores(self, slot: int) -> Iterator[None]:
+        """What starts inside keeps to this slot's share of the cores."""
+        if not hasattr(os, "sched_setaffinity"):  # macOS
+            yield
+            return
+        cores = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, set(sorted(cores)[slot :: len(self.slots)]) or cores)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
+
+    def ended(self) -> Iterator[tuple[Cell, int]]:
+        """The cells that have ended since, with their exit codes."""
+        for slot, (cell, process) in list(self.running.items()):
+            if process.poll() is not None:
+                del self.running[slot]
+                yield cell, process.returncode
+
+    def stop(self) -> None:
+        """Tells all to save what they have done, and waits for that."""
+        for _, process in self.running.values():
+            process.terminate()
+        for _, process in self.running.values():
+            process.wait()
+
+
+def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
+    """Trains the cells that are not done; exit codes of those that failed."""
+    waiting = [cell for cell in cells if not (pool.out / str(cell) / "study.json").exists()]
+    failed: dict[Cell, int] = {}
+    while waiting or pool.running:
+        while waiting and len(pool.running) < len(pool.slots):
+            pool.start(waiting.pop(0))
+        for cell, code in pool.ended():
+            if code:
+                failed[cell] = code
+            rows = write(study, pool.out)
+            print(f"{cell}: {f'ended with {code}' if code else 'done'}, {len(rows)} cells are done")
+        time.sleep(0.5)
+    return failed
+
+
+def asked(study: Study, only: str) -> list[Cell]:
+    """The cells of --only, names or names-seeds; all of them if it is empty.
+
+    Raises:
+      SetupError: it names none.
+    """
+    cells = [Cell(run, seed) for seed in study.seeds for run in study.runs]
+    names = [name for name in only.split(",") if name]
+    if unknown := [x for x in names if x not in {*study.runs, *map(str, cells)}]:
+        raise SetupError(
+            f"{first_few(unknown)}: no run or cell of {STUDY.value}; runs are "
+            f"{', '.join(study.runs)}, with -<seed> of {', '.join(map(str, study.seeds))}."
+        )
+    return [cell for cell in cells if not names or {cell.run, str(cell)} & {*names}]
+
+
+def main() -> None:
+    study = cli.read(STUDY.value, lambda module, _: module.study())
+    out = epath.Path(OUT.value)
+    if CELL.value:
+        (cell,) = asked(study, CELL.value)
+        train_cell(study, cell, out / str(cell))
+        return
+    cells = asked(study, ONLY.value)
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "supmim_jax.study", f"--study={STUDY.value}", f"--out={out}"]
+    pool = Pool(command, out, GPUS.value or [""] * JOBS.value)
+    multihost.finish_first(pool.stop)
+    failed = run_cells(study, cells, pool)
+    if rows := write(study, out):
+        print(f"{study.question}\n\n{table(study, rows)}")
+    if failed:
+        logs = first_few(
+            [f"{cell} with {code} ({out / str(cell)}.log)" for cell, code in failed.items()]
+        )
+        code = multihost.EXIT_TRY_AGAIN if 1 in failed.values() else multihost.EXIT_SETUP
+        cli.fail(f"Some cells ended early: {logs}. The same command goes on with them.", code)
+
+
+if __name__ == "__main__":
+    STUDY = flags.DEFINE_string("study", None, "A file as in configs/studies/.", required=True)
+    OUT = storage.define("out", None, "Directory of the study, local.", required=True)
+    ONLY = flags.DEFINE_string("only", "", "Some cells: <run> or <run>-<seed>, with commas.")
+    JOBS = flags.DEFINE_integer("jobs", 1, "Cells at once, on shares of the cores.", lower_bound=1)
+    GPUS = flags.DEFINE_list("gpus", [], "Numbers of GPUs, for a cell at once on each.")
+    CELL = flags.DEFINE_string("cell", "", "Trains one cell in this process.")
+    cli.start(main)
