@@ -1,0 +1,131 @@
+"""Studies: cells of runs and seeds, in processes of their own, and what is made of them."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from etils import epath
+from scipy import stats
+
+from supmim_jax import sharding, storage, study, train_step
+from supmim_jax.config import EvalConfig, ProbeConfig
+from supmim_jax.data.loader import Dataset
+from supmim_jax.study import Cell, Study, compared
+
+FILE = """
+import dataclasses
+from configs import debug, debug_supervised
+from supmim_jax import config as c
+from supmim_jax.study import Study
+
+def study():
+    small = dict(epochs=0.5, model=dict(depth=1, width=8, heads=1))
+    small["data"] = dict(data_dir={data_dir!r})
+    runs = {{"without": debug_supervised.experiment(), "with": debug.experiment()}}
+    runs = {{name: c.changed(run, **small) for name, run in runs.items()}}
+    probe = c.ProbeConfig(eval=c.EvalConfig(which=("top1",)))
+    return Study("Which?", runs, "without", (0, 1), probe, {{"top1": "top-1"}})
+"""
+
+
+@pytest.fixture
+def small(cfg, supervised) -> Study:
+    runs = {"without": supervised, "with": cfg}
+    probe = ProbeConfig(eval=EvalConfig(which=("top1",)))
+    return Study("Which?", runs, "without", (0, 1, 2), probe, {"top1": "top-1"})
+
+
+def rows_of(values: dict[str, list[float]]) -> list[dict]:
+    return [
+        {"run": run, "seed": seed, "metrics": {"top1": value}}
+        for run, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+
+
+def test_differences_are_paired_and_their_interval_is_students():
+    rows = rows_of({"without": [10.0, 20.0, 30.0], "with": [12.0, 23.0, 31.0]})
+    found = compared(rows, "without", "with", "top1")
+    expected = stats.ttest_rel([12.0, 23.0, 31.0], [10.0, 20.0, 30.0]).confidence_interval(0.95)
+    assert found.mean == 22.0 and found.difference == pytest.approx(2.0)
+    assert found.difference - found.margin == pytest.approx(expected.low)
+    assert found.difference + found.margin == pytest.approx(expected.high)
+    one = compared(rows[:1] + rows[3:4], "without", "with", "top1")
+    assert one.difference == 2.0 and math.isnan(one.margin)
+    assert math.isnan(compared(rows[:1] + rows[4:5], "without", "with", "top1").difference)
+
+
+def test_what_is_there_is_written_while_the_rest_is_missing(small, tmp_path):
+    out = epath.Path(tmp_path)
+    for row in rows_of({"without": [50.0, 40.0], "with": [55.0]}):
+        (out / f"{row['run']}-{row['seed']}").mkdir()
+        storage.write_json(out / f"{row['run']}-{row['seed']}" / "study.json", row)
+    assert len(study.write(small, out)) == 3
+    lines = (out / "table.md").read_text().splitlines()
+    assert lines[0] == "Which?"
+    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in lines[4:]]
+    assert [(x[0], x[1], x[3]) for x in cells] == [
+        ("without", "2", "45.00"),
+        ("with", "1", "55.00 (+5.00)"),
+    ]
+    assert cells[0][2] == "1.00" and float(cells[1][2]) > 1.5
+    assert (out / "figure.svg").read_text().count("<svg") == 1
+    assert [json.loads(x)["run"] for x in (out / "results.jsonl").read_text().splitlines()] == [
+        "without",
+        "without",
+        "with",
+    ]
+
+
+def test_runs_of_a_seed_begin_alike_and_see_the_same_images(small, one_device):
+    params, ids, views = [], [], []
+    for run in small.runs.values():
+        cfg = dataclasses.replace(run, seed=3)
+        built = train_step.build(cfg, one_device)
+        params.append(built.init(jax.random.key(cfg.seed)).params["encoder"])
+        batch = next(Dataset.open(cfg).train(sharding.make_mesh(cfg.mesh, jax.devices()[:1])))
+        ids.append(np.asarray(batch.id))
+        views.append(np.asarray(batch.views[0]))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    np.testing.assert_array_equal(*ids)
+    np.testing.assert_array_equal(*views)
+
+
+def test_cells_are_run_by_name_and_seed(small, monkeypatch):
+    assert len(study.asked(small, "")) == 6
+    assert study.asked(small, "with") == [Cell("with", i) for i in range(3)]
+    assert study.asked(small, "with-1,without-2") == [Cell("with", 1), Cell("without", 2)]
+
+
+def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(FILE.format(data_dir=data_dir))
+
+    def command(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "supmim_jax.study", "--study=mine.py", "--out=out", *more],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": REPOSITORY, "XLA_FLAGS": ""},
+            capture_output=True,
+            text=True,
+        )
+
+    done = command("--only=without-0,with-1", "--jobs=2")
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(x["run"], x["seed"], x["steps"]) for x in rows] == [("without", 0, 2), ("with", 1, 2)]
+    assert all(x["environment"]["devices"] and len(x["config_sha256"]) == 64 for x in rows)
+    before = (tmp_path / "out" / "without-0" / "study.json").stat().st_mtime_ns
+    (tmp_path / "out" / "with-1" / "study.json").unlink()
+    assert command("--only=without-0,with-1").returncode == 0
+    assert (tmp_path / "out" / "without-0" / "study.json").stat().st_mtime_ns == before
+    again = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [x["metrics"] for x in again] == [x["metrics"] for x in rows]
+    wrong = command("--only=nobody")
+    assert wrong.returncode == 2 and "nobody" in wrong.stderr and "without, with" in wrong.stderr
