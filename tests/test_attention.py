@@ -6,7 +6,9 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from conftest import make_batch, make_frozen
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh
 
@@ -16,6 +18,7 @@ from supmim_jax.models import transformer
 from supmim_jax.models.transformer import device, implementation
 
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
+TPU = ("tpu", "TPU v5 lite")
 CASES = [
     (H100, "bfloat16", 64, "cudnn"),
     (H100, "bfloat16", 128, "cudnn"),
@@ -25,7 +28,6 @@ CASES = [
     (H100, "bfloat16", 44, "xla"),  # not a multiple of 8
     (("gpu", "Tesla T4"), "bfloat16", 64, "xla"),
     (("gpu", "AMD Instinct MI300X"), "bfloat16", 64, "xla"),
-    (("tpu", "TPU v5 lite"), "bfloat16", 64, "xla"),
     (("cpu", "cpu"), "bfloat16", 64, "xla"),
     (("", ""), "bfloat16", 64, "xla"),
 ]
@@ -35,6 +37,41 @@ CASES = [
 def test_cudnn_where_it_can(kind, dtype, head_dim, expected):
     assert implementation(jnp.dtype(dtype), 256, head_dim, kind) == expected
     assert implementation(jnp.dtype(dtype), 257, head_dim, kind) == "xla"
+
+
+def test_a_tpu_goes_by_groups_of_rows():
+    for dtype, tokens, head_dim in (("bfloat16", 257, 64), ("float32", 256, 44)):
+        assert implementation(jnp.dtype(dtype), tokens, head_dim, TPU) == "grouped"
+
+
+@pytest.mark.parametrize("objective", [{}, {"encoder_input": "visible", "mask_ratio": 0.75}])
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, remat):
+    """The loss and every gradient, on 4 shards of rows and 2 of heads, each in several groups."""
+    model = dataclasses.replace(cfg.model, remat=remat, pooling="cls", drop_path=0.0)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    objective = dataclasses.replace(cfg.objective, **objective)
+    cfg = dataclasses.replace(cfg, model=model, mesh=mesh, objective=objective, batch_size=24)
+
+    def stepped() -> tuple:
+        built = train_step.build(cfg, sharding.run_mesh(cfg))
+        state = built.init(jax.random.key(0))
+        frozen = sharding.put(make_frozen(cfg), built.frozen)
+        lowered = built.step.lower(state, make_batch(cfg), frozen)
+        _, metrics = (state := built.step(state, make_batch(cfg), frozen))
+        return lowered.as_text(), metrics, jax.device_get(state[0].opt_state)
+
+    text, expected, moments = stepped()
+    monkeypatch.setattr(transformer, "device", lambda: TPU)
+    monkeypatch.setattr(transformer, "GROUP_LOGITS", 3 * cfg.model.heads * 26**2)
+    grouped_text, found, grouped_moments = stepped()
+    assert grouped_text.count("stablehlo.while") > text.count("stablehlo.while")
+    for name in expected:
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        *(grouped_moments, moments),
+    )
 
 
 def test_the_device_is_the_meshs():

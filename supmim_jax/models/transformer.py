@@ -1,10 +1,13 @@
 """The pre-norm transformer that encoder and decoder share, its layers stacked and scanned.
 
-On a GPU, XLA's attention writes the logits of every head and pair of tokens to memory and reads
-them again; cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. Which of the
-two runs is chosen as the step is traced, by platform, dtype and shape.
+XLA's attention writes the logits of every head and pair of tokens to memory and reads them again.
+On a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On a TPU, XLA
+does so itself if they are few: there attention goes by groups of rows, and the gradient computes
+each group's logits anew. Which of the three runs is chosen as the step is traced, by platform,
+dtype and shape.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -12,20 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from supmim_jax.config import DecoderConfig, ViTConfig
-from supmim_jax.sharding import by_rows
+from supmim_jax.sharding import ROWS, by_rows
 
 # Of cuDNN (jax/_src/cudnn/fused_attention_stablehlo.py); Hopper would take heads of up to 256.
 MAX_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 FUSED_DTYPES = (jnp.bfloat16, jnp.float16)
 KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
+# Logits of a group on a TPU, 16 MiB in bfloat16: with their gradients they stay in a chip's VMEM, as
+# programs show that `rehearse` compiles.
+GROUP_LOGITS = 2**23
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
 def implementation(
     dtype, tokens: int, head_dim: int, kind: tuple[str, str]
-) -> Literal["cudnn", "xla"]:
+) -> Literal["cudnn", "grouped", "xla"]:
     """The form for `tokens` activations of `dtype` on a device of `kind`, as `device` gives it.
 
     JAX refuses the gradient of cuDNN's for an odd number of tokens, such as 256 and a CLS token.
@@ -33,6 +40,8 @@ def implementation(
     AMD's don't with "NVIDIA"; a GeForce of before 2020 must train in float32.
     """
     platform, name = kind
+    if platform == "tpu":
+        return "grouped"
     nvidia = platform == "gpu" and name.startswith("NVIDIA")
     fits = head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
     fits = fits and tokens % 2 == 0 and jnp.dtype(dtype) in FUSED_DTYPES
@@ -47,6 +56,61 @@ def device() -> tuple[str, str]:
     """
     found = jax.sharding.get_abstract_mesh().abstract_device
     return (found.platform, found.device_kind) if found else ("", "")
+
+
+def attention(qkv_BxNxE, segments: tuple[int, ...], heads: int, forms=None) -> jax.Array:
+    """Multi-head attention within each segment, BxNxD; E is 3 D, queries, keys and values.
+
+    `forms` has one for each segment, as `implementation` gives them; None is XLA's for all.
+    """
+    qkv = qkv_BxNxE.reshape(*qkv_BxNxE.shape[:2], 3, heads, -1)
+    parts = []
+    forms = forms or ["xla"] * len(segments)
+    for form, part in zip(forms, jnp.split(qkv, np.cumsum(segments)[:-1], axis=1)):
+        q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
+        parts.append(jax.nn.dot_product_attention(q, k, v, implementation=form))
+    return jnp.concatenate(parts, axis=1).reshape(*qkv.shape[:2], -1)
+
+
+def grouped_attention(qkv_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
+    """As `attention` to rounding, each device's rows by groups of few logits, one after another."""
+    rows = PartitionSpec(ROWS)
+    run = functools.partial(_by_groups, segments, heads)
+    mesh = jax.sharding.get_abstract_mesh()
+    options = {"mesh": mesh, "in_specs": rows, "out_specs": rows, "axis_names": set(ROWS)}
+    return jax.shard_map(run, **options)(qkv_BxNxE)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_groups(segments: tuple[int, ...], heads: int, qkv_BxNxE) -> jax.Array:
+    grouped = jax.lax.map(
+        lambda x: attention(x, segments, heads), _groups(qkv_BxNxE, segments, heads)
+    )
+    return grouped.reshape(*qkv_BxNxE.shape[:2], -1)
+
+
+def _groups(x_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
+    """Rows in groups of as many as GROUP_LOGITS allows: GxBxNxE."""
+    most = max(1, GROUP_LOGITS // (heads * max(segments) ** 2))
+    count = x_BxNxE.shape[0]
+    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    return x_BxNxE.reshape(count // size, size, *x_BxNxE.shape[1:])
+
+
+def _by_groups_forward(segments, heads, qkv):
+    return _by_groups(segments, heads, qkv), qkv
+
+
+def _by_groups_backward(segments, heads, qkv, gradient):
+    def of_group(x):
+        _, pull_back = jax.vjp(lambda y: attention(y, segments, heads), x[0])
+        return pull_back(x[1])[0]
+
+    both = tuple(_groups(x, segments, heads) for x in (qkv, gradient))
+    return (jax.lax.map(of_group, both).reshape(qkv.shape),)
+
+
+_by_groups.defvjp(_by_groups_forward, _by_groups_backward)
 
 
 def keeps_kernel(primitive, *_, **__) -> bool:
@@ -141,15 +205,13 @@ class Block(nnx.Module):
     def attend(self, x_BxNxD, segments: tuple[int, ...]):
         """Multi-head self-attention within each segment of the packed sequence."""
         qkv = checkpoint_name(self.qkv(x_BxNxD), "qkv")
-        qkv = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1)
-        kind = device()
-        forms = [implementation(qkv.dtype, n, qkv.shape[-1], kind) for n in segments]
-        parts = []
-        for form, part in zip(forms, jnp.split(qkv, np.cumsum(segments)[:-1], axis=1)):
-            q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
-            parts.append(jax.nn.dot_product_attention(q, k, v, implementation=form))
-        mixed = jnp.concatenate(parts, axis=1).reshape(x_BxNxD.shape)
-        if "xla" in forms:  # of cuDNN's form, keeps_kernel has kept the parts
+        head_dim, kind = qkv.shape[-1] // 3 // self.heads, device()
+        forms = [implementation(qkv.dtype, n, head_dim, kind) for n in segments]
+        if "grouped" in forms:
+            mixed = grouped_attention(qkv, segments, self.heads)
+        else:
+            mixed = attention(qkv, segments, self.heads, forms)
+        if set(forms) != {"cudnn"}:  # of cuDNN's form, keeps_kernel has kept the parts
             mixed = checkpoint_name(mixed, "attention")
         return self.project(self.out, mixed, self.scale1)
 
