@@ -63,7 +63,7 @@ def load(
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     if (path / files.WEIGHTS).exists():
         with storage.fetched(path) as local:
-            cfg, params, names = import_weights.load(files.library(local), local, Config())
+            cfg, params, names = import_weights.load("", local, Config())
             return Encoder(_with_white(cfg, max_value), params, names, mesh, str(path))
     checkpoint = Checkpoint.open(text)
     cfg = checkpoint.config

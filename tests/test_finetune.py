@@ -126,7 +126,7 @@ def test_fixed_positions_keep_their_relative_places(cfg):
         vit = ViT(c.model, c.data, rngs=nnx.Rngs(0))
         size = c.data.image_size
         tables.append(vit.embed(np.zeros((1, size, size, 1), np.float32))[0])
-        assert np.array_equal(tables[-1], layout.fixed(c.model, c.data))  # as exported
+        assert np.array_equal(tables[-1], layout.fixed_positions(c.model, c.data))  # as exported
     middle = tables[1].reshape(15, 15, 32)[1::3, 1::3].reshape(25, 32)
     np.testing.assert_allclose(middle, tables[0], atol=1e-5)
 
