@@ -118,6 +118,7 @@ def test_the_same_is_computed(supervised, tmp_path, capsys, root, scanned, optio
     pooled, logits = written(tmp_path / "x.npz", root, scanned, **options)
     cfg, params, _ = import_weights.load("augreg", tmp_path / "x.npz", supervised)
     assert (cfg.data.image_size, cfg.model.patch, cfg.model.depth) == (SIZE, PATCH, DEPTH)
+    assert (cfg.data.channels, cfg.data.eval_resize) == (3, 22)
     found = make_features(cfg, params, IMAGES)
     np.testing.assert_allclose(found.pooled, pooled, atol=1e-4)
     if options.get("pre_logits") or logits is None:
