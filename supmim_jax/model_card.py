@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config.configdict import to_configdict
@@ -35,47 +34,49 @@ def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[s
     cfg = checkpoint.config
     model, data, name = cfg.model, cfg.data, checkpoint.workdir.name
     classifier = cfg.objective.leaves == "classifier"
-    metrics = measured(checkpoint)
+    metrics, results = measured(checkpoint), []
+    for metric, value, where in metrics:
+        task, kind = TASKS.get(metric, (FEATURES, metric))
+        shown = {"type": kind, "name": METRICS.get(metric, metric), "value": round(value, 4)}
+        dataset = {"name": where, "type": where}
+        results.append({"task": {"type": task}, "dataset": dataset, "metrics": [shown]})
     front = {
         "license": "unknown",
         "library_name": LIBRARIES.get(to, to),
         "pipeline_tag": "image-classification" if classifier else FEATURES,
         "tags": ["supmim_jax", "vit", cfg.objective.name],
-        "model-index": [{"name": name, "results": [_result(*entry) for entry in metrics]}],
     }
-    if not metrics:  # the hub refuses an empty list of results
-        del front["model-index"]
+    if results:  # the hub refuses an empty list of results
+        front["model-index"] = [{"name": name, "results": results}]
     # JSON is YAML, and quotes what needs it. The licence is for the user to fill in.
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     yaml = yaml.replace('"unknown"', "unknown  # fill in, such as apache-2.0", 1)
     pooled = {"gap": "the mean over the patch tokens", "cls": "the CLS token"}[model.pooling]
     head = f" and a classifier of {data.num_classes} classes" if classifier else ""
     rows = [f"| {METRICS.get(x, x)} | {value:.2f} | {where} |" for x, value, where in metrics]
-    table = ["| metric | value | measured on |", "|---|---|---|", *rows]
+    table = "\n".join(["| metric | value | measured on |", "|---|---|---|", *rows])
     named = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    classes = f" Classes: {named}." if named else ""
     colours = {1: "grey", 3: "RGB"}[data.channels]
+    scaled = " inside the program" if to in LIBRARIES else ", as the files beside this one say"
     return f"""---
 {yaml}
 ---
 
 # {name}
 
-A vision transformer{head}: patches of {model.patch} px, width {model.width}, {
-        model.depth
-    } layers, \
-{model.heads} heads. The embedding of an image is {pooled}, {model.width} numbers. Exported by \
-`supmim_jax.export` from step {checkpoint.step} of `{name}`.
+A vision transformer{head}: patches of {model.patch} px, width {model.width}, {model.depth} \
+layers, {model.heads} heads. The embedding of an image is {pooled}, {model.width} numbers. \
+Exported by `supmim_jax.export` from step {checkpoint.step} of `{name}`.
 
 ## Data
 
 Trained on `{data.name}`, split `{data.train_split}`, {data.train_examples} images, with the \
-objective `{cfg.objective.name}`; epochs: {cfg.epochs:g}, batch size: {cfg.batch_size}.{
-        f" Classes: {named}." if named else ""
-    }
+objective `{cfg.objective.name}`; epochs: {cfg.epochs:g}, batch size: {cfg.batch_size}.{classes}
 
 ## Measured
 
-{chr(10).join(table) if rows else "Nothing was measured at this step."}
+{table if rows else "Nothing was measured at this step."}
 
 ## Use
 
@@ -87,9 +88,7 @@ In the directory of this file:
 
 Images are turned as EXIF says, transparent ones put over white, the shorter side resized to \
 {data.eval_resize} px ({data.resize}), and the centre of {data.image_size} x {data.image_size} px \
-cut out, {colours}, 0 to 255. Values are scaled to [-1, 1]{
-        " inside the program" if to in LIBRARIES else ", as the files beside this one say"
-    }.
+cut out, {colours}, 0 to 255. Values are scaled to [-1, 1]{scaled}.
 
 ## Config
 
@@ -117,9 +116,3 @@ def measured(checkpoint: Checkpoint) -> list[tuple[str, float, str]]:
             where = f"{evaluation.about} ({evaluation.source})"
             found += [(name, value, where) for name, value in evaluation.metrics.items()]
     return found
-
-
-def _result(name: str, value: float, where: str) -> dict[str, Any]:
-    task, kind = TASKS.get(name, (FEATURES, name))
-    metric = {"type": kind, "name": METRICS.get(name, name), "value": round(value, 4)}
-    return {"task": {"type": task}, "dataset": {"name": where, "type": where}, "metrics": [metric]}
