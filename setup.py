@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["supmim_jax", "supmim_jax.*"]),
     package_data={
-        "supmim_jax": ["py.typed"],
+        "supmim_jax": ["py.typed", "model_card.md"],
         "supmim_jax.report": ["template.html", "style.css"],
     },
     install_requires=[

@@ -12,13 +12,11 @@ share them.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +39,22 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 class Folder(Sequence):
-    """The image files below a folder."""
+    """The records of the image files below a folder; reading one may raise OSError."""
 
     def __init__(self, path: epath.Path):
         self.path, self.names = path, inference.image_files(path)
-        self.identity = {"images": str(path), "files": _digest(self.names)}
+        digest = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        self.identity = {"images": str(path), "files": digest}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> dict:
-        """The record of an image; raises OSError where it cannot be read."""
         return {"image": (self.path / self.names[index]).read_bytes()}
 
 
 class Split(Sequence):
-    """A split of a data set of tfds."""
+    """The records of a split of a data set of tfds; reading one may raise BrokenRecord."""
 
     def __init__(self, cfg: DataConfig, split: str):
         self.records = source.open_images(cfg, split)
@@ -67,16 +65,7 @@ class Split(Sequence):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        """As of a Folder; raises BrokenRecord where the record cannot be read."""
         return self.records[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    name: str
-    image: np.ndarray | None = None  # None: broken
-    label: int | None = None
-    fault: str = ""
 
 
 def embed(
@@ -115,39 +104,33 @@ def embed(
     if single and out.exists():
         raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
     parts = out.with_name(f"{out.name}.parts") if single else out
-    count = -(-len(images) // shard)
-    paths = [parts / f"embeddings-{i:05d}-of-{count:05d}.npz" for i in range(count)]
     plan = {"checkpoint": checkpoint, "dtype": dtype, "shard": shard, **images.identity}
     _begin(parts, plan)
-    mine = range(jax.process_index(), count, jax.process_count())
+
+    rows = [range(len(images))[at : at + shard] for at in range(0, len(images), shard)]
+    paths = [parts / f"embeddings-{i:05d}-of-{len(rows):05d}.npz" for i in range(len(rows))]
+    mine = range(jax.process_index(), len(rows), jax.process_count())
     missing = [i for i in mine if not paths[i].exists()]
-    embedded = 0
-    with _progress(sum(len(_rows(i, shard, len(images))) for i in missing)) as bar:
+    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
+    embedded, total = 0, sum(len(rows[i]) for i in missing)
+    with tqdm(total=total, unit="image", mininterval=every, file=sys.stderr) as bar:
         for i in missing:
-            rows = _rows(i, shard, len(images))
-            arrays = _embedded(encoder, images, rows, batch_size, bar)
+            arrays = _embedded(encoder, images, rows[i], batch_size, bar)
             embedded += len(arrays["name"])
             arrays["embedding"] = arrays["embedding"].astype(jnp.dtype(dtype))
-            with storage.written(paths[i]) as path, path.open("wb") as file:
-                np.savez(file, **arrays)
+            _write_npz(paths[i], arrays)
     broken = 0
-    _wait_for_all("embedded")
+    if multihost.active():
+        multihost.gather("embedded", "done", PATIENCE)
     if jax.process_index() == 0:
         broken = _finish(out, parts, paths, single)
-    _wait_for_all("written")
+    if multihost.active():
+        multihost.gather("written", "done", PATIENCE)
     return {"embedded": embedded, "broken": broken}
 
 
-def _wait_for_all(what: str) -> None:
-    if multihost.active():
-        multihost.gather(what, "done", PATIENCE)
-
-
-def _rows(index: int, shard: int, total: int) -> range:
-    return range(index * shard, min((index + 1) * shard, total))
-
-
 def _begin(parts: epath.Path, plan: dict) -> None:
+    """Makes the directory of the shards, or sees that the shards in it are of the same plan."""
     path = parts / PLAN
     if path.exists():
         found = storage.read_json(path, "Remove the directory to begin anew.")
@@ -156,8 +139,7 @@ def _begin(parts: epath.Path, plan: dict) -> None:
                 f"{parts} holds embeddings of {json.dumps(found)}; asked for are "
                 f"{json.dumps(plan)}. Choose another --out, or remove that directory."
             )
-        return
-    if jax.process_index() == 0:
+    elif jax.process_index() == 0:
         if parts.exists() and any(parts.iterdir()):
             raise SetupError(f"--out {parts} is not empty. Choose another, or remove it first.")
         storage.make_directory(parts)
@@ -168,70 +150,64 @@ def _embedded(
     encoder: Encoder, images: Folder | Split, rows: range, batch_size: int, bar: tqdm
 ) -> dict[str, np.ndarray]:
     """The arrays of a shard."""
-    names, labels, faults = [], [], []
+    names, labels, broken = [], [], []
 
-    def read(index: int) -> Item:
+    def read(index: int) -> tuple[str, np.ndarray | str, int | None]:
+        """Name, pixels or what is wrong with them, and label."""
         name = str(images.names[index])
         try:
             record = images[index]
             pixels = encoder.prepared(record["image"], name, record.get("floats", False))
         except (BrokenImage, BrokenRecord, OSError) as error:
-            return Item(name, fault=str(error))
-        return Item(name, pixels, record.get("label"))
+            return name, str(error), None
+        return name, pixels, record.get("label")
 
     def whole() -> Iterator[np.ndarray]:
-        for item in prefetched(read, rows):
+        for name, pixels, label in prefetched(read, rows):
             bar.update()
-            if item.image is None:
-                bar.write(f"left out: {item.fault}", file=sys.stderr)
-                faults.append((item.name, item.fault))
+            if isinstance(pixels, str):
+                bar.write(f"left out: {pixels}", file=sys.stderr)
+                broken.append((name, pixels))
                 continue
-            names.append(item.name)
-            if item.label is not None:
-                labels.append(int(item.label))
-            yield item.image
+            names.append(name)
+            if label is not None:
+                labels.append(int(label))
+            yield pixels
 
-    batches = [
-        np.asarray(features.pooled)[:count]
-        for count, features in encoder.batches(whole(), batch_size)
-    ]
-    width = encoder.config.model.width
-    arrays: dict[str, Any] = {
-        "embedding": np.concatenate(batches) if batches else np.zeros((0, width), np.float32),
+    batches = [np.zeros((0, encoder.config.model.width), np.float32)]  # where all are broken
+    for count, features in encoder.batches(whole(), batch_size):
+        batches.append(np.asarray(features.pooled)[:count])
+    arrays = {
+        "embedding": np.concatenate(batches),
         "name": np.array(names, dtype=str),
-        "broken": np.array(faults, dtype=str).reshape(-1, 2),
+        "broken": np.array(broken, dtype=str).reshape(-1, 2),
     }
     return arrays | ({"label": np.array(labels, np.int32)} if labels else {})
 
 
 def _finish(out: epath.Path, parts: epath.Path, paths: list[epath.Path], single: bool) -> int:
     """Joins the shards where one file is asked for, and lists what is broken."""
-    shards = [_read(path) for path in paths]
+    shards = []
+    for path in paths:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            shards.append(dict(arrays))
     broken = [f"{name}\t{fault}\n" for x in shards for name, fault in x.pop("broken").tolist()]
     if broken:
         storage.write(out.with_name(f"{out.name}.broken.txt"), "".join(broken))
     if single:
-        arrays = {
-            name: np.concatenate([x[name] for x in shards if name in x])
-            for name in dict.fromkeys(itertools.chain(*shards))
-        }
-        with storage.written(out) as path:
-            (_write_parquet if out.suffix == ".parquet" else _write_npz)(path, arrays)
+        names = dict.fromkeys(name for x in shards for name in x)
+        arrays = {name: np.concatenate([x[name] for x in shards if name in x]) for name in names}
+        (_write_parquet if out.suffix == ".parquet" else _write_npz)(out, arrays)
         parts.rmtree()
     return len(broken)
 
 
-def _read(path: epath.Path) -> dict[str, np.ndarray]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _write_npz(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
+def _write_npz(out: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    with storage.written(out) as path, path.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def _write_parquet(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_parquet(out: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -239,16 +215,8 @@ def _write_parquet(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     rows = arrays["embedding"]
     flat = pyarrow.array(rows.reshape(-1))
     columns["embedding"] = pyarrow.FixedSizeListArray.from_arrays(flat, rows.shape[1])
-    parquet.write_table(pyarrow.table(columns), str(path))
-
-
-def _progress(total: int) -> tqdm:
-    every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
-    return tqdm(total=total, unit="image", mininterval=every, file=sys.stderr)
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    with storage.written(out) as path:
+        parquet.write_table(pyarrow.table(columns), str(path))
 
 
 def main() -> None:

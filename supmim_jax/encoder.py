@@ -21,61 +21,17 @@ from supmim_jax.models.segmentation import Segmenter
 from supmim_jax.models.vit import Backbone, Classifier, pixels
 
 
-def abstract_images(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A global batch of the run's images, uint8 BxHxWxC.
-
-    Raises:
-      ConfigError: the mesh does not divide it.
-    """
-    sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
-    shape = (batch_size, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
-    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, sharding.BATCH))
-
-
 @dataclass(frozen=True)
 class EncoderProgram:
-    """Evaluation: `features(params, images) -> Features`.
+    """Evaluation: the encoder and the head that was trained with it, nothing else."""
 
-    The encoder and the head that was trained with it, nothing else of the training objective:
-    `params` are abstract, and `images` (abstract) is a global batch of uint8 images.
-    """
-
-    features: Callable[[Any, jax.Array], Features]
-    params: Any
-    images: jax.ShapeDtypeStruct
+    features: Callable[[Any, jax.Array], Features]  # of params, and of images as below
+    params: Any  # abstract
+    images: jax.ShapeDtypeStruct  # a global batch, uint8 BxHxWxC
 
     def bind(self, params: Any) -> "BoundEncoder":
         """The encoder with the inference part of a train state's `params`."""
         return BoundEncoder(self, {name: params[name] for name in self.params})
-
-
-def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:
-    """The inference program of the encoder that `cfg` trains."""
-
-    def split():
-        with nnx.use_eager_sharding(False):
-            graph, params = nnx.split(inference_model(cfg), nnx.Param)
-        return graph, nnx.to_pure_dict(params)
-
-    graph, params = jax.eval_shape(split)
-
-    def features(params, images) -> Features:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # sharding.by_rows asks for it
-            return nnx.merge(graph, params).features(images)
-
-    return EncoderProgram(
-        features=jax.jit(features),
-        params=sharding.shard_like_params(params, mesh),
-        images=abstract_images(cfg, batch_size, mesh),
-    )
-
-
-def inference_model(cfg: Config) -> Classifier | Backbone | Segmenter:
-    """What the objective leaves for inference, with any weights."""
-    if cfg.objective.leaves == "segmenter":
-        return Segmenter(cfg, rngs=nnx.Rngs(0))
-    kind = {"classifier": Classifier, "encoder": Backbone}[cfg.objective.leaves]
-    return kind(cfg.model, cfg.data, rngs=nnx.Rngs(0))
 
 
 @dataclass(frozen=True)
@@ -91,13 +47,10 @@ class BoundEncoder:
 
 @dataclass(frozen=True)
 class TokenizerProgram:
-    """An image tokenizer as jitted functions of its arrays; `arrays` and `images` are abstract.
+    """An image tokenizer as jitted functions of its arrays; `arrays` and `images` are abstract."""
 
-    encode(arrays, uint8 images) -> int32 ids BxL; decode(arrays, ids) -> float images in [-1, 1].
-    """
-
-    encode: Callable[[Any, jax.Array], jax.Array]
-    decode: Callable[[Any, jax.Array], jax.Array]
+    encode: Callable[[Any, jax.Array], jax.Array]  # of arrays, uint8 images: int32 ids BxL
+    decode: Callable[[Any, jax.Array], jax.Array]  # of arrays, ids: float images in [-1, 1]
     num_codes: int
     arrays: Any
     images: jax.ShapeDtypeStruct
@@ -130,23 +83,58 @@ class BoundTokenizer:
         return self.program.decode(self.arrays, ids)
 
 
+def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:
+    """The inference program of the encoder that `cfg` trains."""
+
+    def make() -> Classifier | Backbone | Segmenter:
+        if cfg.objective.leaves == "segmenter":
+            return Segmenter(cfg, rngs=nnx.Rngs(0))
+        kind = {"classifier": Classifier, "encoder": Backbone}[cfg.objective.leaves]
+        return kind(cfg.model, cfg.data, rngs=nnx.Rngs(0))
+
+    graph, params = _abstract(make)
+
+    def features(params, images) -> Features:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # sharding.by_rows asks for it
+            return nnx.merge(graph, params).features(images)
+
+    return EncoderProgram(
+        features=jax.jit(features),
+        params=sharding.shard_like_params(params, mesh),
+        images=_abstract_images(cfg, batch_size, mesh),
+    )
+
+
 def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgram:
     """The tokenizer whose tokens are the target of `cfg`, or which `cfg` trains."""
     section, patch = cfg.objective.tokenizer_for(cfg.model.patch)
 
-    def split():
-        with nnx.use_eager_sharding(False):
-            graph, arrays = nnx.split(kmeans.make(section, patch, cfg.data, nnx.Rngs(0)))
-        return graph, nnx.to_pure_dict(arrays)
-
-    graph, arrays = jax.eval_shape(split)
+    graph, arrays = _abstract(lambda: kmeans.make(section, patch, cfg.data, nnx.Rngs(0)))
     return TokenizerProgram(
         encode=jax.jit(lambda arrays, images: nnx.merge(graph, arrays).encode(pixels(images))),
         decode=jax.jit(lambda arrays, ids: nnx.merge(graph, arrays).decode(ids)),
         num_codes=section.codes,
-        images=abstract_images(cfg, batch_size, mesh),
+        images=_abstract_images(cfg, batch_size, mesh),
         arrays=sharding.replicated(arrays, mesh),
     )
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict]:
+    """The graph of a module, and its variables, with no memory for any."""
+
+    def split():
+        with nnx.use_eager_sharding(False):
+            graph, variables = nnx.split(make())
+        return graph, nnx.to_pure_dict(variables)
+
+    return jax.eval_shape(split)
+
+
+def _abstract_images(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A global batch of the run's images; raises ConfigError if the mesh does not divide it."""
+    sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
+    shape = (batch_size, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
+    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, sharding.BATCH))
 
 
 def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram | TokenizerProgram:
@@ -158,12 +146,9 @@ def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram
 def restore(
     checkpoint: Checkpoint, mesh: Mesh, batch_size: int | None = None
 ) -> BoundEncoder | BoundTokenizer:
-    """What the run of a checkpoint leaves, with its weights, on `mesh`.
+    """What the run of a checkpoint, of any objective and mesh, leaves with its weights on `mesh`.
 
-    Args:
-      checkpoint: of any objective and any mesh.
-      mesh: where it is to compute.
-      batch_size: of the global batches of images; default: that of the run's evaluations.
+    `batch_size` is that of the global batches of images; default: of the run's evaluations.
 
     Raises:
       SetupError: the checkpoint's parameters are not those of its config.

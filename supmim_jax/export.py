@@ -10,7 +10,6 @@ classifier, `logits` BxV. A model card, README.md, says what it is and how it is
 written computes the same from the same pixels, in float32.
 """
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from absl import flags
 
 from supmim_jax import cli, encoder, model_card, sharding, storage, workdir
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, MeshConfig
+from supmim_jax.config import Config, MeshConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import files, timm, transformers
 
@@ -61,7 +60,7 @@ def write_onnx(
         session = onnxruntime.InferenceSession(str(path), options)
         _compare("onnxruntime", cfg, function, lambda x: session.run(None, {"images": x}))
 
-    return {}, {"model.onnx": write, "config.json": _description(cfg, class_names, names)}
+    return {}, {"model.onnx": write, files.CONFIG: _description(cfg, class_names, names)}
 
 
 def write_stablehlo(
@@ -70,7 +69,7 @@ def write_stablehlo(
     """Nothing for model.safetensors, and the other files by name.
 
     Raises:
-      SetupError: the weights are too many for the format.
+      SetupError: the weights are too many for the format, or the program computes something else.
     """
     size = sum(x.size * 4 for x in jax.tree.leaves(params))
     if size >= LARGEST:
@@ -86,26 +85,26 @@ def write_stablehlo(
         read = jax.export.deserialize(bytearray(path.read_bytes()))
         _compare("jax.export", cfg, function, lambda x: [read.call(x)[name] for name in names])
 
-    return {}, {"model.stablehlo": write, "config.json": _description(cfg, class_names, names)}
+    return {}, {"model.stablehlo": write, files.CONFIG: _description(cfg, class_names, names)}
 
 
 def _program(
     params: Any, cfg: Config
 ) -> tuple[Callable[[jax.Array], dict[str, jax.Array]], jax.ShapeDtypeStruct, list[str]]:
     """The encoder in float32 with its weights bound, its abstract input, and its outputs' names."""
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="float32"))
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    bound = encoder.build_encoder(cfg, 1, mesh).bind(params)
+    bound = encoder.build_encoder(changed(cfg, model={"dtype": "float32"}), 1, mesh).bind(params)
+    names = {"embedding": "pooled", "tokens": "tokens"}
+    if "head" in bound.params:
+        names["logits"] = "logits"
 
     def function(images: jax.Array) -> dict[str, jax.Array]:
-        found = bound.features(images)
-        outputs = {"embedding": found.pooled, "tokens": found.tokens}
-        return outputs if found.logits is None else outputs | {"logits": found.logits}
+        features = bound.features(images)._asdict()
+        return {name: features[ours] for name, ours in names.items()}
 
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *bound.program.images.shape[1:]), jnp.uint8)
-    names = ["embedding", "tokens"] + ["logits"] * ("head" in bound.params)
-    return function, images, names
+    return function, images, list(names)
 
 
 def _description(cfg: Config, class_names: Sequence[str], outputs: list[str]) -> dict[str, Any]:
@@ -141,29 +140,19 @@ WRITERS = {
     "onnx": write_onnx,
     "stablehlo": write_stablehlo,
 }
-LOADING = {  # by library and by what the run's objective leaves; these are what can be written
-    "timm": dict.fromkeys(
-        ("classifier", "encoder"),
-        "import timm\n\nmodel = timm.create_model('local-dir:.', pretrained=True).eval()",
-    ),
-    "transformers": {
-        "classifier": "import transformers\n\n"
-        "model = transformers.AutoModelForImageClassification.from_pretrained('.')",
-        "encoder": "import transformers\n\n"
-        "model = transformers.AutoModel.from_pretrained('.', add_pooling_layer=False)",
-    },
-    "onnx": dict.fromkeys(
-        ("classifier", "encoder"),
-        "import onnxruntime\n\nsession = onnxruntime.InferenceSession('model.onnx')\n"
-        "embedding, *_ = session.run(None, {'images': images})  # uint8 batch x height x width x "
-        "channels",
-    ),
-    "stablehlo": dict.fromkeys(
-        ("classifier", "encoder"),
-        "import jax.export\n\nfile = open('model.stablehlo', 'rb')\n"
-        "program = jax.export.deserialize(bytearray(file.read()))\n"
-        "embedding = program.call(images)['embedding']  # uint8 batch x height x width x channels",
-    ),
+# How each is loaded; an encoder without a classifier by the line of that name, where there is one.
+LOADING = {
+    "timm": "import timm\n\nmodel = timm.create_model('local-dir:.', pretrained=True).eval()",
+    "transformers": "import transformers\n\n"
+    "model = transformers.AutoModelForImageClassification.from_pretrained('.')",
+    "transformers encoder": "import transformers\n\n"
+    "model = transformers.AutoModel.from_pretrained('.', add_pooling_layer=False)",
+    "onnx": "import onnxruntime\n\nsession = onnxruntime.InferenceSession('model.onnx')\n"
+    "embedding, *_ = session.run(None, {'images': images})  # uint8 batch x height x width x "
+    "channels",
+    "stablehlo": "import jax.export\n\nfile = open('model.stablehlo', 'rb')\n"
+    "program = jax.export.deserialize(bytearray(file.read()))\n"
+    "embedding = program.call(images)['embedding']  # uint8 batch x height x width x channels",
 }
 
 
@@ -180,16 +169,17 @@ def export(location: str, to: str, out: str | os.PathLike) -> str:
     out = files.check_free(out)
     checkpoint = Checkpoint.open(location)
     cfg = checkpoint.config
-    loading = LOADING[to].get(cfg.objective.leaves)
-    if loading is None:
+    leaves = cfg.objective.leaves
+    if leaves not in ("classifier", "encoder"):
         raise SetupError(
             f"--checkpoint {location} is of objective {cfg.objective.name!r}, which leaves a "
-            f"{cfg.objective.leaves}, neither a classifier of images nor an encoder by itself: "
-            f"export the run that it started from, or another."
+            f"{leaves}, neither a classifier of images nor an encoder by itself: export the run "
+            f"that it started from, or another."
         )
+    loading = LOADING.get(f"{to} {leaves}", LOADING[to])
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.tree.map(np.asarray, encoder.restore(checkpoint, mesh, 1).params)
-    names = workdir.class_names(checkpoint.workdir) if "head" in params else []
+    names = workdir.class_names(checkpoint.workdir) if leaves == "classifier" else []
     tensors, documents = WRITERS[to](params, cfg, names)
     card = model_card.write(checkpoint, to, loading, names)
     files.write(out, tensors, documents | {"README.md": card})

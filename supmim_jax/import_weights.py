@@ -14,17 +14,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from etils import epath
 
 from supmim_jax import checkpoint, cli, encoder, optim, sharding, storage
 from supmim_jax.batch import TrainState
-from supmim_jax.config import Config, DataConfig, MAEConfig, MeshConfig, SupervisedConfig
+from supmim_jax.config import Config, MAEConfig, MeshConfig, SupervisedConfig
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import augreg, files, layout, timm, transformers
-from supmim_jax.formats.layout import Foreign, from_foreign
+from supmim_jax.formats.layout import Foreign
 from supmim_jax.workdir import CLASS_NAMES
 
 READERS = {"timm": timm.read, "transformers": transformers.read}
@@ -34,7 +33,13 @@ SOURCES = ("augreg", *READERS)
 def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str, ...]]:
     """The config, the parameters and the names of the classes of the model at `path`.
 
-    `base` sets the rest of the config. Where the file names no classes, there are no names.
+    Args:
+      source: "augreg" or one of READERS; "": of these the one that config.json is of.
+      path: a directory or file.
+      base: sets the rest of the config.
+
+    Returns:
+      Config, parameters, and names of classes; () where the file has none.
 
     Raises:
       SetupError: a file is missing or broken, or is not exactly a model of ours.
@@ -43,69 +48,54 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str
         file = str(path)
         found, arrays = augreg.read(files.read_npz(path), file, base.data.image_size)
     else:
-        arrays, documents, file = files.read_directory(path)
-        found = READERS[source](documents, arrays, file)
-    cfg = (combine if found.num_classes else combine_encoder)(base, found)
+        saved = files.read_directory(path)
+        source = source or ("transformers" if "model_type" in saved.config.values else "timm")
+        found, arrays, file = READERS[source](saved), saved.arrays, saved.file
+    cfg = combine(base, found)
+    if left := [name for name in arrays if name.startswith(found.leaves_out)]:
+        parts = ", ".join(f"{x}*" for x in sorted({re.match(r"[^./]+[./]?", x)[0] for x in left}))
+        print(f"{file}: left out {parts} ({len(left)} arrays), no part of the encoder")
+    arrays = {name: x for name, x in arrays.items() if name not in left}
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     like = encoder.build_encoder(cfg, 1, mesh).params
-    params = from_foreign(encoder_of(arrays, found, file), found.layout, like, file)
-    params = layout.with_our_pixels(params, found.mean, found.std, cfg.model.patch)
+    params = layout.with_our_pixels(layout.from_foreign(arrays, found, like, file), found)
     params = layout.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
     return cfg, params, found.class_names
 
 
-def encoder_of(arrays: dict[str, np.ndarray], found: Foreign, file: str) -> dict[str, np.ndarray]:
-    """Without what is no part of the encoder; a line on the terminal says what that is."""
-    left = [name for name in arrays if name.startswith(found.leaves_out)]
-    if left:
-        parts = ", ".join(f"{x}*" for x in sorted({re.match(r"[^./]+[./]?", x)[0] for x in left}))
-        print(f"{file}: left out {parts} ({len(left)} arrays), no part of the encoder")
-    return {name: x for name, x in arrays.items() if not name.startswith(found.leaves_out)}
-
-
 def combine(base: Config, found: Foreign) -> Config:
-    """The supervised config of the model that was found, with everything else from `base`."""
-    if base.objective.leaves != "classifier":
-        raise SetupError(
-            f"--config is of objective {base.objective.name!r}, which trains no classifier: give "
-            f"one that does, as configs/supervised_b14_imagenet1k.py."
-        )
-    objective = SupervisedConfig(classification=base.objective.classification)
-    data = dataclasses.replace(images(base.data, found), num_classes=found.num_classes)
-    cfg = dataclasses.replace(base, data=data, model=found.model, objective=objective)
-    return from_configdict(to_configdict(cfg))
+    """The config of the model that was found, with everything else from `base`.
 
-
-def combine_encoder(base: Config, found: Foreign) -> Config:
-    """As `combine`, for an encoder by itself; the classes are those of the data.
-
-    The objective is that of a `base` which leaves an encoder, else `mae`.
+    Of a classifier it is supervised. Of an encoder by itself the objective is that of a `base`
+    which leaves an encoder, else `mae`, and the classes are those of the data.
     """
-    objective = base.objective if base.objective.leaves == "encoder" else MAEConfig()
-    heads = ("top1", "miou")  # evaluations of a head, and there is none
-    which = tuple(name for name in base.eval.which if name not in heads) or ("knn",)
-    cfg = dataclasses.replace(
-        base,
-        data=images(base.data, found),
-        model=found.model,
-        objective=objective,
-        eval=dataclasses.replace(base.eval, which=which),
-    )
-    return from_configdict(to_configdict(cfg))
-
-
-def images(data: DataConfig, found: Foreign) -> DataConfig:
-    """The data of the config, as images for the model that was found."""
-    return dataclasses.replace(
+    data, evaluation, objective = base.data, base.eval, base.objective
+    data = dataclasses.replace(
         data,
+        num_classes=found.num_classes or data.num_classes,
         image_size=found.image_size,
         channels=found.channels,
         eval_resize=max(found.eval_resize, found.image_size),
         augment=data.augment if found.channels == 3 else "none",
         resize=found.resize or data.resize,
     )
+    if found.num_classes:
+        if objective.leaves != "classifier":
+            raise SetupError(
+                f"--config is of objective {objective.name!r}, which trains no classifier: give "
+                f"one that does, as configs/supervised_b14_imagenet1k.py."
+            )
+        objective = SupervisedConfig(classification=objective.classification)
+    else:
+        objective = objective if objective.leaves == "encoder" else MAEConfig()
+        of_no_head = tuple(x for x in evaluation.which if x not in ("top1", "miou"))
+        evaluation = dataclasses.replace(evaluation, which=of_no_head or ("knn",))
+    cfg = dataclasses.replace(
+        base, data=data, model=found.model, objective=objective, eval=evaluation
+    )
+    return from_configdict(to_configdict(cfg))  # which checks it, by the paths of its fields
 
 
 def save(workdir: epath.Path, cfg: Config, params: dict, class_names: Sequence[str] = ()) -> None:

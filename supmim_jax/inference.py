@@ -5,13 +5,12 @@ encoder = supmim_jax.load("runs/b14@best")
 embeddings_NxD = encoder.embed("photos")
 """
 
-import dataclasses
 import io
 import itertools
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from supmim_jax import encoder as programs
 from supmim_jax import import_weights, sharding, storage, workdir
 from supmim_jax.batch import Features
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, MeshConfig
+from supmim_jax.config import Config, MeshConfig, changed
 from supmim_jax.data import decode
 from supmim_jax.data.crops import eval_image
 from supmim_jax.data.worker import prefetched
@@ -63,24 +62,20 @@ def load(
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     if (path / files.WEIGHTS).exists():
         with storage.fetched(path) as local:
-            cfg, params, names = import_weights.load(files.library(local), local, Config())
-            return Encoder(_with_white(cfg, max_value), params, names, mesh, str(path))
-    checkpoint = Checkpoint.open(text)
-    cfg = checkpoint.config
-    if cfg.objective.leaves == "tokenizer":
-        raise SetupError(
-            f"{text} is of objective {cfg.objective.name!r}, which leaves a tokenizer and no "
-            f"encoder. Give the --workdir of another run."
-        )
-    like = programs.build_encoder(cfg, mesh.size, mesh).params
-    names = workdir.class_names(checkpoint.workdir) if cfg.objective.leaves == "classifier" else ()
-    params, where = checkpoint.restore_params(like), str(checkpoint.directory)
-    return Encoder(_with_white(cfg, max_value), params, names, mesh, where)
-
-
-def _with_white(cfg: Config, max_value: float) -> Config:
-    data = dataclasses.replace(cfg.data, max_value=max_value or cfg.data.max_value)
-    return dataclasses.replace(cfg, data=data)
+            cfg, params, names = import_weights.load("", local, Config())
+    else:
+        checkpoint = Checkpoint.open(text)
+        cfg, path = checkpoint.config, checkpoint.directory
+        if cfg.objective.leaves == "tokenizer":
+            raise SetupError(
+                f"{text} is of objective {cfg.objective.name!r}, which leaves a tokenizer and no "
+                f"encoder. Give the --workdir of another run."
+            )
+        params = checkpoint.restore_params(programs.build_encoder(cfg, mesh.size, mesh).params)
+        of_classes = cfg.objective.leaves == "classifier"
+        names = workdir.class_names(checkpoint.workdir) if of_classes else ()
+    cfg = changed(cfg, data={"max_value": max_value or cfg.data.max_value})
+    return Encoder(cfg, params, names, mesh, str(path))
 
 
 class Encoder:
@@ -134,11 +129,7 @@ class Encoder:
         return self._joined(images, batch_size, lambda features: features.pooled)
 
     def tokens(self, images: Any, batch_size: int = BATCH_SIZE) -> np.ndarray:
-        """The normalised patch tokens, float32 NxhxwxD.
-
-        Raises:
-          SetupError: as `embed`.
-        """
+        """The normalised patch tokens, float32 NxhxwxD; raises SetupError as `embed`."""
         return self._joined(images, batch_size, lambda features: features.tokens)
 
     def predict(
@@ -172,7 +163,7 @@ class Encoder:
           BrokenImage: it cannot be read.
         """
         name = image if isinstance(image, (str, os.PathLike)) else type(image).__name__
-        return self.prepared(_encoded(image, self.config.data.channels), str(name))
+        return self.prepared(_encoded(image), str(name))
 
     def prepared(self, encoded: bytes, name: str, floats: bool = False) -> np.ndarray:
         """`preprocess` of the bytes of a file; `floats` as in decode.Shown.
@@ -209,33 +200,28 @@ class Encoder:
                 yield pending.popleft()
         yield from pending
 
-    def _joined(self, images: Any, batch_size: int, take: Any) -> np.ndarray:
+    def _joined(
+        self, images: Any, batch_size: int, take: Callable[[Features], jax.Array]
+    ) -> np.ndarray:
         if batch_size < 1:
             raise SetupError(f"batch_size is {batch_size}; it must be 1 or more.")
-        prepared = prefetched(self.preprocess, listed(images))
-        found = [np.asarray(take(x))[:count] for count, x in self.batches(prepared, batch_size)]
-        return np.concatenate(found)
+        prepared = prefetched(self.preprocess, _listed(images))
+        return np.concatenate(
+            [np.asarray(take(x))[:count] for count, x in self.batches(prepared, batch_size)]
+        )
 
 
-def listed(images: Any) -> list:
-    """The single images of what a user gives: see `Encoder`.
-
-    Raises:
-      SetupError: there are none, or an array is of no form of images.
-    """
+def _listed(images: Any) -> list:
+    """The single images of what a user gives: see `Encoder`."""
     if isinstance(images, (str, os.PathLike)):
         path = storage.location(images, searched=False)
-        if not path.is_dir():
-            return [images]
-        return [path / name for name in image_files(path)]
-    if hasattr(images, "ndim") and hasattr(images, "dtype"):
+        return [path / x for x in image_files(path)] if path.is_dir() else [images]
+    if hasattr(images, "getexif"):  # PIL
+        return [images]
+    if hasattr(images, "ndim"):  # an array, of one image or of several
         images = np.asarray(images)
-        images = [images] if images.ndim < 4 else list(images)
-    elif hasattr(images, "getexif"):  # PIL
-        images = [images]
-    else:
-        images = list(images)
-    if not images:
+        images = images if images.ndim == 4 else [images]
+    if not (images := list(images)):
         raise SetupError("No images were given.")
     return images
 
@@ -262,7 +248,7 @@ def image_files(folder: epath.Path) -> list[str]:
     return names
 
 
-def _encoded(image: Any, channels: int) -> bytes:
+def _encoded(image: Any) -> bytes:
     """The bytes of a file with the image: what is no file is written as PNG, which loses nothing.
 
     So arrays and PIL images are prepared by the one code that prepares files.
@@ -275,26 +261,19 @@ def _encoded(image: Any, channels: int) -> bytes:
     from PIL import Image, ImageOps
 
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(_checked(np.asarray(image), channels))
+        array = np.asarray(image)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+        if array.dtype != np.uint8 or not array.size or not shaped:
+            numbers = array.size and np.issubdtype(array.dtype, np.number)
+            values = f" with values from {array.min():g} to {array.max():g}" if numbers else ""
+            raise BrokenImage(
+                f"An image is an array of {array.dtype} of shape {array.shape}{values}; expected "
+                f"is uint8 from 0 to 255, height x width, or with 1, 3 (RGB) or 4 (RGB and alpha) "
+                f"channels behind. Of floats from 0 to 1: (255 * images).round().astype('uint8')."
+            )
+        image = Image.fromarray(np.ascontiguousarray(array))
     file = io.BytesIO()
     ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
     return file.getvalue()
-
-
-def _checked(image: np.ndarray, channels: int) -> np.ndarray:
-    """An array HxW or HxWxC as PIL takes it."""
-    if image.dtype != np.uint8:
-        numbers = image.size and np.issubdtype(image.dtype, np.number)
-        values = f" with values from {image.min():g} to {image.max():g}" if numbers else ""
-        raise BrokenImage(
-            f"An image is an array of {image.dtype}{values}; expected is uint8 from 0 to 255. Of "
-            f"floats from 0 to 1: (255 * images).round().astype('uint8')."
-        )
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[..., 0]
-    if not image.size or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
-        raise BrokenImage(
-            f"An image is an array of shape {image.shape}; expected is height x width, or with 1, "
-            f"3 (RGB) or 4 (RGB and alpha) channels behind. This encoder takes {channels}."
-        )
-    return np.ascontiguousarray(image)

@@ -5,7 +5,6 @@ learned positions are then resized, fixed ones keep their places by config.model
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,25 +36,37 @@ class InitialState:
         Raises:
           SetupError: config.init.checkpoint is missing, or holds another encoder than `cfg` names.
         """
-        if not cfg.init.checkpoint:
+        path, keep = cfg.init.checkpoint, cfg.init.head == "keep"
+        if not path:
             return cls(cfg, step_fn, None, {})
         params = step_fn.state.params
-        names = ["encoder", "head"] if cfg.init.head == "keep" else ["encoder"]
+        names = ["encoder", "head"] if keep else ["encoder"]
         if missing := [name for name in names if name not in params]:
             raise SetupError(
-                f"config.init.checkpoint is {cfg.init.checkpoint!r}, but objective "
-                f"{cfg.objective.name!r} trains no {' and no '.join(missing)} that could start "
-                f"from it."
+                f"config.init.checkpoint is {path!r}, but objective {cfg.objective.name!r} trains "
+                f"no {' and no '.join(missing)} that could start from it."
             )
         try:
-            checkpoint = Checkpoint.open(cfg.init.checkpoint)
+            checkpoint = Checkpoint.open(path)
         except SetupError as error:
             raise SetupError(f"config.init.checkpoint: {error}") from None
-        _check_same_encoder(checkpoint.config, cfg)
+        theirs = checkpoint.config
+        changed = differences(_encoder_config(theirs), _encoder_config(cfg))
+        if changed := [x for x in changed if not x.startswith(MAY_DIFFER)]:
+            raise SetupError(
+                f"config.init.checkpoint {path} holds another encoder: {'; '.join(changed)} "
+                f"(there; here). Set these as they are there, or start from another checkpoint."
+            )
+        if keep and theirs.data.num_classes != cfg.data.num_classes:
+            raise SetupError(
+                f"config.init.head is 'keep', but {path} has {theirs.data.num_classes} classes "
+                f"and config.data.num_classes is {cfg.data.num_classes}. Set config.init.head to "
+                f"'new'."
+            )
         like = {name: params[name] for name in names}
         if cfg.model.positions == "learned":
             here = params["encoder"]["positions"]
-            shape = (side(checkpoint.config) ** 2, cfg.model.width)
+            shape = (side(theirs) ** 2, cfg.model.width)
             there = jax.ShapeDtypeStruct(shape, here.dtype, sharding=here.sharding)
             like["encoder"] = like["encoder"] | {"positions": there}
         checkpoint.check_params(like)
@@ -75,27 +86,7 @@ class InitialState:
         return fresh.replace(params=params, ema=jax.tree.map(jnp.copy, params) if fresh.ema else {})
 
 
-def _check_same_encoder(theirs: Config, cfg: Config) -> None:
-    """Raises SetupError, naming what differs, unless the checkpoint's encoder is the run's."""
-    path, there, here = cfg.init.checkpoint, _description(theirs), _description(cfg)
-    changed = [
-        difference
-        for difference in differences(there, here)
-        if not difference.startswith(MAY_DIFFER)
-    ]
-    if changed:
-        raise SetupError(
-            f"config.init.checkpoint {path} holds another encoder: {'; '.join(changed)} (there; "
-            f"here). Set these as they are there, or start from another checkpoint."
-        )
-    if cfg.init.head == "keep" and theirs.data.num_classes != cfg.data.num_classes:
-        raise SetupError(
-            f"config.init.head is 'keep', but {path} has {theirs.data.num_classes} classes and "
-            f"config.data.num_classes is {cfg.data.num_classes}. Set config.init.head to 'new'."
-        )
-
-
-def _description(cfg: Config) -> dict[str, Any]:
+def _encoder_config(cfg: Config) -> dict:
     """All of the config that makes the encoder, with the grid of fixed positions written out."""
     model = section(cfg.model)
     if cfg.model.positions == "sincos2d":

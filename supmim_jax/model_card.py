@@ -1,9 +1,15 @@
-"""The README.md of an export: a model card in the form that the Hugging Face hub reads."""
+"""The README.md of an export: a model card in the form that the Hugging Face hub reads.
+
+Its text is model_card.md, filled in by jinja2.
+"""
 
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from importlib import resources
+from typing import NamedTuple
+
+import jinja2
 
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config.configdict import to_configdict
@@ -17,7 +23,23 @@ TASKS = {
     "pixel_accuracy": ("image-segmentation", "accuracy"),
 }
 FEATURES = "image-feature-extraction"
-LIBRARIES = {"onnx": "onnx", "stablehlo": "jax"}
+PROGRAMS = {"onnx": "onnx", "stablehlo": "jax"}  # and the libraries that run them
+
+
+class Metric(NamedTuple):
+    name: str
+    value: float
+    where: str  # it was measured
+
+    @property
+    def title(self) -> str:
+        return METRICS.get(self.name, self.name)
+
+    def for_hub(self) -> dict:
+        task, kind = TASKS.get(self.name, (FEATURES, self.name))
+        dataset = {"name": self.where, "type": self.where}
+        metric = {"type": kind, "name": self.title, "value": round(self.value, 4)}
+        return {"task": {"type": task}, "dataset": dataset, "metrics": [metric]}
 
 
 def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[str]) -> str:
@@ -32,75 +54,39 @@ def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[s
     Raises:
       SetupError: a file with the run's measurements cannot be read.
     """
-    cfg = checkpoint.config
-    model, data, name = cfg.model, cfg.data, checkpoint.workdir.name
+    cfg, name, metrics = checkpoint.config, checkpoint.workdir.name, measured(checkpoint)
     classifier = cfg.objective.leaves == "classifier"
-    metrics = measured(checkpoint)
     front = {
         "license": "unknown",
-        "library_name": LIBRARIES.get(to, to),
+        "library_name": PROGRAMS.get(to, to),
         "pipeline_tag": "image-classification" if classifier else FEATURES,
         "tags": ["supmim_jax", "vit", cfg.objective.name],
-        "model-index": [{"name": name, "results": [_result(*entry) for entry in metrics]}],
     }
-    if not metrics:  # the hub refuses an empty list of results
-        del front["model-index"]
+    if metrics:  # the hub refuses an empty list of results
+        front["model-index"] = [{"name": name, "results": [x.for_hub() for x in metrics]}]
     # JSON is YAML, and quotes what needs it. The licence is for the user to fill in.
     yaml = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    yaml = yaml.replace('"unknown"', "unknown  # fill in, such as apache-2.0", 1)
-    pooled = {"gap": "the mean over the patch tokens", "cls": "the CLS token"}[model.pooling]
-    head = f" and a classifier of {data.num_classes} classes" if classifier else ""
-    rows = [f"| {METRICS.get(x, x)} | {value:.2f} | {where} |" for x, value, where in metrics]
-    table = ["| metric | value | measured on |", "|---|---|---|", *rows]
-    named = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
-    colours = {1: "grey", 3: "RGB"}[data.channels]
-    return f"""---
-{yaml}
----
-
-# {name}
-
-A vision transformer{head}: patches of {model.patch} px, width {model.width}, {
-        model.depth
-    } layers, \
-{model.heads} heads. The embedding of an image is {pooled}, {model.width} numbers. Exported by \
-`supmim_jax.export` from step {checkpoint.step} of `{name}`.
-
-## Data
-
-Trained on `{data.name}`, split `{data.train_split}`, {data.train_examples} images, with the \
-objective `{cfg.objective.name}`; epochs: {cfg.epochs:g}, batch size: {cfg.batch_size}.{
-        f" Classes: {named}." if named else ""
-    }
-
-## Measured
-
-{chr(10).join(table) if rows else "Nothing was measured at this step."}
-
-## Use
-
-In the directory of this file:
-
-```python
-{loading}
-```
-
-Images are turned as EXIF says, transparent ones put over white, the shorter side resized to \
-{data.eval_resize} px ({data.resize}), and the centre of {data.image_size} x {data.image_size} px \
-cut out, {colours}, 0 to 255. Values are scaled to [-1, 1]{
-        " inside the program" if to in LIBRARIES else ", as the files beside this one say"
-    }.
-
-## Config
-
-```json
-{json.dumps(to_configdict(cfg).to_dict(), indent=2)}
-```
-"""
+    text = (resources.files("supmim_jax") / "model_card.md").read_text()
+    card = jinja2.Template(text, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    return card.render(
+        front=yaml.replace('"unknown"', "unknown  # fill in, such as apache-2.0", 1),
+        name=name,
+        step=checkpoint.step,
+        cfg=cfg,
+        model=cfg.model,
+        data=cfg.data,
+        classifier=classifier,
+        pooled={"gap": "the mean over the patch tokens", "cls": "the CLS token"}[cfg.model.pooling],
+        classes=list(class_names),
+        metrics=metrics,
+        loading=loading,
+        is_program=to in PROGRAMS,
+        config=json.dumps(to_configdict(cfg).to_dict(), indent=2),
+    )
 
 
-def measured(checkpoint: Checkpoint) -> list[tuple[str, float, str]]:
-    """Name, value and where it was measured, of all that was measured of a checkpoint's step.
+def measured(checkpoint: Checkpoint) -> list[Metric]:
+    """All that was measured of a checkpoint's step.
 
     Raises:
       SetupError: a file of measurements is not of its form.
@@ -111,15 +97,9 @@ def measured(checkpoint: Checkpoint) -> list[tuple[str, float, str]]:
         value = dict(points).get(checkpoint.step)
         if name.startswith("eval/") and value is not None:
             where = f"{data.name}, split {data.eval_split}"
-            found.append((name.removeprefix("eval/"), value, where))
+            found.append(Metric(name.removeprefix("eval/"), value, where))
     for evaluation in files.evaluations(workdir):
         if re.search(rf"-{checkpoint.step}\.json$", evaluation.source):
             where = f"{evaluation.about} ({evaluation.source})"
-            found += [(name, value, where) for name, value in evaluation.metrics.items()]
+            found += [Metric(name, value, where) for name, value in evaluation.metrics.items()]
     return found
-
-
-def _result(name: str, value: float, where: str) -> dict[str, Any]:
-    task, kind = TASKS.get(name, (FEATURES, name))
-    metric = {"type": kind, "name": METRICS.get(name, name), "value": round(value, 4)}
-    return {"task": {"type": task}, "dataset": {"name": where, "type": where}, "metrics": [metric]}

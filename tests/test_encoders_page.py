@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import REPOSITORY
+from conftest import REPOSITORY, save_initial
 from PIL import Image
+
+from supmim_jax import cli
+from supmim_jax.config.configdict import from_configdict
 
 ROOT = Path(REPOSITORY)
 
@@ -30,25 +33,29 @@ def make_photos(folder: Path) -> None:
 
 
 def test_the_tutorial_and_the_code_of_the_readme_run(tmp_path):
+    """All but the training, which other tests run: here its first checkpoint has to do."""
     make_photos(tmp_path / "photos")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    python = "import sys"
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {"PYTHONPATH": REPOSITORY}
-    for language, text in blocks("docs/encoders.md", "bash", "python"):
-        if language == "python":  # blocks go on from one another, so all that came before is run
-            python += f"\n{text}"
-        else:
-            subprocess.run(["bash", "-ec", text], cwd=tmp_path, env=environment, check=True)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": REPOSITORY,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # and one device
+    }
+    (_, training), *others = blocks("docs/encoders.md", "bash", "python")
+    config, workdir = re.search(r"\.train --config (\S+) --workdir (\S+)\n$", training).groups()
+    save_initial(from_configdict(cli.load(f"{ROOT}/{config}")), tmp_path / workdir)
     (tmp_path / "runs" / "b14").symlink_to("debug")
-    python += "".join(f"\n{text}" for _, text in blocks("README.md", "python"))
-    out = subprocess.run(
-        [sys.executable, "-c", python],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    commands = [
+        subprocess.Popen(["bash", "-ec", text], cwd=tmp_path, env=environment)
+        for language, text in others
+        if language == "bash"
+    ]
+    assert commands and [x.wait(timeout=300) for x in commands] == [0] * len(commands)
+    # The blocks go on from one another.
+    python = [text for language, text in others if language == "python"]
+    python += [text for _, text in blocks("README.md", "python")]
+    command = [sys.executable, "-c", "\n".join(python)]
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     assert "a/0.png is most like" in out.stdout and "accuracy" in out.stdout
 

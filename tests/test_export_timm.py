@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 from conftest import make_features
-from test_export import MODELS, assert_close, make, pixels
+from test_export import MODELS, assert_close, make, patches, pixels
 
 import supmim_jax
 from supmim_jax import export, import_weights
-from supmim_jax.config import MAEConfig
+from supmim_jax.config import MAEConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import files
 from supmim_jax.formats import timm as formats_timm
@@ -26,30 +26,27 @@ def test_timm_computes_the_same(supervised, tmp_path, model, channels):
     theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     ours = make_features(cfg, params, images)
     tokens = theirs.forward_features(pixels(images))
-    assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
+    assert_close(ours.tokens, patches(tokens))
     assert_close(ours.pooled, theirs.forward_head(tokens, pre_logits=True))
     assert_close(ours.logits, theirs(pixels(images)))
 
 
-@pytest.mark.parametrize(("model", "channels"), MODELS)
-def test_timm_loads_an_encoder_by_itself(supervised, tmp_path, model, channels):
+@pytest.mark.parametrize("pooling", ["gap", "cls"])
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 0}])
+def test_timm_loads_an_encoder_by_itself(supervised, tmp_path, pooling, arguments):
     headless = dataclasses.replace(supervised, objective=MAEConfig())
-    cfg, params, images = make(headless, model, channels)
+    cfg, params, images = make(headless, {"pooling": pooling}, 3)
     files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **arguments).eval()
     ours = make_features(cfg, params, images)
-    for arguments in ({}, {"num_classes": 0}):
-        theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **arguments)
-        theirs = theirs.eval()
-        tokens = theirs.forward_features(pixels(images))
-        assert_close(np.reshape(ours.tokens, (3, 25, -1)), tokens[:, -25:])
-        assert_close(ours.pooled, theirs(pixels(images)))
+    assert_close(ours.tokens, patches(theirs.forward_features(pixels(images))))
+    assert_close(ours.pooled, theirs(pixels(images)))
 
 
 def test_the_transform_of_timm_makes_our_pixels(supervised, tmp_path):
     from PIL import Image
 
-    cfg, params, _ = make(supervised, {}, 3)
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_resize=30))
+    cfg, params, _ = make(changed(supervised, data={"eval_resize": 30}), {}, 3)
     files.write(tmp_path / "out", *export.WRITERS["timm"](params, cfg))
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     config = timm.data.resolve_model_data_config(model)
@@ -124,10 +121,10 @@ def test_heads_and_activation_are_timms_or_the_architecture_is_refused():
             continue
         arrays = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in model.state_dict().items()}
         pretrained = {x: list(model.pretrained_cfg[x]) for x in ("mean", "std")}
-        config = {"architecture": name, "global_pool": model.global_pool}
+        values = {"architecture": name, "global_pool": model.global_pool}
+        config = files.Section(values | {"pretrained_cfg": pretrained}, name)
         try:
-            document = {"config.json": config | {"pretrained_cfg": pretrained}}
-            found = formats_timm.read(document, arrays, name).model
+            found = formats_timm.read(files.Saved(name, arrays, config, config)).model
         except SetupError:
             continue
         block = model.blocks[0]

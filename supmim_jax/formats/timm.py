@@ -9,24 +9,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from supmim_jax.config import Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import Section, root, strings
-from supmim_jax.formats.layout import (
-    BLOCKS,
-    Foreign,
-    Layout,
-    Row,
-    convolution,
-    count,
-    linear,
-    norm,
-    shapes,
-    to_foreign,
-    with_positions,
-)
+from supmim_jax.formats import layout
+from supmim_jax.formats.files import CONFIG, Saved, Section, strings
+from supmim_jax.formats.layout import BLOCKS, Foreign, Row, linear, norm
 
 # Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
 INTERPOLATION = {"area": "box", "linear": "bilinear"}
@@ -66,40 +53,30 @@ UNDERSTOOD = (
 )
 TRAINING = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
-ROWS = (
-    *norm(f"{BLOCKS}/norm1", "blocks.{}.norm1"),
-    *linear(f"{BLOCKS}/qkv", "blocks.{}.attn.qkv"),
-    *linear(f"{BLOCKS}/out", "blocks.{}.attn.proj"),
-    *norm(f"{BLOCKS}/norm2", "blocks.{}.norm2"),
-    *linear(f"{BLOCKS}/fc1", "blocks.{}.mlp.fc1"),
-    *linear(f"{BLOCKS}/fc2", "blocks.{}.mlp.fc2"),
-    *norm("encoder/norm", "norm"),
-)
-HEAD = linear("head", "head")
-LAYER_SCALE = (
-    Row(f"{BLOCKS}/scale1", ("blocks.{}.ls1.gamma",)),
-    Row(f"{BLOCKS}/scale2", ("blocks.{}.ls2.gamma",)),
-)
 
-
-def layout(
-    model: ViTConfig, channels: int, positions: int, *, head: bool, prefix: int = 0
-) -> Layout:
-    """The rows for a model with this many patch positions, and `prefix` before them."""
-    rows = (
-        *convolution("patch_embed.proj", model.patch, channels, model.width),
-        Row("encoder/positions", ("pos_embed",), shape=(1, positions, model.width)),
-        *ROWS,
-    )
+def rows(model: ViTConfig, channels: int, head: bool) -> tuple[Row, ...]:
+    """The table of a model."""
+    width, block = model.width, "blocks.{}"
+    found = [
+        *layout.convolution("patch_embed.proj", model, channels),
+        Row(layout.POSITIONS, ("pos_embed",), (1, -1, width)),
+        *norm(f"{BLOCKS}/norm1", f"{block}.norm1"),
+        *linear(f"{BLOCKS}/qkv", f"{block}.attn.qkv"),
+        *linear(f"{BLOCKS}/out", f"{block}.attn.proj"),
+        *norm(f"{BLOCKS}/norm2", f"{block}.norm2"),
+        *linear(f"{BLOCKS}/fc1", f"{block}.mlp.fc1"),
+        *linear(f"{BLOCKS}/fc2", f"{block}.mlp.fc2"),
+        *norm("encoder/norm", "norm"),
+    ]
     if head:
-        rows += HEAD
+        found += linear("head", "head")
     if model.layer_scale:
-        rows += LAYER_SCALE
+        found += [Row(f"{BLOCKS}/scale{i}", (f"{block}.ls{i}.gamma",)) for i in (1, 2)]
     if model.pooling == "cls":
-        rows += (Row("encoder/cls", ("cls_token",), shape=(1, 1, model.width)),)
+        found.append(Row(layout.CLS, ("cls_token",), (1, 1, width)))
     if model.registers:
-        rows += (Row("encoder/registers", ("reg_token",), (1, model.registers, model.width)),)
-    return Layout(rows, "pos_embed" if prefix else "", prefix)
+        found.append(Row(layout.REGISTERS, ("reg_token",), (1, model.registers, width)))
+    return tuple(found)
 
 
 def write(
@@ -107,11 +84,10 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, dict]]:
     """The arrays of model.safetensors, and the JSON documents beside it by name."""
     model, data = cfg.model, cfg.data
-    side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
+    head = cfg.objective.leaves == "classifier"
     classes = data.num_classes if head else 0  # timm's way to say that there is no classifier
-    params = with_positions(params, model, data)
-    rows = layout(model, data.channels, side * side, head=head)
-    tensors = to_foreign(params, rows)
+    params = layout.with_positions(params, model, data)
+    tensors = layout.to_foreign(params, rows(model, data.channels, head))
     pool = {"gap": "avg", "cls": "token"}[model.pooling]
     arguments = {
         "img_size": data.image_size,
@@ -155,10 +131,10 @@ def write(
     }
     if class_names:
         config["label_names"] = list(class_names)
-    return tensors, {"config.json": config}
+    return tensors, {CONFIG: config}
 
 
-def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) -> Foreign:
+def read(saved: Saved) -> Foreign:
     """The model that a config.json of timm's hub and the shapes of its arrays describe.
 
     What the model is shows in its arrays, and the rest is in the arguments. The architecture's name
@@ -167,66 +143,59 @@ def read(documents: dict[str, Any], arrays: dict[str, np.ndarray], file: str) ->
     Raises:
       SetupError: it has parts that this encoder cannot express.
     """
-    config = Section(documents["config.json"], file)
-    name = config.values.get("architecture")
+    file, arrays, config, _ = saved
+    name = str(config.values.get("architecture"))
     for start, part in FOREIGN_PARTS.items():
         if found := next((x for x in arrays if x.startswith(start)), ""):
             raise SetupError(f"{file}: {name!r} has {found}, {part}, which this encoder has not.")
-    args = Section(config.values.get("model_args") or {}, f"{file}, model_args")
+    args, pretrained = config.section("model_args"), config.section("pretrained_cfg")
     if unknown := sorted(set(args.values) - set(UNDERSTOOD) - set(TRAINING)):
         raise SetupError(
-            f"{file}: model_args has {', '.join(unknown)}, which this encoder cannot express; "
+            f"{args.file} has {', '.join(unknown)}, which this encoder cannot express; "
             f"understood are {', '.join(UNDERSTOOD)}."
         )
-    pretrained = Section(config.values.get("pretrained_cfg") or {}, f"{file}, pretrained_cfg")
-    shape = shapes(arrays, file)
+    shape = layout.shapes(arrays, file)
     width, channels, patch, columns = shape("patch_embed.proj.weight", 4)
     if patch != columns:
         raise SetupError(f"{file}: patches are {patch}x{columns}, expected squares.")
     cls, registers = "cls_token" in arrays, shape("reg_token", 3)[1] if "reg_token" in arrays else 0
-    rows = shape("pos_embed", 3)[1]
-    # Positions are of the patches alone (no_embed_class), or of the tokens before them too.
-    before = cls + registers
-    own = 0 if math.isqrt(rows) ** 2 == rows else before
-    image_size = root(rows - own, file, "pos_embed") * patch
-    pooling = _pooling(config, args, cls, arrays)
-    heads, gelu = _heads_and_gelu(str(name), args, width)
+    side, prefix = layout.grid(shape("pos_embed", 3)[1], cls + registers, file, "pos_embed")
+    image_size = side * patch
+    heads, gelu = _heads_and_gelu(name, args, width)
+    layer_scale = args.real("init_values", 0.0) or 1e-5  # at the start of training: it is not known
     model = ViTConfig(
         patch=patch,
         width=width,
-        depth=count(arrays, r"blocks\.(\d+)\..*"),
+        depth=layout.count(arrays, r"blocks\.(\d+)\..*"),
         mlp_dim=shape("blocks.0.mlp.fc1.weight", 2)[0],
         heads=heads,
-        pooling=pooling,
+        pooling=_pooling(config, args, cls, "fc_norm.weight" in arrays),
         registers=registers,
-        layer_scale=_layer_scale(arrays, args),
+        layer_scale=layer_scale if "blocks.0.ls1.gamma" in arrays else 0.0,
         gelu=gelu,
     )
-    head = "head.weight" in arrays
-    classes = shape("head.weight", 2)[0] if head else 0
+    classes = shape("head.weight", 2)[0] if "head.weight" in arrays else 0
     told = {"depth": model.depth, "embed_dim": width, "patch_size": patch, "in_chans": channels}
     told |= {"img_size": image_size, "reg_tokens": registers, "num_classes": classes}
     for field, value in told.items():
         if args.values.get(field) not in (None, value, [value, value]):
             raise SetupError(
-                f"{file}: model_args has {field}={args.values[field]!r}, but the arrays beside it "
-                f"are of a model with {value}."
+                f"{args.file}: {field} is {args.values[field]!r}, but {file} holds a model with "
+                f"{value}."
             )
-    crop_pct = pretrained.real("crop_pct", 0.875) or 1.0
-    filters = {theirs: ours for ours, theirs in INTERPOLATION.items()}
-    mean = pretrained.per_channel("mean", 0.5, channels, positive=False)
-    std = pretrained.per_channel("std", 0.5, channels)
+    resize = pretrained.values.get("interpolation")
     return Foreign(
         model=model,
         num_classes=classes,
         image_size=image_size,
         channels=channels,
-        eval_resize=math.floor(image_size / crop_pct),
-        layout=layout(model, channels, rows - own, head=head, prefix=own),
-        mean=mean,
-        std=std,
+        eval_resize=math.floor(image_size / (pretrained.real("crop_pct", 0.875) or 1.0)),
+        rows=rows(model, channels, head=classes > 0),
+        prefix=prefix,
+        mean=pretrained.reals("mean", 0.5, channels),
+        std=pretrained.reals("std", 0.5, channels, positive=True),
         class_names=strings(config.values.get("label_names"), classes),
-        resize=filters.get(pretrained.values.get("interpolation"), ""),
+        resize=next((ours for ours, theirs in INTERPOLATION.items() if theirs == resize), ""),
     )
 
 
@@ -244,31 +213,21 @@ def _heads_and_gelu(name: str, args: Section, width: int) -> tuple[int, str]:
             f"whose values are known here. Add them as that architecture has them."
         )
     heads, gelu = known or (0, "exact")
-    meanings = {theirs: ours for ours, theirs in GELU.items()}
-    return args.number("num_heads", heads or width // 64), args.one_of(
-        "act_layer", meanings | {None: gelu}, None
-    )
+    meanings = {theirs: ours for ours, theirs in GELU.items()} | {None: gelu}
+    return args.integer("num_heads", heads or width // 64), args.one_of("act_layer", meanings, None)
 
 
-def _layer_scale(arrays: dict[str, np.ndarray], args: Section) -> float:
-    """The first value of LayerScale, of which training alone would know; 0: there is none."""
-    given = args.real("init_values", 0.0)
-    return (given or 1e-5) if "blocks.0.ls1.gamma" in arrays else 0.0
-
-
-def _pooling(config: Section, args: Section, cls: bool, arrays: dict[str, np.ndarray]) -> str:
+def _pooling(config: Section, args: Section, cls: bool, late: bool) -> str:
     """ "cls" or "gap", if the last norm comes before the pooling, over patches alone."""
     pool = args.values.get("global_pool", config.values.get("global_pool", "token"))
-    late = "fc_norm.weight" in arrays
-    if pool == "token" and cls and not late:
-        return "cls"
-    if pool == "avg" and not cls and not late:
-        return "gap"
-    raise SetupError(
-        f"{config.file}: global_pool is {pool!r} with{'' if cls else 'out'} a CLS token and "
-        f"with{'' if late else 'out'} a norm behind it (fc_norm); this encoder has 'token' with a "
-        f"CLS token, or 'avg' without, and in both its last norm before the pooling."
-    )
+    found = {("token", True): "cls", ("avg", False): "gap"}.get((str(pool), cls))
+    if late or not found:
+        raise SetupError(
+            f"{config.file}: global_pool is {pool!r} with{'' if cls else 'out'} a CLS token and "
+            f"with{'' if late else 'out'} a norm behind it (fc_norm); this encoder has 'token' "
+            f"with a CLS token, or 'avg' without, and in both its last norm before the pooling."
+        )
+    return found
 
 
 def ratio(mlp_dim: int, width: int) -> float:

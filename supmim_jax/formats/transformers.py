@@ -12,19 +12,9 @@ from typing import Any
 
 from supmim_jax.config import Config, ViTConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import Section, strings
-from supmim_jax.formats.layout import (
-    BLOCKS,
-    Foreign,
-    Layout,
-    Row,
-    convolution,
-    linear,
-    norm,
-    to_foreign,
-    with_positions,
-    without_layer_scale,
-)
+from supmim_jax.formats import layout
+from supmim_jax.formats.files import CONFIG, PROCESSOR, Saved, Section, strings
+from supmim_jax.formats.layout import BLOCKS, Foreign, Row, linear, norm
 
 GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 KNOWN_GELU = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
@@ -33,36 +23,31 @@ CLASSIFIERS = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassifi
 ENCODERS = {"cls": "ViTModel", "gap": "IJepaModel"}
 MAE, MAE_ENCODER = "vit_mae", "ViTMAEModel"
 NO_ENCODER = ("pooler.", "decoder.")  # a layer after the CLS token; what predicts masked patches
-# Pillow's numbers of the filters nearest to crops.resize: box and bilinear (see timm_vit.py).
+# Pillow's numbers of the filters nearest to crops.resize: box and bilinear (see timm.py).
 RESAMPLE = {"area": 4, "linear": 2}
 EPSILON = 1e-6
 
 
-def layout(model: ViTConfig, channels: int, positions: int, *, head: bool, root: str) -> Layout:
-    """The rows for a model with this many patch positions; `root` is before the encoder's names."""
-    layer, width = f"{root}encoder.layer.{{}}", model.width
-    attention = f"{layer}.attention.attention"
-    rows = (
-        *convolution(f"{root}embeddings.patch_embeddings.projection", model.patch, channels, width),
-        Row(
-            "encoder/positions",
-            (f"{root}embeddings.position_embeddings",),
-            shape=(1, positions, width),
-        ),
-        *norm(f"{BLOCKS}/norm1", f"{layer}.layernorm_before"),
+def rows(model: ViTConfig, channels: int, head: bool, root: str) -> tuple[Row, ...]:
+    """The table of a model; `root` is before the encoder's names."""
+    embeddings, block, width = f"{root}embeddings", f"{root}encoder.layer.{{}}", model.width
+    attention = f"{block}.attention.attention"
+    found = [
+        *layout.convolution(f"{embeddings}.patch_embeddings.projection", model, channels),
+        Row(layout.POSITIONS, (f"{embeddings}.position_embeddings",), (1, -1, width)),
+        *norm(f"{BLOCKS}/norm1", f"{block}.layernorm_before"),
         *linear(f"{BLOCKS}/qkv", f"{attention}.query", f"{attention}.key", f"{attention}.value"),
-        *linear(f"{BLOCKS}/out", f"{layer}.attention.output.dense"),
-        *norm(f"{BLOCKS}/norm2", f"{layer}.layernorm_after"),
-        *linear(f"{BLOCKS}/fc1", f"{layer}.intermediate.dense"),
-        *linear(f"{BLOCKS}/fc2", f"{layer}.output.dense"),
+        *linear(f"{BLOCKS}/out", f"{block}.attention.output.dense"),
+        *norm(f"{BLOCKS}/norm2", f"{block}.layernorm_after"),
+        *linear(f"{BLOCKS}/fc1", f"{block}.intermediate.dense"),
+        *linear(f"{BLOCKS}/fc2", f"{block}.output.dense"),
         *norm("encoder/norm", f"{root}layernorm"),
-    )
+    ]
     if head:
-        rows += linear("head", "classifier")
-    if model.pooling == "gap":
-        return Layout(rows)
-    cls = Row("encoder/cls", (f"{root}embeddings.cls_token",), shape=(1, 1, width))
-    return Layout((*rows, cls), f"{root}embeddings.position_embeddings")
+        found += linear("head", "classifier")
+    if model.pooling == "cls":
+        found.append(Row(layout.CLS, (f"{embeddings}.cls_token",), (1, 1, width)))
+    return tuple(found)
 
 
 def write(
@@ -75,11 +60,11 @@ def write(
             f"config.model.registers is {model.registers}, which transformers' ViT cannot express: "
             f"export to timm."
         )
-    side, head = data.image_size // model.patch, cfg.objective.leaves == "classifier"
+    head = cfg.objective.leaves == "classifier"
     root = f"{TYPES[model.pooling]}." if head else ""
-    params = with_positions(params, model, data)
-    params = without_layer_scale(params)
-    tensors = to_foreign(params, layout(model, data.channels, side * side, head=head, root=root))
+    params = layout.without_layer_scale(layout.with_positions(params, model, data))
+    prefix = int(model.pooling == "cls")  # their CLS token has a position
+    tensors = layout.to_foreign(params, rows(model, data.channels, head, root), prefix)
     config = {
         "architectures": [(CLASSIFIERS if head else ENCODERS)[model.pooling]],
         "model_type": TYPES[model.pooling],
@@ -114,91 +99,76 @@ def write(
         "image_mean": [0.5] * data.channels,
         "image_std": [0.5] * data.channels,
     }
-    return tensors, {"config.json": config, "preprocessor_config.json": processor}
+    return tensors, {CONFIG: config, PROCESSOR: processor}
 
 
-def read(documents: dict[str, Any], arrays: dict[str, Any], file: str) -> Foreign:
+def read(saved: Saved) -> Foreign:
     """The model that a config.json of transformers describes.
 
     Raises:
       SetupError: it is of another kind, or has parts that this encoder cannot express.
     """
-    config = Section(documents["config.json"], file)
+    config, processor = saved.config, saved.processor
     kinds = {name: pool for pool, name in TYPES.items()} | {MAE: "cls"}
     pooling = config.one_of("model_type", kinds, None)
-    head, root = _parts(config, pooling)
-    config.same("qkv_bias", True, True, "this encoder's attention has biases.")
+    architectures = config.get("architectures", [])
+    if config.values["model_type"] == MAE:
+        head, root = False, "" if MAE_ENCODER in architectures else "vit."
+    elif ENCODERS[pooling] in architectures:
+        head, root = False, ""
+    else:
+        head, root = True, f"{TYPES[pooling]}."
+    config.same("qkv_bias", True, True, "this encoder's attention has biases")
     config.same(
         "layer_norm_eps",
         EPSILON,
         1e-12,
         "this encoder's. Google's ViTs and MAE's were trained with it, though their conversions "
-        "say 1e-12: for those, write 1e-06 into config.json.",
+        "say 1e-12: for those, write 1e-06 into config.json",
     )
     model = ViTConfig(
-        patch=config.number("patch_size", 16),
-        width=config.number("hidden_size", 768),
-        depth=config.number("num_hidden_layers", 12),
-        mlp_dim=config.number("intermediate_size", 3072),
-        heads=config.number("num_attention_heads", 12),
+        patch=config.integer("patch_size", 16),
+        width=config.integer("hidden_size", 768),
+        depth=config.integer("num_hidden_layers", 12),
+        mlp_dim=config.integer("intermediate_size", 3072),
+        heads=config.integer("num_attention_heads", 12),
         pooling=pooling,
         gelu=config.one_of("hidden_act", KNOWN_GELU, "gelu"),
     )
-    image_size, channels = config.number("image_size", 224), config.number("num_channels", 3)
-    labels = config.values.get("id2label") or {}
-    classes = config.number("num_labels", len(labels) or 2) if head else 0  # 2: their own default
-    eval_resize, mean, std = _processor(documents, image_size, channels, file)
-    positions = (image_size // model.patch) ** 2
-    processor = documents.get("preprocessor_config.json")
-    processor = processor if isinstance(processor, dict) else {}
-    filters = {number: ours for ours, number in RESAMPLE.items()}
+    image_size, channels = config.integer("image_size", 224), config.integer("num_channels", 3)
+    labels = config.get("id2label", {})
+    classes = config.integer("num_labels", len(labels) or 2) if head else 0  # 2: their own default
+    eval_resize = image_size
+    if processor.values.get("do_center_crop"):
+        eval_resize = processor.section("size").integer("shortest_edge", image_size)
+    mean, std = _pixels(processor, channels)
+    resample = processor.values.get("resample")
     return Foreign(
         model=model,
         num_classes=classes,
         image_size=image_size,
         channels=channels,
         eval_resize=eval_resize,
-        layout=layout(model, channels, positions, head=head, root=root),
+        rows=rows(model, channels, head, root),
+        prefix=int(pooling == "cls"),
         leaves_out=() if head else NO_ENCODER,
         mean=mean,
         std=std,
         class_names=strings(list(labels.values()) if isinstance(labels, dict) else labels, classes),
-        resize=filters.get(processor.get("resample"), ""),
+        resize=next((ours for ours, number in RESAMPLE.items() if number == resample), ""),
     )
 
 
-def _parts(config: Section, pooling: str) -> tuple[bool, str]:
-    """Whether there is a classifier, and what is before the names of the encoder's arrays."""
-    classes = config.values.get("architectures") or []
-    if config.values["model_type"] == MAE:
-        return False, "" if MAE_ENCODER in classes else "vit."
-    if ENCODERS[pooling] in classes:
-        return False, ""
-    return True, f"{TYPES[pooling]}."
-
-
-def _processor(
-    documents: dict[str, Any], image_size: int, channels: int, file: str
-) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """The shorter side before the centre crop (without one the image's own), mean and deviation."""
-    processor = Section(
-        documents.get("preprocessor_config.json") or {}, f"{file}, preprocessor_config.json"
-    )
+def _pixels(processor: Section, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of pixels in [0, 1] that amount to what the processor does."""
     for key in ("do_flip_channel_order", "rescale_offset", "offset"):
-        processor.same(key, False, False, "this encoder sees RGB and no other offset of pixels.")
-    mean, std = (processor.per_channel(f"image_{x}", 0.5, channels) for x in ("mean", "std"))
+        processor.same(key, False, False, "this encoder sees RGB and no other offset of pixels")
+    mean = processor.reals("image_mean", 0.5, channels)
+    std = processor.reals("image_std", 0.5, channels, positive=True)
     if not processor.flag("do_normalize", True):
         mean, std = (0.0,), (1.0,)
     # (255 p f - mean) / std with pixels p in [0, 1] and the factor f is (p - mean / 255 f) / ...
-    factor = 255 * processor.real("rescale_factor", 1 / 255)
+    factor = 255 * processor.real("rescale_factor", 1 / 255, positive=True)
     if not processor.flag("do_rescale", True):
         factor = 255.0
-    if not factor:
-        raise SetupError(
-            f"{processor.file}: rescale_factor is 0, which leaves nothing of an image."
-        )
-    mean, std = (tuple(x / factor for x in of) for of in (mean, std))
-    if not processor.values.get("do_center_crop"):
-        return image_size, mean, std
-    size = Section(processor.values.get("size"), f"{processor.file}, size")
-    return size.number("shortest_edge", image_size), mean, std
+    return tuple(x / factor for x in mean), tuple(x / factor for x in std)
