@@ -111,7 +111,7 @@ def costs(k: int) -> str:
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
         lowered, calls = knn.search_program((queries, dim), (bank, dim), k, mesh)
         compiled = lowered.compile()
-        each = calls * hlo.count(compiled.as_text()).total() / 1e12
+        each = calls * hlo.parse(compiled.as_text()).flops / 1e12
         memory = compiled.memory_analysis()
         arguments = memory.argument_size_in_bytes
         peak = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
