@@ -42,16 +42,15 @@ class MetricsWriter:
         self.tensorboard = None
         self.evaluated = False  # whether the evaluation after `step` is there
         self.lines, self.flushed = [], time.monotonic()  # of a file in a bucket, all there are
-        if not self.active:
-            return
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if not _again(_values(x), step, last)]
-            found = map(_values, kept)
-            self.evaluated = any(x["step"] == step and _is_evaluation(x) for x in found)
-            self.lines = kept
-            storage.write(self.path, "".join(kept))
-        if tensorboard:
+        if self.active and self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                values = _values(line)
+                comes_after = ROLLED_BACK in values or (step == last and _is_evaluation(values))
+                if values["step"] < step or (values["step"] == step and not comes_after):
+                    self.lines.append(line)
+                    self.evaluated |= values["step"] == step and _is_evaluation(values)
+            storage.write(self.path, "".join(self.lines))
+        if self.active and tensorboard:
             # clu's writers import TensorFlow, which a machine that trains need not have.
             from clu import metric_writers, periodic_actions
 
@@ -106,12 +105,6 @@ def _values(line: str) -> dict:
 
 def _is_evaluation(values: dict) -> bool:
     return any(name.startswith("eval/") for name in values)
-
-
-def _again(values: dict, step: int, last: int) -> bool:
-    """Whether a run that goes on from `step` writes this line again."""
-    comes_after = ROLLED_BACK in values or (step == last and _is_evaluation(values))
-    return values["step"] > step or (values["step"] == step and comes_after)
 
 
 def seconds_since_start() -> float:
@@ -174,8 +167,7 @@ class ProgressLine:
     """One line that rewrites itself on a terminal; elsewhere a plain line every tenth of a run."""
 
     def __init__(self, cfg: Config, stream=None):
-        self.objective, self.total = cfg.objective, cfg.total_steps
-        self.batch_size = cfg.batch_size
+        self.objective, self.total, self.batch_size = cfg.objective, cfg.total_steps, cfg.batch_size
         self.stream = stream or sys.stderr
         self.active = jax.process_index() == 0
         self.terminal = self.stream.isatty()
@@ -195,9 +187,8 @@ class ProgressLine:
             f"{values['images_per_second']:.0f} img/s | "
             f"data {100 * values['data_wait']:.0f}% | {minutes}:{seconds:02d} left"
         )
-        print(f"\r\x1b[K{line}" if self.terminal else line, end="", file=self.stream, flush=True)
-        if not self.terminal:
-            print(file=self.stream, flush=True)
+        start, end = ("\r\x1b[K", "") if self.terminal else ("", "\n")
+        print(start + line, end=end, file=self.stream, flush=True)
 
     def started(self, step: int, metrics: Metrics) -> None:
         """Waits for a process's first step and says how long after the process began it is done."""

@@ -18,10 +18,14 @@ from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import flops, hlo
 
 MIB = 2**20
-# MiB of temporaries, and instructions in all computations, of this code with jax 0.10.2.
-TEMPORARIES = {"supervised": 55.9, "masked": 112.5, "visible": 74.4, "names": 55.3, "full": 37.7}
-INSTRUCTIONS = {"supervised": 4572, "masked": 9897, "visible": 9931, "names": 9890, "full": 10090}
-LOOPS = {"supervised": 2, "masked": 7, "visible": 7, "names": 7, "full": 7}
+# Of this code with jax 0.10.2: MiB of temporaries, instructions in all computations, loops.
+PROGRAMS = {
+    "supervised": (55.9, 4572, 2),
+    "masked": (112.5, 9897, 7),
+    "visible": (74.4, 9931, 7),
+    "names": (55.3, 9890, 7),
+    "full": (37.7, 10090, 7),
+}
 
 
 def config(name: str):
@@ -35,69 +39,66 @@ def config(name: str):
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=remat))
 
 
-@pytest.fixture(scope="module")
-def steps():
-    """Compiled steps by name, each compiled once; and their configs and counts."""
-    mesh, known = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), {}
-
-    def step(name: str):
-        if name not in known:
-            cfg = config(name)
-            prog = train_step.build(cfg, mesh)
-            compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
-            known[name] = cfg, prog, compiled, flops.counted(cfg, mesh, compiled, 0.0)
-        return known[name]
-
-    return step
+def compiled(cfg, mesh):
+    prog = train_step.build(cfg, mesh)
+    step = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
+    return prog, step, flops.counted(cfg, mesh, step)
 
 
-def exact(result: dict) -> None:
-    for part, directions in result["parts"].items():
-        for direction, (found, expected) in directions.items():
-            assert found == pytest.approx(expected, rel=1e-3), (part, direction)
+def shared_embedding(cfg) -> float:
+    """GF per image that XLA saves where both branches embed the same patches: unmixed."""
+    twice = cfg.objective.masks_patches and cfg.objective.encoder_input == "masked"
+    return flops.train(cfg)["patch embedding"].forward / 2 / 1e9 if twice else 0.0
 
 
-@pytest.mark.parametrize("name", ["supervised", "masked", "visible"])
-def test_flops_are_those_of_the_arithmetic(steps, name):
-    result = steps(name)[3]
-    assert result["ratio"] == pytest.approx(1.0, abs=1e-3), flops.report(result)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_step_costs_what_the_arithmetic_says(name, one_device):
+    """FLOPs, memory, size of the program, and state that is updated in place."""
+    cfg = config(name)
+    prog, step, result = compiled(cfg, one_device)
+    found = result["hlo_gf_per_image"] + shared_embedding(cfg)
+    expected = result["analytic_gf_per_image"]
+    if cfg.model.remat == "none":
+        assert found == pytest.approx(expected, rel=1e-6)
+    else:  # of a single block of a decoder XLA repeats nothing
+        assert found / expected == pytest.approx({"names": 1.009, "full": 1.225}[name], abs=1e-3)
+        assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=3e-3)
 
+    temporaries, instructions, loops = PROGRAMS[name]
+    memory = step.memory_analysis()
+    assert memory.temp_size_in_bytes / MIB == pytest.approx(temporaries, rel=0.2)
+    module = hlo.parse(step.as_text()).module
+    opcodes = Counter(x.opcode for part in module.values() for x in part.instructions.values())
+    assert 0.6 < opcodes.total() / instructions < 1.6, opcodes.total()
+    assert opcodes["while"] <= loops and opcodes["custom-call"] == 0
 
-def test_names_repeat_next_to_nothing_and_full_the_forward_pass(steps):
-    names, full = (steps(name)[3] for name in ("names", "full"))
-    assert names["ratio"] < 1.03  # 25 tokens of width 64; <= 1.01 at ImageNet's size, docs/speed.md
-    assert names["ratio_with_recomputed"] == pytest.approx(1.0, abs=3e-3)
-    assert 1.2 < full["ratio"] < 4 / 3
-
-
-def small(cfg, objective, **model):
-    model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0, **model)
-    return dataclasses.replace(cfg, model=model, objective=objective)
+    state = jax.tree.leaves(prog.state)
+    aliases = re.search(r"input_output_alias={(.*?) }", step.as_text())[1]
+    assert aliases.count("may-alias") + aliases.count("must-alias") == len(state)
+    size = sum(x.size * x.dtype.itemsize for x in state)
+    assert memory.alias_size_in_bytes == pytest.approx(size, rel=1e-3)
 
 
 DECODER = DecoderConfig(depth=2, width=32, mlp_dim=64, heads=2)
 
 
-@pytest.mark.parametrize(
-    ("objective", "pooling"), [(MAEConfig(), "cls"), (CMAEConfig(), "gap")], ids=["mae", "cmae"]
-)
-def test_steps_without_labels(cfg, one_device, objective, pooling):
-    result = flops.measure(small(cfg, objective, pooling=pooling), one_device)
-    exact(result)
-    assert result["ratio"] == pytest.approx(1.0, abs=1e-3)
-
-
-def test_supmim_step_with_everything_on(cfg, one_device):
-    """Visible patches only, CLS, LayerScale, rematerialization."""
-    objective = dataclasses.replace(
+@pytest.mark.parametrize("name", ["mae", "cmae", "supmim"])
+def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_device, name):
+    """SupMIM with visible patches only, CLS, LayerScale and rematerialization."""
+    supmim = dataclasses.replace(
         cfg.objective, decoder=DECODER, encoder_input="visible", mask_ratio=0.75
     )
-    cfg = small(cfg, objective, pooling="cls", layer_scale=1e-4, remat="names")
+    objective, changes = {
+        "mae": (MAEConfig(), {"pooling": "cls"}),
+        "cmae": (CMAEConfig(), {"pooling": "gap"}),
+        "supmim": (supmim, {"pooling": "cls", "layer_scale": 1e-4, "remat": "names"}),
+    }[name]
+    model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0, **changes)
+    cfg = dataclasses.replace(cfg, model=model, objective=objective)
     result = flops.measure(cfg, one_device)
-    exact(result)
-    assert 1.0 < result["ratio"] < 1.02  # attention's logits only, LayerScale or not
-    assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=1e-3)
-    assert "encoder, recomputed" in flops.report(result)
+    assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=1e-6)
+    assert result["ratio"] < 1.02  # attention's logits only, LayerScale or not
+    assert "encoder" in flops.report(result)
 
 
 @pytest.mark.parametrize("branch", ["supervised", "supmim"])
@@ -110,16 +111,11 @@ def test_a_step_repeats_no_work_and_sends_parameters_and_gradients_alone(cfg, br
         objective = dataclasses.replace(cfg.objective, decoder=DECODER)
     model = dataclasses.replace(cfg.model, width=128, mlp_dim=512, remat="names")
     cfg = dataclasses.replace(cfg, objective=objective, model=model)
-    mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
-    prog = train_step.build(cfg, mesh)
-    compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
-    result = flops.counted(cfg, mesh, compiled, 0.0)
-    if branch == "supmim":  # unmixed, both branches embed the same patches, and XLA does so once
-        found, expected = result["parts"]["patch embedding"].pop("forward")
-        assert found == pytest.approx(expected / 2)
-    exact(result)
+    prog, step, result = compiled(cfg, sharding.make_mesh(MeshConfig(fsdp=fsdp)))
+    work = result["analytic_gf_per_image"] + result["recomputed_gf_per_image"]
+    assert result["hlo_gf_per_image"] + shared_embedding(cfg) == pytest.approx(work, rel=1e-6)
     found = Counter()
-    for one in hlo.collectives(hlo.parse(compiled.as_text())):
+    for one in hlo.collectives(hlo.parse(step.as_text())):
         found[one.kind] += one.bytes * one.times
     parameters = 4 * sum(x.size for x in jax.tree.leaves(prog.state.params))
     reduced = (found.pop("all-reduce") + found.pop("reduce-scatter", 0)) / parameters
@@ -129,33 +125,8 @@ def test_a_step_repeats_no_work_and_sends_parameters_and_gradients_alone(cfg, br
     assert sum(found.values()) < 0.01 * parameters
 
 
-@pytest.mark.parametrize("name", TEMPORARIES)
-def test_temporary_memory_stays_in_its_band(steps, name):
-    found = steps(name)[2].memory_analysis().temp_size_in_bytes / MIB
-    assert 0.8 < found / TEMPORARIES[name] < 1.2, found
-
-
-@pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_the_program_has_not_doubled(steps, name):
-    module = hlo.parse(steps(name)[2].as_text()).module
-    opcodes = Counter(x.opcode for part in module.values() for x in part.instructions.values())
-    assert 0.6 < opcodes.total() / INSTRUCTIONS[name] < 1.6, opcodes.total()
-    assert opcodes["while"] <= LOOPS[name], opcodes["while"]
-    assert opcodes["custom-call"] == 0
-
-
-@pytest.mark.parametrize("name", ["supervised", "masked"])
-def test_parameters_and_moments_are_updated_in_place(steps, name):
-    _, prog, compiled, _ = steps(name)
-    state = jax.tree.leaves(prog.state)
-    aliases = re.search(r"input_output_alias={(.*?) }", compiled.as_text())[1]
-    assert aliases.count("may-alias") + aliases.count("must-alias") == len(state)
-    size = sum(x.size * x.dtype.itemsize for x in state)
-    assert compiled.memory_analysis().alias_size_in_bytes == pytest.approx(size, rel=1e-3)
-
-
 @pytest.mark.parametrize("name", ["masked", "visible"])
-def test_logits_are_of_masked_patches_alone_and_stay_in_bfloat16(one_device, name):
+def test_logits_are_of_masked_patches_alone_and_all_but_the_head_is_in_bfloat16(one_device, name):
     """Forward and backward; and no gather or scatter, which XLA does not fuse, makes others."""
     cfg, codes = config(name), 40  # no other array has 40 columns
     target = dataclasses.replace(cfg.objective.target, codes=codes)
@@ -175,18 +146,7 @@ def test_logits_are_of_masked_patches_alone_and_stay_in_bfloat16(one_device, nam
         for found in re.findall(rf"tensor<8x(\d+)x{codes}x(\w+)>", line)
     }
     assert types == {(str(num_masked(25, cfg.objective.mask_ratio)), "bf16")}
-
-
-def test_matmuls_are_in_bfloat16_but_for_the_head_and_parameters_are_not(one_device):
-    cfg = config("masked")
-    cfg = dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, dtype="bfloat16"),
-        tokens=dataclasses.replace(cfg.tokens, cache="any"),
-    )
-    prog = train_step.build(cfg, one_device)
     assert {str(x.dtype) for x in jax.tree.leaves(prog.state.params)} == {"float32"}
-    text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()
     operands = re.findall(r"stablehlo\.dot_general .* : \((.*)\) ->", text)
     found = Counter("bf16" in types for types in operands)
     assert found[False] == 3, [types for types in operands if "bf16" not in types]

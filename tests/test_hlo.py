@@ -1,6 +1,5 @@
 """What compiled programs cost, read from their HLO, against counts by hand."""
 
-import functools
 import re
 
 import jax
@@ -24,15 +23,12 @@ def compiled(function, *shapes) -> str:
     return jax.jit(function).lower(*arrays).compile().as_text()
 
 
+def flops(text: str) -> int:
+    return hlo.parse(text).flops
+
+
 def count(function, *shapes) -> int:
-    return hlo.count(compiled(function, *shapes)).total()
-
-
-def without_trip_counts(text: str) -> str:
-    """As on TPU, where only a loop's condition tells how often it runs."""
-    text, changed = re.subn(r'"known_trip_count":{"n":"\d+"}', '"nothing":{}', text)
-    assert changed
-    return text
+    return flops(compiled(function, *shapes))
 
 
 def scanned(depth: int):
@@ -47,45 +43,49 @@ def test_matmuls():
     batched = count(lambda x, y: jnp.einsum("bnhd,bmhd->bhnm", x, y), (2, 8, 3, 16), (2, 9, 3, 16))
     assert batched == 2 * (2 * 3) * 8 * 9 * 16
     assert count(lambda x: jnp.tanh(x).sum(), (N, N)) == 0
-
-
-def test_gradient_of_a_matmul_is_two():
     gradient = jax.grad(lambda x, w: jnp.tanh(x @ w).sum(), argnums=(0, 1))
     assert count(gradient, (N, N), (N, N)) == 3 * SQUARE
 
 
-@pytest.mark.parametrize("strip", [str, without_trip_counts])
-def test_loops_multiply(strip):
-    def nested(x, w):
-        return jax.lax.scan(lambda x, _: (scanned(3)(x, w), None), x, None, length=5)[0]
-
-    def backwards(x, w):
-        return jax.lax.while_loop(lambda s: s[0] > 2, lambda s: (s[0] - 3, s[1] @ w), (15, x))[1]
-
-    def until_equal(x, w):
-        return jax.lax.while_loop(lambda s: s[0] != 6, lambda s: (s[0] + 2, s[1] @ w), (0, x))[1]
-
-    gradient = jax.grad(lambda x, w: scanned(7)(x, w).sum(), argnums=(0, 1))
-    matmuls_of = {nested: 15, backwards: 5, until_equal: 3, gradient: 21}
-    for function, matmuls in matmuls_of.items():
-        text = strip(compiled(function, (N, N), (N, N)))
-        assert hlo.count(text).total() == matmuls * SQUARE, function
+def nested(x, w):
+    return jax.lax.scan(lambda x, _: (scanned(3)(x, w), None), x, None, length=5)[0]
 
 
-def test_unknown_trip_count_is_an_error():
-    def until(x, w):
-        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w), x)
+def backwards(x, w):
+    return jax.lax.while_loop(lambda s: s[0] > 2, lambda s: (s[0] - 3, s[1] @ w), (15, x))[1]
 
-    with pytest.raises(UnknownCost, match="trip count"):
-        count(until, (N, N), (N, N))
 
-    def for_ever(x, w):
-        return jax.lax.while_loop(lambda s: s[0] < 9, lambda s: (s[0], s[1] @ w), (0, x))[1]
+def until_equal(x, w):
+    return jax.lax.while_loop(lambda s: s[0] != 6, lambda s: (s[0] + 2, s[1] @ w), (0, x))[1]
 
-    with pytest.raises(UnknownCost, match="trip count"):
-        count(for_ever, (N, N), (N, N))
-    free = count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, jnp.tanh, x), (N, N))
-    assert free == 0  # no matmul in it: its trip count does not matter
+
+gradient = jax.grad(lambda x, w: scanned(7)(x, w).sum(), argnums=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "matmuls"), [(nested, 15), (backwards, 5), (until_equal, 3), (gradient, 21)]
+)
+def test_loops_multiply(function, matmuls):
+    """Also as on TPU, where only a loop's condition tells how often it runs."""
+    text = compiled(function, (N, N), (N, N))
+    stripped, changed = re.subn(r'"known_trip_count":{"n":"\d+"}', '"nothing":{}', text)
+    assert changed
+    assert [flops(x) for x in (text, stripped)] == [matmuls * SQUARE] * 2
+
+
+def until(x, w):
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jnp.tanh(x @ w), x)
+
+
+def for_ever(x, w):
+    return jax.lax.while_loop(lambda s: s[0] < 9, lambda s: (s[0], s[1] @ w), (0, x))[1]
+
+
+def test_an_unknown_trip_count_is_an_error_where_it_matters():
+    for function in (until, for_ever):
+        with pytest.raises(UnknownCost, match=r"loop.*while"):
+            count(function, (N, N), (N, N))
+    assert count(lambda x: jax.lax.while_loop(lambda x: x.sum() < 9, jnp.tanh, x), (N, N)) == 0
 
 
 def test_a_condition_runs_once_more_than_its_body():
@@ -107,9 +107,9 @@ ENTRY %main (s: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
 backend_config={"known_trip_count":{"n":"4"}}
 }
 """
-    assert hlo.count(text).total() == 5 * 2 * 8**3
-    with pytest.raises(UnknownCost, match="trip count"):
-        hlo.count(text.replace("known_trip_count", "nothing"))
+    assert flops(text) == 5 * 2 * 8**3
+    with pytest.raises(UnknownCost):
+        flops(text.replace("known_trip_count", "nothing"))
 
 
 def test_conditional_takes_the_most_expensive_branch():
@@ -162,7 +162,8 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
 
 
 def test_custom_calls():
-    assert hlo.count(HEAD + CUBLAS).total() == 2 * 8 * 24 * 40
+    assert flops(HEAD + CUBLAS) == 2 * 8 * 24 * 40
+    assert flops(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")) == 0
     for target in (
         "__onednn$matmul",
         "__cudnn$fmhaScaleBiasSoftmax",
@@ -170,10 +171,9 @@ def test_custom_calls():
         "Mosaic",
     ):
         with pytest.raises(UnknownCost, match=re.escape(target)):
-            hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", target))
-    assert hlo.count(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")).total() == 0
+            flops(HEAD + CUBLAS.replace("__cublas$gemm", target))
     with pytest.raises(ValueError, match="ENTRY"):
-        hlo.count("HloModule nothing")
+        hlo.parse("HloModule nothing")
 
 
 ATTENTION = """
@@ -189,14 +189,8 @@ custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(f)/jvp(encoder)
 
 def test_fused_attention_and_what_its_gradient_repeats():
     matmul = 2 * (8 * 2) * 32 * 48 * 16
-    assert hlo.count(ATTENTION) == {"forward: encoder/attention": 2 * matmul}
-    gradient = ATTENTION.replace("Softmax", "SoftmaxBackward").replace(
-        "jvp(encoder)", "transpose(jvp(encoder))"
-    )
-    assert hlo.count(gradient) == {
-        "backward: encoder/attention": 4 * matmul,
-        "recomputed: encoder/attention": matmul,
-    }
+    assert flops(ATTENTION) == 2 * matmul
+    assert flops(ATTENTION.replace("Softmax", "SoftmaxBackward")) == 5 * matmul
 
 
 def test_tpu_writes_batched_matmuls_as_dilated_convolutions():
@@ -209,22 +203,7 @@ ENTRY %main (q: bf16[16,256,12,64], k: bf16[16,256,12,64]) -> f32[16,12,256,256]
 window={size=16x12 stride=15x11 lhs_dilate=16x12}, dim_labels=0b1f_0o1i->01bf
 }
 """
-    assert hlo.count(text).total() == 2 * (16 * 12) * 256 * 256 * 64
-
-
-@jax.named_scope("encoder")
-def tower(x, w):
-    return jnp.tanh(x @ w)
-
-
-def test_scopes_tell_functions_and_directions_apart():
-    def loss(x, w, v):
-        return (jax.checkpoint(tower)(x, w) @ v).sum()
-
-    gradient = jax.grad(loss, argnums=(0, 1, 2))
-    scopes = hlo.count(compiled(gradient, (N, N), (N, N), (N, N)))
-    towers = {k.split(":")[0]: v for k, v in scopes.items() if k.endswith("encoder")}
-    assert towers["backward"] == 2 * SQUARE
+    assert flops(text) == 2 * (16 * 12) * 256 * 256 * 64
 
 
 def test_shapes():
@@ -253,14 +232,11 @@ def groups(attributes: str) -> np.ndarray:
     return hlo.groups(hlo.parse(text).root)
 
 
-@pytest.mark.parametrize("text", GROUPS)
-def test_groups(text):
-    assert groups(f"{text}, channel_id=1").tolist() == GROUPS[text]
-
-
-def test_unknown_groups_are_an_error():
+def test_groups():
+    for text, expected in GROUPS.items():
+        assert groups(f"{text}, channel_id=1").tolist() == expected, text
     for text in ("replica_groups=all", "replica_groups=mesh['a'=2] {'a':(1)2}"):
-        with pytest.raises(UnknownCost, match="which devices"):
+        with pytest.raises(UnknownCost):
             groups(text)
 
 
@@ -305,6 +281,10 @@ def test_each_kind_by_hand(case):
     assert found.group_size == devices and found.dtypes == ("f32",)
 
 
+def test_groups_of_one_device_send_nothing():
+    assert not sharded(lambda x: jax.lax.psum(x, "tensor"), (P(),), P(), (8,))
+
+
 def test_a_collective_in_a_loop_counts_as_often():
     def fsdp(x, w):
         def layer(x, w):
@@ -315,8 +295,6 @@ def test_a_collective_in_a_loop_counts_as_often():
     (found,) = sharded(fsdp, (P("data"), P(None, "fsdp")), P("data"), (64, 32), (7, 32, 32))
     assert (found.kind, found.times, found.bytes) == ("all-gather", 7, 32 * 32 * 4)
 
-
-def test_a_loop_of_unknown_length_is_an_error():
     def until(x):
         body = lambda x: jax.lax.psum(x, "fsdp")  # noqa: E731
         return jax.lax.while_loop(lambda x: x.sum() < 9, body, x)
@@ -325,66 +303,48 @@ def test_a_loop_of_unknown_length_is_an_error():
         sharded(until, (P(),), P(), (8,))
 
 
-ASYNC = """
-%all-reduce-scatter.1 (i: bf16[64,32]) -> bf16[16,32] {
+SCATTER = """
+%all-reduce-scatter.N (i: bf16[64,32]) -> bf16[16,32] {
   %i = bf16[64,32]{1,0} parameter(0)
   %r = bf16[64,32]{1,0} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
   %z = s32[] constant(0)
   ROOT %s = bf16[16,32]{1,0} dynamic-slice(%r, %z, %z), dynamic_slice_sizes={16,32}
 }
 
-%all-reduce-scatter.2 (i: bf16[64,32]) -> bf16[16,32] {
-  %i = bf16[64,32]{1,0} parameter(0)
-  %r = bf16[64,32]{1,0} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
-  %z = s32[] constant(0)
-  ROOT %s = bf16[16,32]{1,0} dynamic-slice(%r, %z, %z), dynamic_slice_sizes={16,32}
-}
-
-%chain.1 (w: bf16[16,32]) -> bf16[64,32] {
+%chain.N (w: bf16[16,32]) -> bf16[64,32] {
   %w = bf16[16,32]{1,0} parameter(0)
   ROOT %g = bf16[64,32]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
 }
-
-%chain.2 (w: bf16[16,32]) -> bf16[64,32] {
-  %w = bf16[16,32]{1,0} parameter(0)
-  ROOT %g = bf16[64,32]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
-}
-
-ENTRY %main (w: bf16[16,32]) -> bf16[16,32] {
-  %w = bf16[16,32]{1,0} parameter(0)
-  %a = bf16[64,32]{1,0} fusion(%w), kind=kCustom, calls=%chain.1
-  %b = bf16[64,32]{1,0} fusion(%w), kind=kCustom, calls=%chain.2
-  %c = bf16[16,32]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
-  %d = bf16[16,32]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2
-  %e = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%c), channel_id=1, \
-source_target_pairs={{0,1},{1,0}}
-  %f = bf16[16,32]{1,0} collective-permute-done(%e)
-  %g = (bf16[16,32]{1,0}, bf16[16,32]{1,0}, u32[]) collective-permute-start(%d), channel_id=1, \
-source_target_pairs={{0,2},{2,0}}
-  %h = bf16[16,32]{1,0} collective-permute-done(%g)
-  ROOT %s = bf16[16,32]{1,0} add(%f, %h)
-}
+"""
+ASYNC = f"""{SCATTER.replace(".N", ".1")}{SCATTER.replace(".N", ".2")}
+ENTRY %main (w: bf16[16,32]) -> bf16[16,32] {{
+  %w = bf16[16,32]{{1,0}} parameter(0)
+  %a = bf16[64,32]{{1,0}} fusion(%w), kind=kCustom, calls=%chain.1
+  %b = bf16[64,32]{{1,0}} fusion(%w), kind=kCustom, calls=%chain.2
+  %c = bf16[16,32]{{1,0}} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+  %d = bf16[16,32]{{1,0}} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.2
+  %e = (bf16[16,32]{{1,0}}, bf16[16,32]{{1,0}}, u32[]) collective-permute-start(%c), \
+channel_id=1, source_target_pairs={{{{0,1}},{{1,0}}}}
+  %f = bf16[16,32]{{1,0}} collective-permute-done(%e)
+  %g = (bf16[16,32]{{1,0}}, bf16[16,32]{{1,0}}, u32[]) collective-permute-start(%d), \
+channel_id=1, source_target_pairs={{{{0,2}},{{2,0}}}}
+  %h = bf16[16,32]{{1,0}} collective-permute-done(%g)
+  ROOT %s = bf16[16,32]{{1,0}} add(%f, %h)
+}}
 """
 
 
 def test_as_tpu_writes_them():
     """A gather spread over fusions counts once, scatters and permutations of one channel each."""
     found = hlo.collectives(hlo.parse(ASYNC))
-    sizes = sorted((c.kind, c.bytes) for c in found)
     shard, whole = 16 * 32 * 2, 64 * 32 * 2
-    assert sizes == [
+    assert sorted((c.kind, c.bytes) for c in found) == [
         ("all-gather", whole),
-        ("collective-permute", shard),
-        ("collective-permute", shard),
-        ("reduce-scatter", whole),
-        ("reduce-scatter", whole),
+        *[("collective-permute", shard)] * 2,
+        *[("reduce-scatter", whole)] * 2,
     ]
     with pytest.raises(UnknownCost, match="ragged"):
         hlo.collectives(hlo.parse(ASYNC.replace("collective-permute-start", "ragged-all-to-all")))
-
-
-def test_groups_of_one_device_send_nothing():
-    assert not sharded(functools.partial(jax.lax.psum, axis_name="tensor"), (P(),), P(), (8,))
 
 
 FUSED = """

@@ -15,9 +15,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import save_initial
 from etils import epath
 
-from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax import encoder, sharding
 from supmim_jax.checkpoint import Checkpoint, checksums
 from supmim_jax.config import (
     CheckpointConfig,
@@ -41,12 +42,15 @@ from supmim_jax.config import (
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.report import files
+from supmim_jax.report import page as pages
 from supmim_jax.report.__main__ import gather, write
+from supmim_jax.report.measure import Segmented
 from supmim_jax.report.page import overlaid, picture, render
 from supmim_jax.train import train
 
 HOSTILE = '<script>alert(1)</script>"><img src=http://evil.example/ onerror=alert(1)>'
-QUICK = SegmentationConfig(heads=("linear",), training=HeadTrainingConfig(steps=20))
+QUICK = HeadTrainingConfig(steps=20)
+MASKS, NO_MASKS = MasksConfig(field="segmentation"), MasksConfig()
 VOID = {"img", "link", "meta"}
 CHROMIUM = shutil.which("chromium")
 
@@ -79,29 +83,35 @@ class Page(HTMLParser):
             if name == tag and class_ in attributes.get("class", "")
         ]
 
+    def sections(self) -> dict[str, str]:
+        """Their texts by anchor, in order."""
+        return {attributes["id"]: text for attributes, text in self.all("section")}
 
-def pictures(page: Page) -> list[str]:
-    """The images of the page that are not charts."""
-    return [a["src"] for a, _ in page.all("img") if a["src"].startswith("data:image/png")]
+    def pictures(self) -> list[str]:
+        """The images that are not charts."""
+        found = [attributes["src"] for attributes, _ in self.all("img")]
+        return [src for src in found if src.startswith("data:image/png")]
+
+
+def config(data_dir: str, objective, masks=NO_MASKS, **evaluation) -> Config:
+    data = DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64, masks=masks)
+    model = ViTConfig(width=16, depth=1, mlp_dim=32)
+    evals = EvalConfig(batch_size=64, **evaluation)
+    return Config(batch_size=16, data=data, model=model, objective=objective, eval=evals)
 
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory) -> Path:
     """A SupMIM run of 4 steps with its page, and a file of further evaluations."""
-    cfg = Config(
-        batch_size=16,
-        data=DataConfig(
-            data_dir=data_dir,
-            train_split="train[:64]",
-            train_examples=64,
-            masks=MasksConfig(field="segmentation"),
+    decoder, target = DecoderConfig(width=16, mlp_dim=32), PatchCodesConfig(codes=16, fit_images=64)
+    cfg = dataclasses.replace(
+        config(
+            data_dir,
+            SupMIMConfig(decoder=decoder, target=target),
+            MASKS,
+            every=2,
+            segmentation=SegmentationConfig(heads=("linear",), training=QUICK),
         ),
-        model=ViTConfig(width=16, depth=1, mlp_dim=32),
-        objective=SupMIMConfig(
-            decoder=DecoderConfig(width=16, mlp_dim=32),
-            target=PatchCodesConfig(codes=16, fit_images=64),
-        ),
-        eval=EvalConfig(batch_size=64, every=2, segmentation=QUICK),
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=2),
     )
@@ -146,7 +156,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(html, page):
 
 def test_sections_are_there_and_can_be_reached_and_read(page):
     anchors = [a["href"].removeprefix("#") for a, _ in page.all("a")]
-    assert anchors == [a["id"] for a, _ in page.all("section")]
+    assert anchors == list(page.sections())
     assert anchors == [
         *("curves", "evaluations", "neighbours", "predictions", "tokens", "segmentation"),
         *("config", "environment"),
@@ -185,7 +195,7 @@ def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
     assert frames == same.tolist() and 0 < sum(frames) < 48
     signs = [text for a, text in page.all("span") if a["class"] in ("tick", "cross")]
     assert signs == ["✓" if x else "✗" for x in same]
-    assert f"{same.sum()} of 48 neighbours" in page.all("section")[2][1]
+    assert f"{same.sum()} of 48" in page.sections()["neighbours"]
     source = np.asarray(splits[1].views[0])
     shown = [a["src"] for a, _ in page.all("img") if a["alt"].startswith("neighbour, ")]
     assert shown == [picture(source[i])["uri"] for i in index.ravel()]
@@ -209,7 +219,7 @@ def test_whatever_comes_from_outside_is_text(report, html):
     page = Page(found)
     assert not page.all("script") and not [a for _, a, _ in page.found if "onerror" in a]
     assert {a["src"][:5] for a, _ in page.all("img")} == {"data:"}
-    assert len(pictures(page)) == len(pictures(Page(html)))
+    assert len(page.pictures()) == len(Page(html).pictures())
     assert page.all("h1")[0][1] == HOSTILE and HOSTILE in [text for _, text in page.all("mark")]
 
 
@@ -271,63 +281,41 @@ def test_a_tokenizer_run_has_its_reconstructions(data_dir, tmp_path):
     tokenizer = VQGANConfig(
         filters=4, multipliers=(1, 1, 1), res_blocks=1, groups=2, codes=8, code_dim=4
     )
-    data = DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64)
-    cfg = Config(objective=VQGANObjectiveConfig(tokenizer=tokenizer), data=data)
+    cfg = config(data_dir, VQGANObjectiveConfig(tokenizer=tokenizer))
+    cfg = dataclasses.replace(cfg, batch_size=64, eval=EvalConfig())
     train(cfg, tmp_path, devices=jax.devices()[:1])
     page = Page(Path(write(str(tmp_path))).read_text())
-    anchors = [a["id"] for a, _ in page.all("section")]
-    assert anchors == ["curves", "evaluations", "predictions", "config", "environment"]
+    expected = ["curves", "evaluations", "predictions", "config", "environment"]
+    assert list(page.sections()) == expected
     psnr = json.loads((tmp_path / "results.json").read_text())["psnr"]
-    assert float(page.all("data")[0][0]["value"]) == psnr and len(pictures(page)) == 16
+    assert float(page.all("data")[0][0]["value"]) == psnr and len(page.pictures()) == 16
 
 
 def test_a_run_of_cmae_has_its_reconstructions_and_the_curves_of_its_terms(data_dir, tmp_path):
-    cfg = Config(
-        batch_size=16,
-        data=DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64),
-        model=ViTConfig(width=16, depth=1, mlp_dim=32),
-        objective=CMAEConfig(),
-        eval=EvalConfig(batch_size=64, which=("knn",)),
-    )
-    workdir, mesh = tmp_path / "run", sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state = train_step.build(cfg, mesh).init(jax.random.key(0))
-    checkpoints.save(state, cfg, checkpoint.BEGIN)
-    checkpoints.close()
+    workdir = Path(save_initial(config(data_dir, CMAEConfig(), which=("knn",)), tmp_path / "run"))
     terms = ("loss", "reconstruction", "position", "contrastive")
     shares = ("position_accuracy", "contrastive_accuracy")
     lines = [{"step": i, **dict.fromkeys((*terms, *shares), 0.1 + i)} for i in (0, 1)]
     (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
     report = gather(str(workdir))
     page = Page(render(report))
-    anchors = [a["id"] for a, _ in page.all("section")]
-    assert anchors == [
+    assert list(page.sections()) == [
         *("curves", "evaluations", "neighbours", "predictions", "tokens", "config", "environment")
     ]
     titles = [text for _, text in page.all("h3")]
     assert titles == ["Loss and its terms", "Accuracy on training batches, share"]
     assert list(report.measured.panels) == ["image", "masked", "reconstruction"]
     assert (report.measured.panels["image"] == report.measured.examples.images).all()
-    text = " ".join(text for a, text in page.all("section") if a["id"] == "predictions")
-    assert "what the encoder sees of them" in text and "tokens" not in text
+    assert "tokens" not in page.sections()["predictions"]
 
 
 def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, tmp_path):
     """Every picture of a prediction is the class that the restored model names, over the image."""
-    masks = MasksConfig(field="segmentation")
-    data = DataConfig(data_dir=data_dir, train_split="train[:64]", train_examples=64, masks=masks)
-    cfg = Config(
-        batch_size=16,
-        data=data,
-        model=ViTConfig(width=16, depth=1, mlp_dim=32),
-        objective=SegmentationObjectiveConfig(head="linear"),
-        eval=EvalConfig(batch_size=64, which=("miou",)),
-    )
+    cfg = config(data_dir, SegmentationObjectiveConfig(head="linear"), MASKS, which=("miou",))
     train(cfg, tmp_path, devices=jax.devices()[:1])
     report = gather(str(tmp_path))
     page = Page(render(report))
-    anchors = [a["id"] for a, _ in page.all("section")]
-    assert anchors == [
+    assert list(page.sections()) == [
         *("curves", "evaluations", "tokens", "segmentation", "config", "environment")
     ]
     found = report.measured.segmented
@@ -338,29 +326,27 @@ def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, 
     predicted = np.asarray(runner.bind(params).features(batch.views[0]).masks)[:8]
     assert (found.predictions == predicted).all() and len(found.masks) == 8
     assert (found.masks == np.asarray(batch.masks)[:8]).all()
-    text = " ".join(text for a, text in page.all("section") if a["id"] == "segmentation")
-    assert "the head that was trained with the encoder" in text
-    drawn = {a["src"] for a, _ in page.all("img")}
+    assert found.head in page.sections()["segmentation"]
     for image, mask in zip(found.images, predicted, strict=True):
-        assert picture(overlaid(image[None], mask[None], 0)[0])["uri"] in drawn
+        assert picture(overlaid(image[None], mask[None], 0)[0])["uri"] in page.pictures()
 
 
 def test_what_is_missing_or_broken_is_refused_and_the_page_left_as_it_was(run, html, tmp_path):
-    with pytest.raises(SetupError, match="There is no checkpoint in"):
+    with pytest.raises(SetupError, match=str(tmp_path)):
         write(str(tmp_path))
-    with pytest.raises(SetupError, match="is in no directory"):
+    with pytest.raises(SetupError, match=r"--out .*none"):
         write(str(run), out=str(tmp_path / "none" / "report.html"))
     assert list(tmp_path.iterdir()) == []
     copy = shutil.copytree(run, tmp_path / "run")
-    for name, text, message in (
-        ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n{"step": 2}\n', "line 2 is no object"),
-        ("results.json", '{"top1": "good"}', "its metrics are no object of numbers"),
-        ("evals/probe-4.json", "[]", "it is no object"),
-        ("environment.json", "{}", "it is no list"),
+    for name, text in (
+        ("metrics.jsonl", '{"step": 1}\n{"loss": 2}\n{"step": 2}\n'),
+        ("results.json", '{"top1": "good"}'),
+        ("evals/probe-4.json", "[]"),
+        ("environment.json", "{}"),
     ):
         before = (copy / name).read_text()
         (copy / name).write_text(text)
-        with pytest.raises(SetupError, match=message):
+        with pytest.raises(SetupError, match=name):
             write(str(copy))
         (copy / name).write_text(before)
     assert (copy / "report.html").read_text() == html and not list(copy.glob("*.part"))
@@ -388,3 +374,65 @@ def test_a_browser_has_nothing_to_complain_about_and_a_phone_nothing_to_scroll(h
     free = re.sub("<meta http-equiv[^>]*>", "", html).replace("</main>", measure)
     phone = f'<title></title><iframe width=360 srcdoc="{escape(free)}"></iframe>'
     assert "<title>360</title>" in chromium(phone, "--hide-scrollbars", "--dump-dom").stdout
+
+
+# --- what the page is made of, one by one
+
+
+def test_components_are_those_of_the_covariance_with_fixed_signs():
+    tokens = np.random.default_rng(0).normal(size=(2, 3, 4, 8)) * np.arange(1, 9)
+    rows = tokens.reshape(-1, 8) - tokens.reshape(-1, 8).mean(0)
+    axes = np.linalg.eigh(rows.T @ rows)[1][:, :-4:-1]
+    axes *= np.sign([axis[np.abs(axis).argmax()] for axis in axes.T])
+    scores = rows @ axes
+    scores = (scores - scores.min(0)) / (scores.max(0) - scores.min(0))
+    found = pages.components(tokens)
+    np.testing.assert_allclose(found.reshape(-1, 3), 255 * scores, atol=0.51)
+    assert np.array_equal(found, pages.components(tokens.copy()))
+    assert not pages.components(np.ones((1, 2, 2, 8))).any()
+
+
+def test_segmentation_is_drawn_from_arrays():
+    masks = np.array([[[0, 1], [2, -1]]])
+    images = np.full((1, 2, 2, 3), 100, np.uint8)
+    found = Segmented(images, masks, np.array([[[0, 1], [1, 0]]]), ["ground", "<a>", "b"], "it")
+    assert pages.agreements(found, 0) == ["67 % of pixels agree; <a>, b"]
+    drawn = pages.overlaid(images, masks, 0)[0]
+    assert (drawn[0, 0] == 100).all() and (drawn[1, 1] == 100).all()
+    assert (drawn[0, 1] != drawn[1, 0]).any() and (drawn[0, 1] != 100).any()
+
+
+def test_a_chart_is_the_same_each_time_and_shows_any_name():
+    points = [(i, float(i)) for i in range(5)]
+    for name in ("loss", "$\\frac$ <b>\x00\ud800"):
+        first, again = (pages.chart({name: points}, 3, dots=False) for _ in range(2))
+        assert first == again and first.startswith("data:image/svg+xml;base64,")
+
+
+def marked(cfg: Config) -> list[tuple[str, str, str]]:
+    found = pages.grouped(cfg, Config(), "config")
+    return [
+        (path, name, usual) for path, rows in found for name, _, usual in rows if usual is not None
+    ]
+
+
+def test_marked_values_are_those_that_differ_from_the_schema():
+    data = DataConfig(data_dir="here", num_classes=30)
+    target = PatchCodesConfig(codes=16)
+    cfg = Config(batch_size=16, data=data, objective=SupMIMConfig(target=target))
+    assert marked(cfg) == [
+        ("config", "batch_size", "64"),
+        ("config.data", "data_dir", "''"),
+        ("config.objective.target", "codes", "64"),
+    ]
+    other = Config(
+        objective=VQGANObjectiveConfig(l1_weight=1.0),
+        data=DataConfig(image_size=32, eval_resize=32),
+    )
+    assert marked(other) == [
+        ("config.data", "image_size", "20"),
+        ("config.data", "eval_resize", "24"),
+        ("config.objective", "name", "supmim"),
+        ("config.objective", "l1_weight", "0.0"),
+    ]
+    assert marked(Config()) == []

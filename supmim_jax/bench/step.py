@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -35,264 +36,9 @@ from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.hlo import Instruction
 from supmim_jax.train_step import TrainStep
 
+OURS = "supmim_jax"
 WARM_UP = 2  # steps before the first round
 REPEATS = 5  # of each matmul; the fastest counts
-
-
-OURS = "supmim_jax"
-
-
-class Turn(NamedTuple):
-    """Seconds of a step: of wall clock, and of CPU by all threads of its process."""
-
-    wall: float
-    cpu: float
-
-
-class Ours:
-    """A compiled step on random weights and one random batch that stays on the devices."""
-
-    def __init__(self, cfg: Config, prog: TrainStep, compiled: Callable):
-        self.compiled = compiled
-        self.state = prog.init(jax.random.key(cfg.seed))
-        random = np.random.default_rng(cfg.seed)
-        self.batch = random_batch(cfg, prog.batch, random)
-        self.fixed = placed(
-            lambda x: random.uniform(-1, 1, x.shape).astype(np.float32), prog.frozen
-        )
-        self.run(WARM_UP)
-
-    def run(self, steps: int) -> Turn:
-        """Of `steps` one after the other; the devices are done at the end."""
-        begin, cpu = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            self.state, metrics = self.compiled(self.state, self.batch, self.fixed)
-        jax.block_until_ready((self.state, metrics))
-        spent = time.perf_counter() - begin, time.process_time() - cpu
-        return Turn(*(seconds / steps for seconds in spent))
-
-
-def random_batch(cfg: Config, like: Batch, random: np.random.Generator) -> Batch:
-    """A batch of noise, laid out like the abstract one."""
-    highest = {jnp.uint8.dtype: 256, jnp.uint16.dtype: 1}
-    if cfg.tokens.cache:
-        highest[jnp.uint16.dtype] = cfg.objective.target.codes
-
-    def draw(x):
-        if x.dtype == jnp.float32:
-            return np.ones(x.shape, np.float32)
-        return random.integers(0, highest.get(x.dtype, cfg.data.num_classes), x.shape, x.dtype)
-
-    return placed(draw, like)
-
-
-def placed(draw: Callable, like):
-    """What `draw` gives for each abstract array, on the devices."""
-    return jax.tree.map(lambda x: jax.device_put(draw(x).astype(x.dtype), x.sharding), like)
-
-
-def by_turns(
-    runners: dict[str, Callable[[int], Turn]], rounds: int, steps: int
-) -> dict[str, list[Turn]]:
-    """What a step took in each round; in a round every runner has a turn of `steps`."""
-    turns = {name: [] for name in runners}
-    for _ in range(rounds):
-        for name, run in runners.items():
-            turns[name].append(run(steps))
-    return turns
-
-
-def matmul_peak(cfg: Config, device: jax.Device) -> dict[str, float]:
-    """FLOP/s of matmuls in the step's own dtype on one device, by shape "MxKxN".
-
-    Squares, and the two of the MLP at the step's size. The step's rate is to be judged by the best.
-    """
-    model, cpu = cfg.model, device.platform == "cpu"
-    rows = min(cfg.batch_size * (cfg.data.image_size // model.patch) ** 2, 1 << (12 if cpu else 18))
-    shapes = [(n, n, n) for n in ((512, 1024, 2048) if cpu else (2048, 4096, 8192))]
-    shapes += [(rows, model.width, model.mlp_dim), (rows, model.mlp_dim, model.width)]
-    found = {}
-    with jax.default_device(device):
-        for m, k, n in shapes:
-            x, y = (jnp.full(shape, 0.5, model.dtype) for shape in ((m, k), (k, n)))
-            calls = 1 if cpu else 10  # to hide the time of starting one
-            jax.block_until_ready(MATMUL(x, y))
-            best = min(_seconds(x, y, calls) for _ in range(REPEATS))
-            found[f"{m}x{k}x{n}"] = 2 * m * k * n / best
-    return found
-
-
-MATMUL = jax.jit(jnp.matmul)
-
-
-def _seconds(x, y, calls: int) -> float:
-    begin = time.perf_counter()
-    jax.block_until_ready([MATMUL(x, y) for _ in range(calls)])
-    return (time.perf_counter() - begin) / calls
-
-
-def fed_by_pipeline(
-    cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int
-) -> dict[str, float]:
-    """Seconds of a step as `train` feeds it, and of these the seconds that nothing was there.
-
-    As in training the host is one step ahead of the devices, so what was made while they computed
-    is not waited for. The first steps, which start threads and fill buffers, do not count.
-
-    Raises:
-      SetupError: the data are missing, or a run of this config has too few steps.
-    """
-    if cfg.total_steps < WARM_UP + steps:
-        raise SetupError(
-            f"--data takes {WARM_UP + steps} steps, and a run of this config has "
-            f"{cfg.total_steps}: give fewer --rounds or --steps, or more config.epochs."
-        )
-    waited, metrics = 0.0, None
-    with contextlib.closing(Dataset.open(cfg).train(mesh)) as batches:
-        for step in range(WARM_UP + steps):
-            if step == WARM_UP:
-                jax.block_until_ready(metrics)
-                begin, waited = time.perf_counter(), 0.0
-            before = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - before
-            previous = metrics
-            ours.state, metrics = ours.compiled(ours.state, batch, ours.fixed)
-            jax.block_until_ready(previous)
-        jax.block_until_ready((ours.state, metrics))
-        seconds = time.perf_counter() - begin
-    return {
-        "step_s": seconds / steps,
-        "wait_s": waited / steps,
-        "wait_share": waited / seconds,
-        "steps": steps,
-    }
-
-
-LOSS_AND_HEAD = "head and losses"
-UNNAMED = "copies and fills of the compiler"
-CONTAINERS = ("while", "call", "conditional")  # their time is that of what they run
-
-
-def shares(run: Callable[[], None], text: str) -> dict[str, float]:
-    """Share of the device's operation time by part, largest first; {} if the profile has none.
-
-    Args:
-      run: runs some steps to their end.
-      text: `as_text()` of the compiled step.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            run()
-        files = Path(directory).rglob("*.xplane.pb")
-        profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in files]
-        spent = by_part(text, (pair for profile in profiles for pair in operations(profile)))
-    total = sum(spent.values())
-    return {name: time / total for name, time in spent.most_common()}
-
-
-def operations(profile) -> Iterator[tuple[str, float]]:
-    """Names in the program, and nanoseconds, of what ran of a module called step.
-
-    CPU and GPU say so in the statistics of each event; what doesn't is left out.
-    """
-    for plane in profile.planes:
-        for line in plane.lines:
-            for event in line.events:
-                said = dict(event.stats)
-                if "hlo_op" in said and "step" in str(said.get("hlo_module")):
-                    yield said["hlo_op"], event.duration_ns
-
-
-def by_part(text: str, operations) -> Counter:
-    """Nanoseconds by part; of operations that the text doesn't have, under UNNAMED."""
-    computations = hlo.parse(text).module.values()
-    known = {name: x for part in computations for name, x in part.instructions.items()}
-    spent = Counter()
-    for name, nanoseconds in operations:
-        instruction = known.get(name)
-        if instruction is None or instruction.opcode not in CONTAINERS:
-            spent[part_of(instruction)] += nanoseconds
-    return spent
-
-
-def part_of(instruction: Instruction | None) -> str:
-    """The part of the step that an operation belongs to; of the encoder also which part of it."""
-    if instruction is None or not instruction.op_name:
-        return UNNAMED
-    names = hlo.scopes(instruction.op_name) or [LOSS_AND_HEAD]
-    name = names[-1] if names[0] == "encoder" else names[0]
-    return "encoder, between blocks" if name == "encoder" else name.replace("_", " ")
-
-
-GIGA, MIB = 1e9, 2**20
-
-
-def report(result: dict) -> str:
-    """Lines of Markdown: what was measured, the tables, and what their numbers mean."""
-    lines = [
-        f"{result['objective']}, batch {result['batch_size']}, {result['dtype']}, remat "
-        f"{result['remat']}, tokens {result['tokens']}; {result['devices']}, {result['threads']} "
-        f"CPU threads, load {result['load']:.1f}; jax {result['versions']['jax']}",
-        "",
-        *numbers(result),
-    ]
-    if "rival" in result:
-        from rivals import torch_rival
-
-        lines += ["", *torch_rival.table(result)]
-    if "where" in result:
-        lines += ["", *where(result)]
-    return "\n".join(lines)
-
-
-def numbers(result: dict) -> list[str]:
-    """The step's own table."""
-    step, count, memory = result["step"], result["counts"], result["memory"]
-    shape, peak = max(result["peak"].items(), key=lambda item: item[1])
-    model = count["model_flops"] / result["batch_size"] / GIGA
-    cached = ", from the compilation cache where it was there" * result["compilation_cache"]
-    rows = {
-        "images/s": f"{step['images_per_s']:.1f}",
-        "step, ms": f"{1e3 * step['median_s']:.1f} ({1e3 * step['min_s']:.1f} to "
-        f"{1e3 * step['max_s']:.1f}; {step['rounds']} rounds of {step['steps']})",
-        "GF per image by arithmetic": f"{model:.3f}",
-        "FLOPs of the program / arithmetic": f"{count['ratio']:.4f}"
-        if "ratio" in count
-        else f"not counted: {count['uncounted']}",
-        "matmul peak here, GF/s": f"{peak / GIGA:.0f} (MxKxN {shape})",
-        "MFU, of that peak": f"{result['mfu']:.1%}",
-        "peak memory of a device, MiB": f"{memory['bytes'] / MIB:.0f} (says {memory['by']})",
-        "tracing, s": f"{result['trace_s']:.1f}",
-        "compiling, s": f"{result['compile_s']:.1f}{cached}",
-    }
-    if data := result.get("data"):
-        rows["step fed by the input pipeline, ms"] = (
-            f"{1e3 * data['step_s']:.1f} (mean of {data['steps']} steps in one go)"
-        )
-        rows["data wait"] = f"{data['wait_share']:.1%} of that, {1e3 * data['wait_s']:.2f} ms"
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
-
-
-def where(result: dict) -> list[str]:
-    """Shares of time from the profile, beside those of counted FLOPs."""
-    if not result["where"]:
-        return ["Where time goes: the profile of this device names no operations."]
-    work = result["counts"].get("gf_per_image", {})
-    total = sum(work.values())
-    lines = ["| part | share of operation time |", "|---|---|"]
-    lines += [f"| {name} | {share:.1%} |" for name, share in result["where"].items()]
-    lines += ["", "| part | GF per image | share of FLOPs |", "|---|---|---|"]
-    lines += [f"| {name} | {gf:.3f} | {gf / total:.1%} |" for name, gf in work.items()]
-    return [
-        *lines,
-        "",
-        "Time is by a profile of a round: of all threads or streams together, waiting included. "
-        "Its batch stays on the device: what a run waits for data is measured by --data, and is "
-        "data_wait in its metrics.jsonl.",
-    ]
-
-
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -351,7 +97,6 @@ def measure(cfg: Config, plan: Plan) -> dict:
         cfg = dataclasses.replace(cfg, tokens=dataclasses.replace(cfg.tokens, cache="random"))
     mesh = sharding.run_mesh(cfg)
     device = mesh.devices.flat[0]
-    sizes = None
     if plan.rival:
         if not rivals_of_checkout():
             raise SetupError("--rival needs a checkout of the repository: PyTorch's step is in it.")
@@ -363,7 +108,16 @@ def measure(cfg: Config, plan: Plan) -> dict:
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
     traced = time.perf_counter()
     compiled = lowered.compile()
-    result = about(cfg, mesh) | {
+    result = {
+        "objective": cfg.objective.name,
+        "batch_size": cfg.batch_size,
+        "dtype": cfg.model.dtype,
+        "remat": cfg.model.remat,
+        "tokens": ("given" if cfg.tokens.cache else "in the step") if cfg.has_tokens else "none",
+        "devices": f"{mesh.size} {device.device_kind}",
+        "threads": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "trace_s": traced - begin,
         "compile_s": time.perf_counter() - traced,
         "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
@@ -407,40 +161,256 @@ def measure(cfg: Config, plan: Plan) -> dict:
     return result
 
 
-def about(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
-    """What is measured, and on what."""
-    return {
-        "objective": cfg.objective.name,
-        "batch_size": cfg.batch_size,
-        "dtype": cfg.model.dtype,
-        "remat": cfg.model.remat,
-        "tokens": ("given" if cfg.tokens.cache else "in the step") if cfg.has_tokens else "none",
-        "devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}",
-        "threads": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
 def counts(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
     """FLOPs of a step by arithmetic and, where the program can be counted, of the program."""
-    work = flops.train(cfg).values()
-    found = {"model_flops": cfg.batch_size * sum(part.model for part in work)}
+    found = {"model_flops": cfg.batch_size * flops.total(cfg).model}
     try:
-        counted = flops.counted(cfg, mesh, compiled, 0.0)
+        counted = flops.counted(cfg, mesh, compiled)
     except hlo.UnknownCost as error:
         return found | {"uncounted": str(error)}
-    total = {
-        part: sum(pair[0] for pair in directions.values())
-        for part, directions in counted["parts"].items()
-    }
-    return found | {
-        "hlo_flops": counted["hlo_flops_per_step"],
-        "ratio": counted["ratio"],
-        "gf_per_image": total,
-    }
+    return found | {"hlo_flops": counted["hlo_flops_per_step"], "ratio": counted["ratio"]}
 
 
 def sizes_of(tree) -> int:
     """How many numbers the arrays of a tree have."""
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+# --- time
+
+
+class Turn(NamedTuple):
+    """Seconds of a step: of wall clock, and of CPU by all threads of its process."""
+
+    wall: float
+    cpu: float
+
+
+class Ours:
+    """A compiled step on random weights and one random batch that stays on the devices."""
+
+    def __init__(self, cfg: Config, prog: TrainStep, compiled: Callable):
+        self.compiled = compiled
+        self.state = prog.init(jax.random.key(cfg.seed))
+        random = np.random.default_rng(cfg.seed)
+        self.batch = random_batch(cfg, prog.batch, random)
+        self.fixed = placed(lambda x: random.uniform(-1, 1, x.shape), prog.frozen)
+        self.run(WARM_UP)
+
+    def run(self, steps: int) -> Turn:
+        """Of `steps` one after the other; the devices are done at the end."""
+        begin, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self.state, metrics = self.compiled(self.state, self.batch, self.fixed)
+        jax.block_until_ready((self.state, metrics))
+        return Turn((time.perf_counter() - begin) / steps, (time.process_time() - cpu) / steps)
+
+
+def random_batch(cfg: Config, like: Batch, random: np.random.Generator) -> Batch:
+    """A batch of noise, laid out like the abstract one."""
+    highest = {jnp.uint8.dtype: 256, jnp.uint16.dtype: 1}
+    if cfg.tokens.cache:
+        highest[jnp.uint16.dtype] = cfg.objective.target.codes
+
+    def draw(x):
+        if x.dtype == jnp.float32:
+            return np.ones(x.shape, np.float32)
+        return random.integers(0, highest.get(x.dtype, cfg.data.num_classes), x.shape, x.dtype)
+
+    return placed(draw, like)
+
+
+def placed(draw: Callable, like):
+    """What `draw` gives for each abstract array, on the devices."""
+    return jax.tree.map(lambda x: jax.device_put(draw(x).astype(x.dtype), x.sharding), like)
+
+
+def by_turns(
+    runners: dict[str, Callable[[int], Turn]], rounds: int, steps: int
+) -> dict[str, list[Turn]]:
+    """What a step took in each round; in a round every runner has a turn of `steps`."""
+    turns = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            turns[name].append(run(steps))
+    return turns
+
+
+def fed_by_pipeline(
+    cfg: Config, mesh: jax.sharding.Mesh, ours: Ours, steps: int
+) -> dict[str, float]:
+    """Seconds of a step as `train` feeds it, and of these the seconds that nothing was there.
+
+    As in training the host is one step ahead of the devices, so what was made while they computed
+    is not waited for. The first steps, which start threads and fill buffers, do not count.
+
+    Raises:
+      SetupError: the data are missing, or a run of this config has too few steps.
+    """
+    if cfg.total_steps < WARM_UP + steps:
+        raise SetupError(
+            f"--data takes {WARM_UP + steps} steps, and a run of this config has "
+            f"{cfg.total_steps}: give fewer --rounds or --steps, or more config.epochs."
+        )
+    metrics = None
+    with contextlib.closing(Dataset.open(cfg).train(mesh)) as batches:
+        for step in range(WARM_UP + steps):
+            if step == WARM_UP:
+                jax.block_until_ready(metrics)
+                begin, waited = time.perf_counter(), 0.0
+            before = time.perf_counter()
+            batch = next(batches)
+            if step >= WARM_UP:
+                waited += time.perf_counter() - before
+            previous = metrics
+            ours.state, metrics = ours.compiled(ours.state, batch, ours.fixed)
+            jax.block_until_ready(previous)
+        jax.block_until_ready((ours.state, metrics))
+        seconds = time.perf_counter() - begin
+    return {
+        "step_s": seconds / steps,
+        "wait_s": waited / steps,
+        "wait_share": waited / seconds,
+        "steps": steps,
+    }
+
+
+MATMUL = jax.jit(jnp.matmul)
+
+
+def matmul_peak(cfg: Config, device: jax.Device) -> dict[str, float]:
+    """FLOP/s of matmuls in the step's own dtype on one device, by shape "MxKxN".
+
+    Squares, and the two of the MLP at the step's size. The step's rate is to be judged by the best.
+    """
+    model, cpu = cfg.model, device.platform == "cpu"
+    rows = min(cfg.batch_size * (cfg.data.image_size // model.patch) ** 2, 1 << (12 if cpu else 18))
+    shapes = [(n, n, n) for n in ((512, 1024, 2048) if cpu else (2048, 4096, 8192))]
+    shapes += [(rows, model.width, model.mlp_dim), (rows, model.mlp_dim, model.width)]
+    calls = 1 if cpu else 10  # to hide the time of starting one
+    found = {}
+    with jax.default_device(device):
+        for m, k, n in shapes:
+            x, y = (jnp.full(shape, 0.5, model.dtype) for shape in ((m, k), (k, n)))
+            jax.block_until_ready(MATMUL(x, y))
+            seconds = []
+            for _ in range(REPEATS):
+                begin = time.perf_counter()
+                jax.block_until_ready([MATMUL(x, y) for _ in range(calls)])
+                seconds.append(time.perf_counter() - begin)
+            found[f"{m}x{k}x{n}"] = 2 * m * k * n * calls / min(seconds)
+    return found
+
+
+# --- where time goes
+
+# What models, objectives and the train step say by jax.named_scope.
+SCOPES = (
+    *("tokenizer", "decoder", "contrastive", "patch_embedding", "encoder", "MLP", "attention"),
+    *("masks", "mixing", "optimizer"),
+)
+LOSS_AND_HEAD = "head and losses"
+UNNAMED = "copies and fills of the compiler"
+
+
+def shares(run: Callable[[], None], text: str) -> dict[str, float]:
+    """Share of the device's operation time by part, largest first; {} if the profile has none.
+
+    Args:
+      run: runs some steps to their end.
+      text: `as_text()` of the compiled step.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            run()
+        files = Path(directory).rglob("*.xplane.pb")
+        profiles = [jax.profiler.ProfileData.from_file(str(path)) for path in files]
+        spent = by_part(text, (pair for profile in profiles for pair in operations(profile)))
+    total = sum(spent.values())
+    return {name: time / total for name, time in spent.most_common()}
+
+
+def operations(profile) -> Iterator[tuple[str, float]]:
+    """Names in the program, and nanoseconds, of what ran of a module called step.
+
+    CPU and GPU say so in the statistics of each event; what doesn't is left out.
+    """
+    for plane in profile.planes:
+        for line in plane.lines:
+            for event in line.events:
+                said = dict(event.stats)
+                if "hlo_op" in said and "step" in str(said.get("hlo_module")):
+                    yield said["hlo_op"], event.duration_ns
+
+
+def by_part(text: str, operations) -> Counter:
+    """Nanoseconds by part; of operations that the text doesn't have, under UNNAMED."""
+    computations = hlo.parse(text).module.values()
+    known = {name: x for part in computations for name, x in part.instructions.items()}
+    spent = Counter()
+    for name, nanoseconds in operations:
+        instruction = known.get(name)
+        # The time of a loop, call or conditional is that of what it runs.
+        if instruction is None or instruction.opcode not in ("while", "call", "conditional"):
+            spent[part_of(instruction)] += nanoseconds
+    return spent
+
+
+def part_of(instruction: Instruction | None) -> str:
+    """The part of the step that an operation belongs to; of the encoder also which part of it."""
+    if instruction is None or not instruction.op_name:
+        return UNNAMED
+    names = [name for name in re.findall(r"\w+", instruction.op_name) if name in SCOPES]
+    if not names:
+        return LOSS_AND_HEAD
+    name = names[-1] if names[0] == "encoder" else names[0]
+    return "encoder, between blocks" if name == "encoder" else name.replace("_", " ")
+
+
+# --- what is printed
+
+GIGA, MIB = 1e9, 2**20
+
+
+def report(result: dict) -> str:
+    """Lines of Markdown: what was measured, the tables, and what their numbers mean."""
+    step, count, memory = result["step"], result["counts"], result["memory"]
+    shape, peak = max(result["peak"].items(), key=lambda item: item[1])
+    model = count["model_flops"] / result["batch_size"] / GIGA
+    cached = ", from the compilation cache where it was there" * result["compilation_cache"]
+    ratio = f"{count['ratio']:.4f}" if "ratio" in count else f"not counted: {count['uncounted']}"
+    rows = {
+        "images/s": f"{step['images_per_s']:.1f}",
+        "step, ms": f"{1e3 * step['median_s']:.1f} ({1e3 * step['min_s']:.1f} to "
+        f"{1e3 * step['max_s']:.1f}; {step['rounds']} rounds of {step['steps']})",
+        "GF per image by arithmetic": f"{model:.3f}",
+        "FLOPs of the program / arithmetic": ratio,
+        "matmul peak here, GF/s": f"{peak / GIGA:.0f} (MxKxN {shape})",
+        "MFU, of that peak": f"{result['mfu']:.1%}",
+        "peak memory of a device, MiB": f"{memory['bytes'] / MIB:.0f} (says {memory['by']})",
+        "tracing, s": f"{result['trace_s']:.1f}",
+        "compiling, s": f"{result['compile_s']:.1f}{cached}",
+    }
+    if data := result.get("data"):
+        rows["step fed by the input pipeline, ms"] = (
+            f"{1e3 * data['step_s']:.1f} (mean of {data['steps']} steps in one go)"
+        )
+        rows["data wait"] = f"{data['wait_share']:.1%} of that, {1e3 * data['wait_s']:.2f} ms"
+    lines = [
+        f"{result['objective']}, batch {result['batch_size']}, {result['dtype']}, remat "
+        f"{result['remat']}, tokens {result['tokens']}; {result['devices']}, {result['threads']} "
+        f"CPU threads, load {result['load']:.1f}; jax {result['versions']['jax']}",
+        "",
+        *("| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())),
+    ]
+    if "rival" in result:
+        from rivals import torch_rival
+
+        lines += ["", *torch_rival.table(result)]
+    if where := result.get("where"):
+        lines += ["", "| part | share of operation time |", "|---|---|"]
+        lines += [f"| {name} | {share:.1%} |" for name, share in where.items()]
+        lines += ["", "Time is of all threads or streams together in a profile of one round."]
+    elif "where" in result:
+        lines += ["", "Where time goes: the profile of this device names no operations."]
+    return "\n".join(lines)

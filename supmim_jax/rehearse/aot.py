@@ -78,26 +78,20 @@ def parse(topology: str) -> Slice:
     Raises:
       SetupError: there is no such chip or shape.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
-    if not found or found[1] not in CHIPS:
-        raise SetupError(
-            f"--topology is {topology!r}; it must be a chip and its shape, such as v5e:16x16 or "
-            f"v4:4x8x8. Known chips are {', '.join(CHIPS)}."
-        )
-    chip, shape = CHIPS[found[1]], tuple(int(n) for n in found[2].split("x"))
-    known, others = FLAT, ""
-    exists = found[2] in FLAT
-    if chip.dimensions == 3:
+    name, _, text = topology.partition(":")
+    if name in CHIPS and re.fullmatch(r"\d+(x\d+)+", text):
+        chip, shape = CHIPS[name], tuple(int(n) for n in text.split("x"))
         cubes = len(shape) == 3 and all(n and n % 4 == 0 for n in shape)
         ascending = list(shape) == sorted(shape) and math.prod(shape) <= chip.largest
-        exists = found[2] in SMALL_CUBOIDS or (cubes and ascending)
-        known = SMALL_CUBOIDS
-        others = f", or three multiples of 4 in ascending order with at most {chip.largest} chips"
-    if not exists:
-        raise SetupError(
-            f"--topology: {found[1]} slices are {', '.join(known)}{others}, not {found[2]}."
-        )
-    return Slice(topology, chip, shape)
+        cuboid = text in SMALL_CUBOIDS or (cubes and ascending)
+        if cuboid if chip.dimensions == 3 else text in FLAT:
+            return Slice(topology, chip, shape)
+    raise SetupError(
+        f"--topology is {topology!r}; it must be a chip and a slice of it, such as v5e:16x16. v5e "
+        f"and v6e come as {', '.join(FLAT)}; v4 and v5p as {', '.join(SMALL_CUBOIDS)}, or three "
+        f"multiples of 4 in ascending order with at most {CHIPS['v4'].largest} and "
+        f"{CHIPS['v5p'].largest} chips."
+    )
 
 
 # libtpu asks a metadata server for the machine it is on, and locks the machine's chips.
@@ -131,16 +125,10 @@ def devices(part: Slice) -> list:
     # A v4 has two cores; as a megacore they are one device.
     options = {"chip_config_name": "megacore"} if part.name.startswith("v4:") else {}
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=part.name, **options
-        ).devices
+        found = topologies.get_topology_desc(part.name, "tpu", **options)
     except Exception as error:  # of several types, all with nothing but a message
         raise SetupError(f"--topology: libtpu knows no slice {part.name}: {error}") from None
-    if len(found) != part.chips:
-        raise SetupError(
-            f"--topology: libtpu gives {len(found)} devices for {part.name}, not {part.chips}."
-        )
-    return list(found)
+    return list(found.devices)
 
 
 def compile_step(cfg: Config, mesh: Mesh) -> Compiled:

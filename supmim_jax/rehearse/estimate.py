@@ -1,4 +1,4 @@
-"""From a compiled step to what it costs and what to change: memory, time, chip-hours, meshes.
+"""From a compiled step to what it costs and which mesh to take: memory, time, chip-hours.
 
 Seconds are lower bounds: of computing by a roofline over every instruction, and of traffic between
 chips by the links that a collective keeps busy.
@@ -16,41 +16,9 @@ from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.aot import Compiled, Slice
 
+GIB = 2**30
 # Times that all-gather's traffic passes a chip: all-reduce is a reduce-scatter and an all-gather.
 PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
-
-
-def seconds(collective: hlo.Collective, coordinates: np.ndarray, part: Slice) -> float:
-    """Least time of one execution, if nothing else uses the links and latency is nothing.
-
-    Rings along every dimension that the group spans run at once, each in both directions where
-    the dimension is a closed ring that belongs to the group. What is not a ring (all-to-all,
-    permutations) takes the average number of hops over as many links.
-
-    Args:
-      collective: groups count devices as in `coordinates`.
-      coordinates: of each device of the mesh in the slice, (devices, dimensions).
-      part: the slice.
-    """
-    members = coordinates[collective.groups[0]]
-    spanned = [d for d in range(len(part.shape)) if len(set(members[:, d])) > 1]
-    if collective.kind in PASSES:
-        closed = [part.wraps[d] and len(set(members[:, d])) == part.shape[d] for d in spanned]
-        bandwidth = part.chip.link * sum(2 if ring else 1 for ring in closed)
-        share = (collective.group_size - 1) / collective.group_size
-        return PASSES[collective.kind] * collective.bytes * share / bandwidth
-    if collective.kind == "collective-permute":
-        at, to = (coordinates[collective.groups[:, i]] for i in (0, 1))
-    else:  # from each to each; to itself it is 0
-        at, to = members[:, None], members[None, :]
-    distance, shape = np.abs(at - to)[..., : len(part.shape)], np.array(part.shape)
-    distance = np.where(part.wraps, np.minimum(distance, shape - distance), distance)
-    links = 2 * sum(size > 1 for size in part.shape)
-    return collective.bytes * distance.sum(-1).mean() / (links * part.chip.link)
-
-
-GIB = 2**30
-ROWS = 8  # a tile of TPU; with fewer rows XLA pads, and emulates all-gathers by all-reduces
 
 
 def rehearse(cfg: Config, part: Slice) -> dict:
@@ -72,55 +40,45 @@ def rehearse(cfg: Config, part: Slice) -> dict:
         "tokens": "cache" if cfg.tokens.cache else "step" if cfg.has_tokens else "none",
         "batch_size": cfg.batch_size,
         "mesh": dict(mesh.shape),
-        "rows_per_shard": rows_per_shard(cfg, mesh),
+        "rows_per_shard": cfg.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
         "remat": cfg.model.remat,
     }
     try:
-        result |= estimate(cfg, mesh, part, aot.compile_step(cfg, mesh))
+        return result | estimate(cfg, mesh, part, aot.compile_step(cfg, mesh))
     except aot.TooLarge as error:
         needed, available = error.args
-        result |= {"fits": False, "needed_gib": needed, "available_gib": available}
-    permutes = result.get("collectives", {}).get("collective-permute", {"count": 0})["count"]
-    return result | {"advice": advise(cfg, mesh, result["fits"], permutes)}
-
-
-def rows_per_shard(cfg: Config, mesh: Mesh) -> int:
-    """Examples that a chip works on at once."""
-    return cfg.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+        return result | {"fits": False, "needed_gib": needed, "available_gib": available}
 
 
 def estimate(cfg: Config, mesh: Mesh, part: Slice, compiled: Compiled) -> dict:
-    """What a step costs one chip; seconds are lower bounds.
-
-    FLOPs by arithmetic are 0 where it isn't done for the objective.
-    """
-    work = flops.train(cfg).values() if flops.is_counted(cfg) else ()
-    share = cfg.batch_size / part.chips
-    model, recomputed = (share * sum(getattr(w, x) for w in work) for x in ("model", "recomputed"))
-    counted = compiled.entry.flops.total()
-    bytes_, roofline = roofline_seconds(compiled, part)
+    """What a step costs one chip; FLOPs by arithmetic are 0 where the objective has none."""
+    work, share = flops.total(cfg), cfg.batch_size / part.chips
+    model, recomputed = share * work.model, share * work.recomputed
+    counted = compiled.entry.flops
+    moved, roofline = roofline_seconds(compiled, part)
     kinds = sent(compiled, mesh, part)
     ici = sum(entry["seconds"] for entry in kinds.values())
     bound = max(roofline, ici)
     gib = {name: size / GIB for name, size in compiled.memory.items()}
-    total = sum(compiled.memory.values()) / GIB
+    gib["total"] = sum(gib.values())
+    hours = cfg.total_steps * bound / 3600
     return {
-        "fits": total <= part.chip.hbm_gib,
-        "hbm_gib": {**gib, "total": total, "of": part.chip.hbm_gib},
+        "fits": gib["total"] <= part.chip.hbm_gib,
+        "hbm_gib": gib | {"of": part.chip.hbm_gib},
         "flops": counted,
         "model_flops": model,
         "recomputed_flops": recomputed,
         "flops_ratio": counted / model if model else None,
         "flops_ratio_with_recomputed": counted / (model + recomputed) if model else None,
-        "hbm_bytes": bytes_,
+        "hbm_bytes": moved,
         "collectives": kinds,
         "roofline_seconds": roofline,
         "ici_seconds": ici,
         "step_seconds": bound,
         "mfu": model / bound / part.chip.flops,
         "steps": cfg.total_steps,
-        "hours": cfg.total_steps * bound / 3600,
-        "chip_hours": cfg.total_steps * bound / 3600 * part.chips,
+        "hours": hours,
+        "chip_hours": hours * part.chips,
         "compile_seconds": compiled.seconds,
     }
 
@@ -137,8 +95,8 @@ def roofline_seconds(compiled: Compiled, part: Slice) -> tuple[int, float]:
         moved = hlo.traffic(instruction)
         total += moved * times
         if not instruction.opcode.endswith("start"):
-            work = hlo.flops(instruction).total()
-            serial += times * max(work / part.chip.flops, moved / part.chip.hbm_bytes)
+            computing = hlo.flops(instruction) / part.chip.flops
+            serial += times * max(computing, moved / part.chip.hbm_bytes)
     return total, max(serial, total / part.chip.hbm_bytes)
 
 
@@ -160,6 +118,38 @@ def sent(compiled: Compiled, mesh: Mesh, part: Slice) -> dict[str, dict]:
     }
 
 
+def seconds(collective: hlo.Collective, coordinates: np.ndarray, part: Slice) -> float:
+    """Least time of one execution, if nothing else uses the links and latency is nothing.
+
+    Rings along every dimension that the group spans run at once, each in both directions where
+    the dimension is a closed ring that belongs to the group. What is not a ring (all-to-all,
+    permutations) takes the average number of hops over as many links.
+
+    Args:
+      collective: groups count devices as in `coordinates`.
+      coordinates: of each device of the mesh in the slice, (devices, dimensions).
+      part: the slice.
+    """
+    members = coordinates[collective.groups[0]]
+    if collective.kind in PASSES:
+        spanned = [d for d in range(len(part.shape)) if len(set(members[:, d])) > 1]
+        closed = [part.wraps[d] and len(set(members[:, d])) == part.shape[d] for d in spanned]
+        bandwidth = part.chip.link * sum(2 if ring else 1 for ring in closed)
+        share = (collective.group_size - 1) / collective.group_size
+        return PASSES[collective.kind] * collective.bytes * share / bandwidth
+    if collective.kind == "collective-permute":
+        at, to = (coordinates[collective.groups[:, i]] for i in (0, 1))
+    else:  # from each to each; to itself it is 0
+        at, to = members[:, None], members[None, :]
+    distance, shape = np.abs(at - to)[..., : len(part.shape)], np.array(part.shape)
+    distance = np.where(part.wraps, np.minimum(distance, shape - distance), distance)
+    links = 2 * sum(size > 1 for size in part.shape)
+    return collective.bytes * distance.sum(-1).mean() / (links * part.chip.link)
+
+
+# --- comparing meshes
+
+ROWS = 8  # a tile of TPU; with fewer rows XLA pads, and emulates all-gathers by all-reduces
 TENSOR = (1, 2, 4)  # it did not pay for a ViT-B; beyond, heads and links are too few
 
 
@@ -168,12 +158,11 @@ def compare(cfg: Config, part: Slice, limit: int) -> list[dict]:
     results = []
     for candidate in candidates(cfg, part)[:limit]:
         try:
-            result = rehearse(candidate, part)
+            results.append(rehearse(candidate, part))
         except ConfigError as error:  # a width that fsdp or tensor doesn't divide
             print(f"left out: {error}", flush=True)
-            continue
-        results.append(result)
-        print(refused(result) if "needed_gib" in result else row(result), flush=True)
+        else:
+            print(row(results[-1]), flush=True)
     return sorted(results, key=lambda r: (not r["fits"], r.get("step_seconds", 0.0)))
 
 
@@ -187,8 +176,8 @@ def candidates(cfg: Config, part: Slice) -> list[Config]:
     found = []
     for tensor in TENSOR:
         shards = part.chips // tensor
+        rows = cfg.batch_size / (shards * cfg.optim.accumulate)
         for fsdp in (n for n in range(1, shards + 1) if shards % n == 0):
-            rows = cfg.batch_size / (shards * cfg.optim.accumulate)
             if rows % ROWS or cfg.model.heads % tensor or cfg.model.width % fsdp:
                 continue
             mesh = MeshConfig(data=shards // fsdp, fsdp=fsdp, tensor=tensor)
@@ -203,74 +192,53 @@ def candidates(cfg: Config, part: Slice) -> list[Config]:
 
 def recommend(results: list[dict]) -> str:
     """The fastest that fits, and why; of those within 2 % of it the one with most HBM to spare."""
-    fitting = [result for result in results if result.get("fits")]
+    fitting = [result for result in results if result["fits"]]
     if not fitting:
         return "Nothing that was tried fits: take more chips, or optim.accumulate."
     fastest = min(result["step_seconds"] for result in fitting)
     close = [result for result in fitting if result["step_seconds"] <= 1.02 * fastest]
     best = min(close, key=lambda result: (result["hbm_gib"]["total"], result["ici_seconds"]))
-    mesh = best["mesh"]
+    mesh = ", ".join(f"mesh.{axis}={size}" for axis, size in best["mesh"].items())
     return (
-        f"Recommended: mesh.data={mesh['data']}, mesh.fsdp={mesh['fsdp']}, "
-        f"mesh.tensor={mesh['tensor']}, model.remat={best['remat']!r}: "
-        f"{best['step_seconds'] * 1e3:.1f} ms at least, within 2 % of the fastest "
-        f"({fastest * 1e3:.1f} ms), and of those the least HBM "
+        f"Recommended: {mesh}, model.remat={best['remat']!r}: {best['step_seconds'] * 1e3:.1f} ms "
+        f"at least, within 2 % of the fastest ({fastest * 1e3:.1f} ms), and of those the least HBM "
         f"({best['hbm_gib']['total']:.2f} GiB)."
     )
 
 
-def advise(cfg: Config, mesh: Mesh, fits: bool, permutations: int = 0) -> list[str]:
-    """Sentences, the most urgent first; `permutations` are the collective-permutes of a step."""
-    sentences = []
-    data, fsdp, width = mesh.shape["data"], mesh.shape["fsdp"], cfg.model.width
-    parts, rows = cfg.optim.accumulate, rows_per_shard(cfg, mesh)
-    if not fits:
-        changes = {
-            "model.remat='names'": cfg.model.remat == "none",  # repeats attention's logits alone
-            f"mesh.fsdp={fsdp * data} with mesh.data=1": data > 1,
-            f"optim.accumulate={2 * parts}": rows % (2 * parts * ROWS) == 0,
-            "model.remat='full'": cfg.model.remat != "full",
-            "more chips": True,
-        }
-        helping = ", ".join(change for change, helps in changes.items() if helps)
-        sentences.append(f"What takes less memory, the cheapest in time first: {helping}.")
-    if rows // parts % ROWS:
-        sentences.append(
-            f"A chip works on {rows // parts} rows at once, not a multiple of {ROWS}: TPU pads "
-            f"them, and XLA may emulate all-gathers by all-reduces. With {data * fsdp} shards take "
-            f"a batch_size that is a multiple of {ROWS * data * fsdp * parts}, or a smaller slice."
-        )
-    if permutations >= cfg.model.depth:
-        sentences.append(
-            f"{permutations} permutations: mesh.fsdp={fsdp} leaves {width // fsdp} of a width "
-            f"of {width} to a chip, which XLA pads for its reduce-scatters and then mends. Compare "
-            f"other mesh.fsdp (--sweep)."
-        )
-    return sentences
-
+# --- what is printed
 
 LOWER_BOUND = (
     "Seconds, hours and MFU assume that nothing takes longer than its FLOPs or bytes and that\n"
     "traffic between chips is hidden entirely: no run will be faster."
 )
+LESS_MEMORY = (
+    "What takes less memory, the cheapest in time first: model.remat='names', a larger mesh.fsdp,\n"
+    "a larger optim.accumulate, model.remat='full', more chips."
+)
 
 
 def report(result: dict) -> str:
     """One rehearsal, as a block of lines."""
+    lines = [
+        f"{result['topology']}, {result['chips']} chips: {mesh_of(result)}",
+        f"{result['objective']}, batch {result['batch_size']} ({result['rows_per_shard']} per "
+        f"shard), remat {result['remat']}, tokens: {result['tokens']}",
+    ]
     if "needed_gib" in result:
-        return "\n".join([*head(result), refused(result), *result["advice"]])
+        return "\n".join([*lines, row(result), LESS_MEMORY])
     memory, ratios = result["hbm_gib"], " (no arithmetic for this objective)"
     if result["flops_ratio"] is not None:
         ratios = (
             f", {result['flops_ratio']:.4f} of the model's {result['model_flops'] / 1e12:.3f} T by "
             f"arithmetic, {result['flops_ratio_with_recomputed']:.4f} with what is recomputed"
         )
-    lines = [
-        *head(result),
+    lines += [
         f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {memory['total']:.2f} GiB of "
         f"{memory['of']} per chip (arguments {memory['arguments']:.2f}, outputs beside them "
         f"{memory['outputs']:.2f}, temporaries {memory['temporaries']:.2f}, code "
         f"{memory['code']:.2f})",
+        *[LESS_MEMORY] * (not result["fits"]),
         f"FLOPs per chip: {result['flops'] / 1e12:.3f} T{ratios}",
         f"HBM traffic per chip: {result['hbm_bytes'] / 1e9:.2f} GB",
         f"{'collectives per step':24}{'count':>7}{'MB':>9}{'/ bf16 params':>15}{'ms':>8}  dtypes",
@@ -289,25 +257,12 @@ def report(result: dict) -> str:
         f"{result['chip_hours']:.0f} chip-hours",
         f"compiled in {result['compile_seconds']:.0f} s",
         LOWER_BOUND,
-        *result["advice"],
     ]
     return "\n".join(lines)
 
 
-def head(result: dict) -> list[str]:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    return [
-        f"{result['topology']}, {result['chips']} chips: {mesh}",
-        f"{result['objective']}, batch {result['batch_size']} ({result['rows_per_shard']} per "
-        f"shard), remat {result['remat']}, tokens: {result['tokens']}",
-    ]
-
-
-def refused(result: dict) -> str:
-    return (
-        f"DOES NOT FIT: the compiler needs {result['needed_gib']} GiB of "
-        f"{result['available_gib']} per chip"
-    )
+def mesh_of(result: dict) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
 
 
 COLUMNS = {
@@ -335,15 +290,16 @@ def _share(result: dict, kind: str) -> str:
 
 
 def row(result: dict) -> str:
-    """A row of a Markdown table with COLUMNS."""
+    """A row of a Markdown table with COLUMNS; a line where the compiler refused."""
+    if "needed_gib" in result:
+        return (
+            f"DOES NOT FIT: {mesh_of(result)}, remat {result['remat']}: the compiler needs "
+            f"{result['needed_gib']} GiB of {result['available_gib']} per chip"
+        )
     return f"| {' | '.join(cell(result) for cell in COLUMNS.values())} |"
 
 
 def table(results: list[dict]) -> str:
-    """A Markdown table; rehearsals that don't fit come after it."""
-    fitting = [result for result in results if "needed_gib" not in result]
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(row, fitting)]
-    for result in results:
-        if "needed_gib" in result:
-            lines.append(f"{' '.join(head(result))}: {refused(result)}")
-    return "\n".join(lines)
+    """A Markdown table; rehearsals that the compiler refused come after it."""
+    rows = [row(result) for result in sorted(results, key=lambda r: "needed_gib" in r)]
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *rows])

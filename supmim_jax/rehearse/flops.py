@@ -11,7 +11,6 @@ twice.
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,44 +38,55 @@ class Work(NamedTuple):
         return self.forward + self.backward
 
 
-def is_counted(cfg: Config) -> bool:
-    """Whether there is arithmetic for the objective: those that leave an encoder or classifier."""
-    return cfg.objective.leaves in ("classifier", "encoder")
+def check(cfg: Config) -> None:
+    """Raises SetupError where there is no arithmetic to compare counts with."""
+    if not train(cfg):
+        raise SetupError(
+            f"--config is of objective {cfg.objective.name!r}, which leaves a "
+            f"{cfg.objective.leaves}; FLOPs are counted for encoders and classifiers only."
+        )
+
+
+def total(cfg: Config) -> Work:
+    """All of a train step."""
+    return Work(*map(sum, zip(Work(0, 0), *train(cfg).values())))
 
 
 def train(cfg: Config) -> dict[str, Work]:
-    """The parts of a train step; names as `part_of` gives them."""
+    """The parts of a train step; {} for objectives without arithmetic."""
     model, objective = cfg.model, cfg.objective
     patches = (cfg.data.image_size // model.patch) ** 2
     pixels = model.patch**2 * cfg.data.channels
-    prefix = model.prefix
+    if objective.leaves not in ("classifier", "encoder"):
+        return {}
     if objective.leaves == "encoder":
-        return _without_labels(cfg, patches, pixels, prefix)
-    segments, embedded = [patches + prefix], patches
+        return _without_labels(cfg, patches, pixels)
+    segments, embedded = [patches + model.prefix], patches
     parts = {"head": _trained(2 * model.width * cfg.data.num_classes)}
     if objective.masks_patches:
         visible = objective.encoder_input == "visible"
         entering = patches - num_masked(patches, objective.mask_ratio) if visible else patches
-        segments.append(entering + prefix)
+        segments.append(entering + model.prefix)
         embedded += entering
         outputs = objective.target.codes if cfg.has_tokens else pixels
-        parts["decoder"] = _decoder(cfg, patches, entering, prefix, outputs)
+        parts["decoder"] = _decoder(cfg, patches, entering, outputs)
         if cfg.has_tokens and not cfg.tokens.cache:
             parts["tokenizer"] = Work(tokenizer(cfg, patches), 0)
-    parts["encoder"] = _stack(model, segments, model.remat)
     embedding = 2 * embedded * pixels * model.width
-    parts["patch embedding"] = Work(embedding, embedding)
-    return parts
+    return parts | {
+        "encoder": _stack(model, segments, model.remat),
+        "patch embedding": Work(embedding, embedding),
+    }
 
 
-def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict[str, Work]:
+def _without_labels(cfg: Config, patches: int, pixels: int) -> dict[str, Work]:
     """MAE and CMAE: every view's kept patches through the encoder, all through the decoder, and
     the masked ones out of it."""
     model, objective, views = cfg.model, cfg.objective, cfg.objective.crops
     kept = patches - num_masked(patches, objective.mask_ratio)
-    encoder = _stack(model, [kept + prefix] * views, model.remat)
+    encoder = _stack(model, [kept + model.prefix] * views, model.remat)
     embedding = 2 * views * kept * pixels * model.width
-    decoder = _decoder(cfg, patches, kept, prefix, pixels)
+    decoder = _decoder(cfg, patches, kept, pixels)
     parts = {
         "decoder": Work(*(views * flops for flops in decoder)),
         "encoder": encoder,
@@ -87,21 +97,21 @@ def _without_labels(cfg: Config, patches: int, pixels: int, prefix: int) -> dict
     if sizes := objective.projector:
         projector = 2 * (model.width + sizes.dim) * sizes.hidden
         predictor = 4 * sizes.dim * sizes.hidden
-        slow = Work(encoder.forward + embedding + views * projector, 0)
+        slow = encoder.forward + embedding + views * projector
         fast = _trained(views * (projector + predictor))
         logits = 2 * views * cfg.batch_size * sizes.dim  # of one image with the global batch
-        forward = slow.forward + fast.forward + logits
-        parts["contrastive"] = Work(forward, fast.backward + logits)  # keys get no gradient
+        # The slow encoder and the keys of the logits get no gradient.
+        parts["contrastive"] = Work(slow + fast.forward + logits, fast.backward + logits)
     return parts
 
 
-def _decoder(cfg: Config, patches: int, entering: int, prefix: int, outputs: int) -> Work:
+def _decoder(cfg: Config, patches: int, entering: int, outputs: int) -> Work:
     """The decoder of one view, of which `entering` patches come out of the encoder."""
-    decoder = cfg.objective.decoder
+    decoder, prefix = cfg.objective.decoder, cfg.model.prefix
     ends = 2 * (entering + prefix) * cfg.model.width * decoder.width
     ends += 2 * num_masked(patches, cfg.objective.mask_ratio) * decoder.width * outputs
-    whole = _stack(decoder, [patches + prefix], cfg.model.remat)
-    return Work(whole.forward + ends, whole.backward + 2 * ends, whole.recomputed)
+    blocks = _stack(decoder, [patches + prefix], cfg.model.remat)
+    return Work(blocks.forward + ends, blocks.backward + 2 * ends, blocks.recomputed)
 
 
 def _trained(forward: int) -> Work:
@@ -117,10 +127,9 @@ def tokenizer(cfg: Config, patches: int) -> int:
         values = cfg.model.patch**2 * (1 if grey else channels)
         return 2 * patches * values * target.codes + to_grey
     side = math.isqrt(patches) * target.downsampling
-    flops, before = 0, target.filters
+    flops, before = _conv3(side, channels, target.filters), target.filters
     if side != cfg.data.image_size:
         flops += 2 * side * cfg.data.image_size * (cfg.data.image_size + side) * channels
-    flops += _conv3(side, channels, target.filters)
     for level, multiplier in enumerate(target.multipliers):
         size, width = side >> level, target.filters * multiplier
         for _ in range(target.res_blocks):
@@ -157,102 +166,63 @@ GIGA = 1e9
 
 
 def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
-    """Compiles the train step of `cfg` and counts.
-
-    FLOPs are of the whole step on all devices, bytes of one device: what the compiler allots to
-    arguments, results and temporary values (its own `peak_memory` leaves the last out on CPU).
-    CPU keeps float32 copies of what other devices hold in bfloat16.
-    """
+    """Compiles the train step of `cfg` and counts."""
     prog = train_step.build(cfg, mesh)
     start = time.perf_counter()
     compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     seconds = time.perf_counter() - start
-    return counted(cfg, mesh, compiled, seconds)
+    return counted(cfg, mesh, compiled) | {"compile_seconds": seconds}
 
 
-def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled, seconds: float) -> dict:
-    """What `measure` gives, of a step that was compiled in so many seconds."""
-    counts = hlo.count(compiled.as_text())
-    scopes = {scope: flops * mesh.size for scope, flops in counts.items()}
-    parts = train(cfg)
-    model = cfg.batch_size * sum(work.model for work in parts.values())
-    recomputed = cfg.batch_size * sum(work.recomputed for work in parts.values())
-    total = sum(scopes.values())
-    memory = aot.memory(compiled)
+def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
+    """FLOPs of the whole step on all devices, beside the arithmetic, and bytes of one device.
+
+    Bytes are what the compiler allots to arguments, results and temporary values (its own
+    `peak_memory` leaves the last out on CPU). CPU keeps float32 copies of what other devices hold
+    in bfloat16.
+
+    Raises:
+      UnknownCost: the program does work that its text doesn't tell the amount of.
+    """
+    found, work, memory = (
+        hlo.parse(compiled.as_text()).flops * mesh.size,
+        total(cfg),
+        aot.memory(compiled),
+    )
+    model, recomputed = cfg.batch_size * work.model, cfg.batch_size * work.recomputed
     return {
         "objective": cfg.objective.name,
         "batch_size": cfg.batch_size,
         "remat": cfg.model.remat,
         "devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}",
-        "hlo_flops_per_step": total,
-        "hlo_gf_per_image": total / cfg.batch_size / GIGA,
-        "analytic_gf_per_image": model / cfg.batch_size / GIGA,
-        "recomputed_gf_per_image": recomputed / cfg.batch_size / GIGA,
-        "ratio": total / model,
-        "ratio_with_recomputed": total / (model + recomputed),
-        "parts": compare(cfg, scopes, parts),
+        "hlo_flops_per_step": found,
+        "hlo_gf_per_image": found / cfg.batch_size / GIGA,
+        "analytic_gf_per_image": work.model / GIGA,
+        "recomputed_gf_per_image": work.recomputed / GIGA,
+        "ratio": found / model,
+        "ratio_with_recomputed": found / (model + recomputed),
+        "parts": {name: part._asdict() for name, part in train(cfg).items()},
         "bytes_per_device": sum(memory.values()) - memory["code"],
-        "compile_seconds": seconds,
     }
-
-
-def compare(cfg: Config, scopes: dict[str, int], parts: dict[str, Work]) -> dict:
-    """{part: {direction: [GF per image in the HLO, by arithmetic]}}, where either isn't 0."""
-    found, expected = Counter(), Counter()
-    for scope, flops in scopes.items():
-        direction, path = scope.split(": ", 1)
-        found[part_of(path), direction] += flops / cfg.batch_size
-    for part, work in parts.items():
-        for direction in ("forward", "backward", "recomputed"):
-            expected[part, direction] += getattr(work, direction)
-    table: dict = {}
-    for part, direction in sorted(found.keys() | (+expected).keys()):
-        pair = [found[part, direction] / GIGA, expected[part, direction] / GIGA]
-        table.setdefault(part, {})[direction] = pair
-    return table
-
-
-def part_of(path: str) -> str:
-    """The part of the model that a scope belongs to; what names none is the objective's head."""
-    part = path.split("/")[0]
-    return "head" if part == "none" else part.replace("_", " ")
 
 
 def report(result: dict) -> str:
     """The result as a table for people."""
-    total = result["hlo_gf_per_image"]
-    lines = [f"{'GF per image':28}{'HLO':>10}{'analytic':>10}{'ratio':>9}{'share':>9}"]
-    for part, directions in result["parts"].items():
-        for direction, (found, expected) in directions.items():
-            ratio = f"{found / expected:.4f}" if expected else "-"
-            lines.append(
-                f"{part + ', ' + direction:28}{found:10.3f}{expected:10.3f}{ratio:>9}"
-                f"{found / total:9.2%}"
-            )
+    lines = [f"{'GF per image':28}{'forward':>10}{'backward':>10}{'recomputed':>12}"]
+    for name, part in result["parts"].items():
+        forward, backward, recomputed = (flops / GIGA for flops in part.values())
+        lines.append(f"{name:28}{forward:10.3f}{backward:10.3f}{recomputed:12.3f}")
     model, recomputed = result["analytic_gf_per_image"], result["recomputed_gf_per_image"]
-    lines.append(f"{'all':28}{total:10.3f}{model:10.3f}{result['ratio']:9.4f}")
-    if recomputed:
-        ratio = result["ratio_with_recomputed"]
-        lines.append(
-            f"{'all, with recomputed':28}{total:10.3f}{model + recomputed:10.3f}{ratio:9.4f}"
-        )
-    lines.append(
+    lines += [
+        f"{'all by arithmetic':28}{model:10.3f}, with what is recomputed {model + recomputed:.3f}",
+        f"{'all in the program':28}{result['hlo_gf_per_image']:10.3f}, {result['ratio']:.4f} of "
+        f"the first, {result['ratio_with_recomputed']:.4f} of the second",
         f"{result['objective']}, batch {result['batch_size']}, remat {result['remat']}, "
         f"{result['devices']}: {result['hlo_flops_per_step'] / 1e12:.1f} TF per step; memory "
         f"{result['bytes_per_device'] / 2**30:.2f} GiB per device; compiled in "
-        f"{result['compile_seconds']:.0f} s"
-    )
+        f"{result['compile_seconds']:.0f} s",
+    ]
     return "\n".join(lines)
-
-
-def check(cfg: Config) -> None:
-    """Raises SetupError where there is no arithmetic to compare counts with."""
-    if not is_counted(cfg):
-        raise SetupError(
-            f"--config is of objective {cfg.objective.name!r}, which leaves a "
-            f"{cfg.objective.leaves}; there is arithmetic to compare counts with for encoders and "
-            f"classifiers only."
-        )
 
 
 def command() -> Callable[[], None]:

@@ -23,7 +23,6 @@ memory space (VMEM on TPU) costs nothing, but the copies that bring it there do.
 import math
 import operator
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,12 +30,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+# --- the program
+
 
 class UnknownCost(ValueError):
     """The program does work that the text doesn't tell the amount of."""
 
 
-BITS = {"pred": 8, "token": 0, "opaque": 0}  # of others the name says: f32, u8, f8e4m3fn
+BITS = {"pred": "8", "token": "0", "opaque": "0"}  # of others the name says: f32, u8, f8e4m3fn
 
 
 class Array(NamedTuple):
@@ -49,7 +50,7 @@ class Array(NamedTuple):
     @property
     def bytes(self) -> int:
         """Without the padding of tiles."""
-        bits = BITS.get(self.dtype) if self.dtype in BITS else re.search(r"\d+", self.dtype)[0]
+        bits = BITS.get(self.dtype) or re.search(r"\d+", self.dtype)[0]
         return math.prod(self.dims) * int(bits) // 8
 
 
@@ -119,9 +120,14 @@ class Computation:
     root: Instruction | None = None
 
     @cached_property
-    def flops(self) -> Counter:
-        """FLOPs of one execution by scope."""
-        return sum(map(flops, self.instructions.values()), Counter())
+    def flops(self) -> int:
+        """FLOPs of one execution; of a conditional the most expensive branch counts.
+
+        Raises:
+          UnknownCost: a loop with matmuls whose trip count can't be found, or a call that looks
+            like a matmul and isn't known here.
+        """
+        return sum(map(flops, self.instructions.values()))
 
 
 def parse(text: str) -> Computation:
@@ -132,8 +138,7 @@ def parse(text: str) -> Computation:
     """
     module, entry, current = {}, None, None
     for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
-        if header:
+        if header := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
             current = module[header[2]] = Computation(module, header[2], {})
             entry = current if header[1] else entry
         elif line.startswith("}"):
@@ -168,6 +173,9 @@ def _closing(text: str) -> int:
     raise ValueError(f"A parenthesis is never closed in the HLO line {text[:80]!r}.")
 
 
+# --- loops
+
+
 class Run(NamedTuple):
     instruction: Instruction
     loops: tuple[str, ...]  # names of those around it, outermost first
@@ -192,7 +200,6 @@ def runs(computation: Computation, loops: tuple = (), times: int | None = 1) -> 
 
 
 MOST_TRIPS = 100_000  # that are tried out
-OPERATORS = {"add": operator.add, "subtract": operator.sub}
 
 
 def trip_count(loop: Instruction) -> int | None:
@@ -215,6 +222,10 @@ def trip_count(loop: Instruction) -> int | None:
     return None
 
 
+OPERATORS = {"add": operator.add, "subtract": operator.sub}
+SAME_VALUE = ("copy", "convert", "bitcast", "reshape")
+
+
 def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
     """An integer, or a list for a tuple, given those of the computation's parameters.
 
@@ -228,7 +239,8 @@ def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
         return None
     if opcode == "constant":
         return int({"true": "1", "false": "0"}.get(instruction.inside, instruction.inside))
-    if opcode not in EVALUATED:
+    known = ("tuple", "fusion", "call", "get-tuple-element", "compare", *OPERATORS, *SAME_VALUE)
+    if opcode not in known:
         return None
     values = [evaluate(operand, arguments) for operand in instruction.operands]
     if opcode == "tuple":
@@ -244,15 +256,9 @@ def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
     return OPERATORS[opcode](*values) if opcode in OPERATORS else values[0]
 
 
-EVALUATED = (
-    *("tuple", "get-tuple-element", "fusion", "call", "compare", "add", "subtract"),
-    *("copy", "convert", "bitcast", "reshape"),
-)
+# --- collectives
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-UNKNOWN = ("ragged-all-to-all", "collective-broadcast")
-SCATTER = "all-reduce-scatter"
-WRAPPERS = ("fusion", "async-start", "custom-call")
 
 
 class Collective(NamedTuple):
@@ -281,40 +287,43 @@ def collectives(entry: Computation) -> list[Collective]:
     """
     found: dict[tuple, Collective] = {}
     for run in runs(entry):
-        for scatter, instruction in _unwrapped(run.instruction):
+        for what, instruction, place in _unwrapped(run.instruction):
             if run.times is None:
                 raise UnknownCost(f"{instruction.name} ({instruction.op_name}) runs unknown times.")
             sent = [array for operand in instruction.operands for array in operand.arrays]
-            what, members = kind(instruction), groups(instruction)
+            members = groups(instruction)
             copies = members.shape[1] if what == "all-gather" else 1
             alone = instruction is run.instruction
             key = instruction.name if alone else instruction.text("channel_id", instruction.name)
             one = Collective(
-                kind="reduce-scatter" if scatter else what,
+                kind=what,
                 bytes=copies * sum(array.bytes for array in sent),
                 times=run.times,
                 groups=members,
                 dtypes=tuple(dict.fromkeys(array.dtype for array in sent)),
             )
-            found.setdefault((run.loops, scatter or what, key), one)
+            found.setdefault((run.loops, place, key), one)
     return [one for one in found.values() if one.group_size > 1]
 
 
-def _unwrapped(instruction: Instruction, scatter: str = "") -> Iterator[tuple[str, Instruction]]:
-    """Collectives that it is or wraps; first the fusion's name if it is a reduce-scatter."""
-    if instruction.opcode in WRAPPERS:
+def _unwrapped(instruction: Instruction, scatter: str = "") -> Iterator[tuple]:
+    """(kind, instruction, place) of the collectives that it is or wraps.
+
+    `scatter` is the name of the fusion around it that is a reduce-scatter; then it is the place.
+    """
+    if instruction.opcode in ("fusion", "async-start", "custom-call"):
         for called in instruction.called():
-            name = called.name if called.name.startswith(SCATTER) else scatter
+            name = called.name if called.name.startswith("all-reduce-scatter") else scatter
             for inner in called.instructions.values():
                 yield from _unwrapped(inner, name)
-    elif kind(instruction):
-        yield scatter, instruction
+    elif what := kind(instruction):
+        yield ("reduce-scatter", instruction, scatter) if scatter else (what, instruction, what)
 
 
 def kind(instruction: Instruction) -> str:
     """Of KINDS; "" if it is no collective, or the end of one."""
     opcode = instruction.opcode.removesuffix("-start")
-    if opcode in UNKNOWN:
+    if opcode in ("ragged-all-to-all", "collective-broadcast"):
         raise UnknownCost(f"{instruction.name}: the bytes of {opcode}?")
     return opcode if opcode in KINDS else ""
 
@@ -337,22 +346,20 @@ def groups(instruction: Instruction) -> np.ndarray:
     if found := LISTED.search(text):
         return np.array([_numbers(group) for group in re.findall(r"{([\d,]*)}", found[1])])
     if found := TILED.search(text):
-        return _iota(found[2], found[3]).reshape(_numbers(found[1]))
+        return _iota(_numbers(found[2]), found[3]).reshape(_numbers(found[1]))
     if found := NAMED.search(text):  # along some axes of a mesh
-        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-        sizes = [int(size) for _, size in axes]
-        along = re.findall(r"'(\w+)'", found[4])
-        inner = [[name for name, _ in axes].index(name) for name in along]
-        outer = [i for i in range(len(axes)) if i not in inner]
-        devices = _iota(found[2] or str(math.prod(sizes)), found[3]).reshape(sizes)
-        size = math.prod(sizes[i] for i in inner)
-        return devices.transpose(*outer, *inner).reshape(-1, size)
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        names, sizes = list(axes), list(axes.values())
+        inner = [names.index(name) for name in re.findall(r"'(\w+)'", found[4])]
+        outer = [i for i in range(len(names)) if i not in inner]
+        shape = _numbers(found[2]) if found[2] else sizes
+        devices = _iota(shape, found[3]).reshape(sizes).transpose(*outer, *inner)
+        return devices.reshape(-1, math.prod(sizes[i] for i in inner))
     raise UnknownCost(f"{instruction.name}: which devices are {text[:200]}?")
 
 
-def _iota(shape: str, permutation: str | None) -> np.ndarray:
-    sizes = _numbers(shape)
-    devices = np.arange(math.prod(sizes)).reshape(sizes)
+def _iota(shape: list[int], permutation: str | None) -> np.ndarray:
+    devices = np.arange(math.prod(shape)).reshape(shape)
     return devices.transpose(_numbers(permutation)) if permutation else devices
 
 
@@ -360,13 +367,14 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
+# --- traffic
+
 FREE = (
     *("after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
     *("optimization-barrier", "parameter", "partition-id", "replica-id", "tuple"),
 )
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone")
 SLICES = ("dynamic-slice", "slice")
-PASSED_ON = ("bitcast", "tuple", "get-tuple-element")
 
 
 def traffic(instruction: Instruction) -> int:
@@ -417,7 +425,7 @@ def _used(value: Instruction, whole: int) -> int:
                 continue
             if user.opcode in SLICES and place == 0:
                 total += sum(array.bytes for array in user.arrays)
-            elif user.opcode in PASSED_ON:
+            elif user.opcode in ("bitcast", "tuple", "get-tuple-element"):
                 total += _used(user, whole)
             elif user.opcode == "fusion":
                 total += _read(user.called()[0], place, value)
@@ -441,94 +449,55 @@ def _written(root: Instruction, array: Array, number: int) -> int:
     return array.bytes
 
 
+# --- FLOPs
+
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
-# cuDNN's attention: matmuls of queries x keys x head that the arithmetic asks for, and those that
-# it repeats because it hasn't stored the logits.
-FUSED_ATTENTION = {"__cudnn$fmhaSoftmax": (2, 0), "__cudnn$fmhaSoftmaxBackward": (4, 1)}
+# Matmuls of queries x keys x head in cuDNN's attention. The gradient's fifth is the logits, which
+# it computes again as the forward pass has not stored them.
+FUSED_ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 # Of custom calls whose work can't be read from the text: libraries' matmuls, and whole kernels.
 OPAQUE = re.compile(
     r"gemm|matmul|dot|conv(?!ert)|blas|dnn|fmha|attention|triton|mosaic|tpu_custom", re.I
 )
-OPAQUE_OPS = ("ragged-dot", "scaled-dot")
-CALLERS = ("fusion", "call", "async-start")  # run what they call once
-# What models, objectives and the train step say by jax.named_scope.
-SCOPES = (
-    *("tokenizer", "decoder", "contrastive", "patch_embedding", "encoder", "MLP", "attention"),
-    *("masks", "mixing", "optimizer"),
-)
 
 
-def count(text: str) -> Counter:
-    """FLOPs of `compiled.as_text()` by scope, as `scope` names them; `.total()` has all.
-
-    Of a conditional the most expensive branch counts. A loop without matmuls costs nothing, so its
-    trip count may be unknown.
-
-    Raises:
-      UnknownCost: a loop with matmuls whose trip count can't be found, or a call that looks like a
-        matmul and isn't known here.
-    """
-    return parse(text).flops
-
-
-def flops(instruction: Instruction) -> Counter:
-    """FLOPs of one execution by scope, of all that it calls too."""
-    opcode = instruction.opcode
+def flops(instruction: Instruction) -> int:
+    """FLOPs of one execution, of all that it calls too; raises as `Computation.flops`."""
+    opcode, target = instruction.opcode, instruction.text("custom_call_target")
     if opcode == "while":
-        return _loop_flops(instruction)
+        (condition,), (body,) = instruction.called("condition"), instruction.called("body")
+        if not condition.flops and not body.flops:
+            return 0  # whatever its trip count, which may be unknown
+        if (trips := trip_count(instruction)) is None:
+            raise UnknownCost(
+                f"The loop {instruction.name} ({instruction.op_name}) has matmuls, but neither its "
+                f"trip count nor a condition that gives it."
+            )
+        return trips * body.flops + (trips + 1) * condition.flops
     called = [computation.flops for computation in instruction.called()]
     if opcode == "conditional":
-        return max(called, key=Counter.total)
-    if opcode in CALLERS:
-        return sum(called, Counter())
+        return max(called)
+    if opcode in ("fusion", "call", "async-start"):  # run what they call once
+        return sum(called)
     if any(called) and opcode not in ("async-update", "async-done"):
         raise UnknownCost(f"{instruction.name}: a matmul inside {opcode} runs unknown times.")
-    if instruction.text("custom_call_target") in FUSED_ATTENTION:
-        return _attention_flops(instruction)
-    return +Counter({scope(instruction): _matmul_flops(instruction)})
-
-
-def _loop_flops(loop: Instruction) -> Counter:
-    (condition,), (body,) = loop.called("condition"), loop.called("body")
-    if not condition.flops and not body.flops:
-        return Counter()
-    trips = trip_count(loop)
-    if trips is None:
-        raise UnknownCost(
-            f"The loop {loop.name} ({loop.op_name}) has matmuls, but neither its trip count "
-            f"nor a condition that gives it."
-        )
-    total = Counter({name: number * trips for name, number in body.flops.items()})
-    total.update({name: number * (trips + 1) for name, number in condition.flops.items()})
-    return total
-
-
-def _attention_flops(call: Instruction) -> Counter:
-    """Of a kernel of cuDNN; its first result, the output or the queries' gradient, is always
-    batch x heads x queries x head."""
-    needed, repeated = FUSED_ATTENTION[call.text("custom_call_target")]
-    where = scope(call)
-    matmul = 2 * call.dims[2] * math.prod(call.operands[1].dims)
-    again = f"recomputed: {where.partition(': ')[2]}"
-    return +Counter({where: needed * matmul, again: repeated * matmul})
-
-
-def _matmul_flops(instruction: Instruction) -> int:
-    """Of one instruction by itself, 0 if it is no matmul or convolution."""
-    target, attributes = instruction.text("custom_call_target"), instruction.attributes
-    if instruction.opcode == "convolution":
+    if target in FUSED_ATTENTION:
+        # The first result, output or gradient of queries, is batch x heads x queries x head.
+        queries, keys = instruction.dims[2], instruction.operands[1].dims
+        return FUSED_ATTENTION[target] * 2 * queries * math.prod(keys)
+    if opcode == "convolution":
         return _convolution_flops(instruction)
-    if instruction.opcode == "dot":
-        contracted = re.search(r"\blhs_contracting_dims={([\d,]*)}", attributes)
+    if opcode == "dot":
+        found = re.search(r"\blhs_contracting_dims={([\d,]*)}", instruction.attributes)
     elif target in CUBLAS:
-        contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', attributes)
-    elif instruction.opcode in OPAQUE_OPS or OPAQUE.search(target):
-        raise UnknownCost(f"{instruction.name}: the FLOPs of {target or instruction.opcode}?")
+        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    elif opcode in ("ragged-dot", "scaled-dot") or OPAQUE.search(target):
+        raise UnknownCost(f"{instruction.name}: the FLOPs of {target or opcode}?")
     else:
         return 0
     left = instruction.operands[0].dims
-    dims = re.findall(r"\d+", contracted[1] if contracted else "")
-    return 2 * math.prod(instruction.dims) * math.prod(left[int(d)] for d in dims)
+    contracted = [left[int(d)] for d in re.findall(r"\d+", found[1] if found else "")]
+    return 2 * math.prod(instruction.dims) * math.prod(contracted)
 
 
 def _convolution_flops(instruction: Instruction) -> int:
@@ -557,19 +526,3 @@ def _convolution_flops(instruction: Instruction) -> int:
         length = (inputs[labels[1].index(str(d))] - 1) * holes[d] + 1
         multiply_adds *= int(((at >= 0) & (at < length) & (at % holes[d] == 0)).sum())
     return 2 * multiply_adds
-
-
-def scope(instruction: Instruction) -> str:
-    """Direction and names of jax.named_scope, outermost first: "forward: encoder/MLP"."""
-    name = instruction.op_name
-    direction = "forward"
-    if "rematted_computation" in name:
-        direction = "recomputed"
-    elif re.search(r"(^|/)transpose\(", name):
-        direction = "backward"
-    return f"{direction}: {'/'.join(scopes(name)) or 'none'}"
-
-
-def scopes(op_name: str) -> list[str]:
-    """The names of SCOPES that an operation was traced in, outermost first."""
-    return [name for name in re.findall(r"\w+", op_name) if name in SCOPES]

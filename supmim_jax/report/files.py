@@ -58,24 +58,23 @@ def evaluations(workdir: epath.Path) -> list[Evaluation]:
     Raises:
       SetupError: a file is not of its form.
     """
-    paths = [workdir / "results.json"] if (workdir / "results.json").exists() else []
-    if (workdir / "evals").exists():
-        paths += sorted((workdir / "evals").glob("*.json"))
+    results, evals = workdir / "results.json", workdir / "evals"
+    paths = [results] if results.exists() else []
+    paths += sorted(evals.glob("*.json")) if evals.exists() else []
     found = []
     for path in paths:
         values = storage.read_json(path, CURE)
         if not isinstance(values, dict):
             raise _refused(path, "it is no object")
-        if path.parent == workdir:
-            about = ["end of training", _told(values, "split", "split ")]
+        if path == results:
+            source, about = path.name, ["end of training", _told(values, "split", "split ")]
             metrics = {name: value for name, value in values.items() if name not in ABOUT}
         else:
-            data, metrics = values.get("data"), values.get("metrics")
+            source, data, metrics = f"evals/{path.name}", values.get("data"), values.get("metrics")
             about = [_told(values, "step", "step "), _told(data, "name")]
             about.append(_told(data, "eval_split", "split "))
         if not isinstance(metrics, dict) or not _is_numbers(metrics):
             raise _refused(path, "its metrics are no object of numbers")
-        source = path.name if path.parent == workdir else f"evals/{path.name}"
         found.append(Evaluation(source, ", ".join(filter(None, about)), metrics))
     return found
 
@@ -88,10 +87,15 @@ def environments(workdir: epath.Path) -> list[dict]:
     """
     path = workdir / "environment.json"
     parts = storage.read_json(path, CURE) if path.exists() else []
-    if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
-        raise _refused(
-            path, "it is no list of objects of texts and numbers, each with its from_step"
-        )
+    plain = (str, int, bool, type(None))
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict)
+        and environment.FROM_STEP in part
+        and all(type(x) in plain for x in part.values())
+        for part in parts
+    ):
+        reason = "it is no list of objects of texts and numbers, each with its from_step"
+        raise _refused(path, reason)
     return parts
 
 
@@ -105,11 +109,6 @@ def _is_numbers(values: dict) -> bool:
     return all(
         type(x) is float or (type(x) is int and abs(x) < LARGEST_INT) for x in values.values()
     )
-
-
-def _is_part(part: Any) -> bool:
-    known = isinstance(part, dict) and environment.FROM_STEP in part
-    return known and all(type(x) in (str, int, bool, type(None)) for x in part.values())
 
 
 def _refused(path: epath.Path, reason: str) -> SetupError:

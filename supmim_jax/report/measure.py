@@ -21,7 +21,6 @@ from supmim_jax.evals import segmentation as segmentation_module
 SHOWN = 8  # images of the split, its first, so that nobody can have chosen them
 NEIGHBOURS = 6  # per image
 GROUND = "ground"  # what 0 in a mask means by custom; it stays clear
-Panels = dict[str, np.ndarray]  # uint8 images BxHxWxC by the name of the row
 
 
 class Examples(NamedTuple):
@@ -54,7 +53,8 @@ class Measured(NamedTuple):
     examples: Examples
     neighbours: Neighbourhood | None = None  # of runs with an encoder, and so are the tokens
     tokens: np.ndarray | None = None  # float32 BxHxWxD of the examples
-    panels: Panels | None = None  # of runs that predict masked patches, or train a tokenizer
+    # Of runs that predict masked patches, or train a tokenizer: uint8 BxHxWxC by name of the row.
+    panels: dict[str, np.ndarray] | None = None
     segmented: Segmented | None = None  # of data sets with masks
 
 
@@ -93,7 +93,10 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
         if cfg.data.masks.field in source_module.feature_names(cfg.data):
             found = found._replace(segmented=segmented(encoder, dataset, split, mesh))
     if visualize.shows(cfg):
-        found = found._replace(panels=panels(checkpoint, shown.images))
+        restored, key = visualize.restore(checkpoint), jax.random.key(checkpoint.config.seed)
+        rows = visualize.panels(restored, jax.numpy.asarray(shown.images), key)
+        as_uint8 = {name: np.round((x + 1) * 127.5).astype(np.uint8) for name, x in rows.items()}
+        found = found._replace(panels=as_uint8)
     return found
 
 
@@ -134,10 +137,3 @@ def segmented(
     names = [f"class {value}" if value else GROUND for value in values]
     real = weight > 0
     return Segmented(images[real], masks[real], predictions[:SHOWN][real], names, head)
-
-
-def panels(checkpoint: Checkpoint, images_uint8: np.ndarray) -> Panels:
-    """Images, masked twins and what is predicted for them, as `visualize` has them."""
-    restored, key = visualize.restore(checkpoint), jax.random.key(checkpoint.config.seed)
-    rows = visualize.panels(restored, jax.numpy.asarray(images_uint8), key)
-    return {title: np.round((row + 1) * 127.5).astype(np.uint8) for title, row in rows.items()}

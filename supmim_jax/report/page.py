@@ -68,18 +68,22 @@ class Report:
     measured: Measured
 
 
+def read(name: str) -> str:
+    """A file beside this module."""
+    return (resources.files(__package__) / name).read_text()
+
+
 def render(report: Report) -> str:
     """The HTML document; the same report gives the same text."""
-    loader = jinja2.FunctionLoader(lambda name: (resources.files(__package__) / name).read_text())
     pages = jinja2.Environment(
-        loader=loader,
+        loader=jinja2.FunctionLoader(read),
         autoescape=True,
         finalize=lambda x: printable(x) if isinstance(x, str) else x,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    style = (resources.files(__package__) / "style.css").read_text()
+    style = read("style.css")
     derived = [
         (name, f"{getattr(report.cfg, name):g}", None)
         for name in ("total_steps", "warmup_steps", "peak_lr")
@@ -187,15 +191,18 @@ def cards(measured: Measured) -> list[dict[str, Any]]:
         ]
         sections.append({"kind": kind, "figures": figures, **more})
 
-    if (panels := measured.panels) and "masked" not in panels:
-        pairs = {"image": panels["image"], "reconstruction": panels["tokens"]}
-        add("reconstructions", pairs)
+    panels = measured.panels
+    if panels and "masked" not in panels:
+        add("reconstructions", {"image": panels["image"], "reconstruction": panels["tokens"]})
     elif panels:
         add("token predictions" if "tokens" in panels else "pixel predictions", panels)
     if measured.tokens is not None:
-        height, width = examples.images.shape[1:3]
-        colours = enlarged(components(measured.tokens), height, width)
-        add("components", {"image": examples.images, "components": colours})
+        colours, (height, width) = components(measured.tokens), examples.images.shape[1:3]
+        # Of the size of the image, each token a rectangle.
+        down = np.arange(height) * colours.shape[1] // height
+        right = np.arange(width) * colours.shape[2] // width
+        shown_large = colours[:, down][:, :, right]
+        add("components", {"image": examples.images, "components": shown_large})
     if found := measured.segmented:
         ground = found.classes.index(GROUND) if GROUND in found.classes else None
         rows = {
@@ -228,9 +235,7 @@ def neighbours(measured: Measured) -> dict[str, Any] | None:
     for i, (image, label) in enumerate(zip(*examples, strict=True)):
         found = [
             (picture(x), classes[other], other == label, f"{similarity:.2f}")
-            for x, other, similarity in zip(
-                near.images[i], near.labels[i], near.similarity[i], strict=True
-            )
+            for x, other, similarity in zip(*(values[i] for values in near), strict=True)
         ]
         rows.append((picture(image), classes[label], found))
     same = int((near.labels == examples.labels[:, None]).sum())
@@ -307,25 +312,13 @@ def components(tokens_BxHxWxD: np.ndarray) -> np.ndarray:
     return np.round(255 * colours).astype(np.uint8).reshape(*grid, 3)
 
 
-def enlarged(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Images BxHxWxC of another size, each pixel a rectangle."""
-    down = np.arange(height) * images.shape[1] // height
-    right = np.arange(width) * images.shape[2] // width
-    return images[:, down][:, :, right]
-
-
 def overlaid(
     images_uint8: np.ndarray, masks_BxHxW: np.ndarray, ground: int | None = None
 ) -> np.ndarray:
-    """Images with the colours of their masks' classes; the ground and IGNORED stay clear."""
+    """Images in the colours of their masks' classes; the ground and IGNORED stay clear."""
     grey = images_uint8.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
-    hidden = (masks_BxHxW == ground) | (masks_BxHxW == IGNORED)
-    tinted = 0.4 * grey + 0.6 * class_colours(masks_BxHxW)
-    return np.where(hidden[..., None], grey, tinted).round().astype(np.uint8)
-
-
-def class_colours(classes: np.ndarray) -> np.ndarray:
-    """A colour for each class number, uint8 ...x3: full hues around the circle."""
-    hue = (classes * GOLDEN % 1.0)[..., None]
+    hue = (masks_BxHxW * GOLDEN % 1.0)[..., None]
     wheel = np.abs((hue + np.array([0.0, 2 / 3, 1 / 3])) % 1.0 * 6 - 3) - 1
-    return np.round(255 * np.clip(wheel, 0, 1)).astype(np.uint8)
+    tinted = 0.4 * grey + 0.6 * np.round(255 * np.clip(wheel, 0, 1))
+    hidden = (masks_BxHxW == ground) | (masks_BxHxW == IGNORED)
+    return np.where(hidden[..., None], grey, tinted).round().astype(np.uint8)

@@ -43,6 +43,16 @@ def shapes(cfg: Config, device: str, compiles: bool) -> dict:
         raise SetupError(
             "--rival compares with PyTorch, which is not installed: pip install -e '.[parity]'"
         )
+    mim = None
+    if cfg.objective.name == "supmim":
+        patches, decoder = (data.image_size // model.patch) ** 2, cfg.objective.decoder
+        mim = {
+            "visible": cfg.objective.encoder_input == "visible",
+            "masked": num_masked(patches, cfg.objective.mask_ratio),
+            "codes": cfg.objective.target.codes,
+            "weight": cfg.objective.mim_weight,
+            "decoder": {x: vars(decoder)[x] for x in ("width", "depth", "mlp_dim", "heads")},
+        }
     return {
         "device": device, "threads": len(os.sched_getaffinity(0)), "compile": compiles,
         "batch": cfg.batch_size, "image_size": data.image_size, "channels": data.channels,
@@ -53,7 +63,7 @@ def shapes(cfg: Config, device: str, compiles: bool) -> dict:
         "bfloat16": model.dtype == "bfloat16", "loss": mixing.loss,
         "smoothing": mixing.label_smoothing, "mixup": mixing.mixup, "lr": cfg.peak_lr,
         "b1": optim.b1, "b2": optim.b2, "weight_decay": optim.weight_decay, "clip": optim.clip,
-        "mim": masked_branch(cfg) if cfg.objective.name == "supmim" else None,
+        "mim": mim,
     }  # fmt: skip
 
 
@@ -71,23 +81,6 @@ def device(mesh: Mesh) -> str:
     if platform not in ("cpu", "gpu"):
         raise SetupError(f"--rival has no {platform}: leave it out, or set JAX_PLATFORMS=cpu.")
     return {"cpu": "cpu", "gpu": "cuda"}[platform]
-
-
-def masked_branch(cfg: Config) -> dict:
-    """Sizes of SupMIM's masked branch."""
-    objective, decoder = cfg.objective, cfg.objective.decoder
-    return {
-        "visible": objective.encoder_input == "visible",
-        "masked": num_masked((cfg.data.image_size // cfg.model.patch) ** 2, objective.mask_ratio),
-        "codes": objective.target.codes,
-        "weight": objective.mim_weight,
-        "decoder": {
-            "width": decoder.width,
-            "depth": decoder.depth,
-            "mlp_dim": decoder.mlp_dim,
-            "heads": decoder.heads,
-        },
-    }
 
 
 class Rival(Companion):
@@ -118,23 +111,21 @@ class Rival(Companion):
 
 
 def compared(turns: dict[str, list[Turn]]) -> dict:
-    """PyTorch's times each way, and their ratio to ours by round: above 1 ours is the faster."""
-    found = {}
+    """PyTorch's times each way, and their ratio to ours by round, median, least and most: above 1
+    ours is the faster."""
+    ours, found = np.array(turns[OURS]), {}
     for how, theirs in turns.items():
         if how != OURS:
-            pairs = list(zip(theirs, turns[OURS], strict=True))
+            wall, cpu = np.median(theirs, axis=0).tolist()
+            x = np.array(theirs) / ours
+            spread = np.stack([np.median(x, axis=0), x.min(0), x.max(0)], axis=1).tolist()
             found[how] = {
-                "median_s": float(np.median([turn.wall for turn in theirs])),
-                "cpu_s": float(np.median([turn.cpu for turn in theirs])),
-                "ratio": spread([a.wall / b.wall for a, b in pairs]),
-                "cpu_ratio": spread([a.cpu / b.cpu for a, b in pairs]),
+                "median_s": wall,
+                "cpu_s": cpu,
+                "ratio": spread[0],
+                "cpu_ratio": spread[1],
             }
     return found
-
-
-def spread(values: list[float]) -> list[float]:
-    """[median, least, most]"""
-    return [float(np.median(values)), min(values), max(values)]
 
 
 def table(result: dict) -> list[str]:
