@@ -22,7 +22,7 @@ from tqdm import tqdm
 from supmim_jax import cli, encoder, sharding, storage, tokenizers
 from supmim_jax.config import Config, MeshConfig, TokensConfig
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.data import source, token_cache
+from supmim_jax.data import token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.metrics import write_json
@@ -62,9 +62,7 @@ def tokenize(
     dataset = Dataset.open(cfg)
     arrays = tokenizers.open_tokenizer(cfg, dataset, directory, prog.arrays)
     plan = token_cache.Plan(
-        fingerprint=token_cache.fingerprint(
-            cfg, tokenizers.digest(arrays), source.version(cfg.data)
-        ),
+        fingerprint=token_cache.fingerprint(cfg, tokenizers.digest(arrays), dataset.source.version),
         views=views,
         examples=cfg.data.train_examples,
         tokens=(cfg.data.image_size // cfg.model.patch) ** 2,
@@ -106,7 +104,8 @@ def encoded(
     """
     rows = jax.NamedSharding(mesh, sharding.BATCH)
     pending: tuple[jax.Array, np.ndarray] | None = None
-    for images, marks in dataset.target_images(records.start, records.stop, batch_size):
+    for batch in dataset.target_images(records, batch_size):
+        images, marks = batch["image"], batch["mark"]
         count = len(images)
         padded = np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
         ids = bound.encode(jax.device_put(padded, rows))

@@ -89,7 +89,7 @@ def test_what_is_no_single_image_is_refused_by_name_also_before_it_is_prepared(o
 def test_what_is_no_mask_is_refused_by_name(odd, field):
     cfg = DataConfig(name="odd/labels", data_dir=odd, masks=MasksConfig(field=field))
     with pytest.raises(SetupError, match=rf"masks\.field is '{field}'.*'odd/labels'"):
-        source_module.open_masks(cfg, "train")
+        source_module.Source(cfg).records("train", "mask")
 
 
 COUNT = 90
@@ -163,7 +163,7 @@ def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, mon
 
 
 def test_parts_of_splits_are_the_records_that_tfds_names(many):
-    whole = [source(many, "many")[i]["image"] for i in range(COUNT)]
+    whole = [record["image"] for record in source(many, "many")]
     wanted = {"train[10:20]": whole[10:20], "train[-7:]+train[:3]": whole[-7:] + whole[:3]}
     for split, images in wanted.items():
         part = source(many, "many", split)
@@ -179,7 +179,7 @@ def test_checksums_are_of_both_ends_of_a_shard(tmp_path, monkeypatch, at, is_fou
     shard.write_bytes(bytes(at) + b"x" + bytes(999 - at))
     refused = pytest.raises(SetupError, match=rf"{shard.name} is 1000-")
     with refused if is_found else contextlib.nullcontext():
-        source_module.check_shards(str(tmp_path), ())
+        source_module.check_checksums(epath.Path(tmp_path))
 
 
 @contextlib.contextmanager
@@ -210,7 +210,6 @@ def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
             data[3]
         with pytest.raises(SetupError, match=r"ulimit -n"):
             sampler.Intact(data, lambda drawn: {})((0, 3))
-        source_module.check_shards.cache_clear()
         with pytest.raises((SetupError, OSError)) as caught:  # nor a damaged data set
             source(many, "many")
         assert "damaged" not in str(caught.value)

@@ -53,7 +53,7 @@ def cache(cfg, caches):
 
 
 def open_cache(cfg):
-    return TokenCache.open(cfg, source_module.version(cfg.data))
+    return TokenCache.open(cfg, source_module.Source(cfg.data).version)
 
 
 def steps(cfg, device, codes) -> tuple[list, list]:
@@ -255,7 +255,13 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache, monkeypatch):
-    monkeypatch.setattr(source_module, "version", lambda _: "9.9.9")
+    opening = source_module.Source.__init__
+
+    def patched(self, cfg):
+        opening(self, cfg)
+        self.version = "9.9.9"
+
+    monkeypatch.setattr(source_module.Source, "__init__", patched)
     with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
         Dataset.open(with_cache(cfg, cache))
 
