@@ -101,8 +101,7 @@ def make(root: Path) -> None:
             (tokens(record), source_module.mark(source[record % EXAMPLES]["image"]))
             for record in plan.shard(index)
         )
-        path = plan.path(epath.Path(root / "cache"), index)
-        token_cache.write_shard(path, token_cache.packed(plan, index, rows))
+        token_cache.write_shard(epath.Path(root / "cache"), plan, index, rows)
 
 
 def tokens(record: int) -> np.ndarray:
