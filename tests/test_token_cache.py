@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from unittest import mock
 
 import cv2
 import jax
@@ -408,15 +409,10 @@ def test_a_cache_of_many_shards_has_few_open_and_outlives_a_system_error(cfg, ca
     wanted = [found.read(view, 5, images[5]) for view in (0, 1, 2)]
     assert len(found.readers.open) == 1
 
-    class Failing:
-        def __init__(self, *given, **options):
-            pass
-
-        def read(self, positions):
-            raise RuntimeError("open() failed: Too many open files; opening x")
-
+    said = RuntimeError("open() failed: Too many open files; opening x")
+    failing = mock.Mock(**{"return_value.read.side_effect": said})
     with monkeypatch.context() as patch:
-        patch.setattr(source_module.array_record_module, "ArrayRecordReader", Failing)
+        patch.setattr(source_module.array_record_module, "ArrayRecordReader", failing)
         with pytest.raises(SetupError, match=r"tokens-00000-of-00004.*ulimit"):
             found.read(0, 5, images[5])
     assert (found.read(0, 5, images[5]) == wanted[0]).all()
