@@ -9,28 +9,26 @@ processes (--distributed) share the shards.
 """
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from supmim_jax import cli, encoder, sharding, storage, tokenizers
 from supmim_jax.config import Config, MeshConfig, TokensConfig
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.data import source, token_cache
+from supmim_jax.data import token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
 # ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
 # compression saves more than that where tokens are many (bench tokens).
 RECORD_BYTES, SHARD_BYTES = 70, 2**17
-
-Row = tuple[np.ndarray, int]  # ids of a record, and the mark of its image
 
 
 def tokenize(
@@ -60,10 +58,9 @@ def tokenize(
     prog = encoder.build_tokenizer(cfg, batch_size, mesh)
     dataset = Dataset.open(cfg)
     arrays = tokenizers.open_tokenizer(cfg, dataset, directory, prog.arrays)
+    digest = tokenizers.digest(arrays)
     plan = token_cache.Plan(
-        fingerprint=token_cache.fingerprint(
-            cfg, tokenizers.digest(arrays), source.version(cfg.data)
-        ),
+        fingerprint=token_cache.fingerprint(cfg, digest, dataset.source.version),
         views=views,
         examples=cfg.data.train_examples,
         tokens=(cfg.data.image_size // cfg.model.patch) ** 2,
@@ -71,7 +68,6 @@ def tokenize(
         records_per_shard=records_per_shard,
     )
     _begin(directory, plan, cfg, arrays)
-    bound = encoder.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
     own = range(jax.process_index(), plan.shards, jax.process_count())
     missing = [i for i in own if not plan.path(directory, i).exists()]
     total = sum(len(plan.shard(i)) for i in missing)
@@ -81,44 +77,34 @@ def tokenize(
         f"here: {len(missing)} shards, {total} views.",
         file=sys.stderr,
     )
+    bound = encoder.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
+    layout = jax.NamedSharding(mesh, sharding.BATCH)
+
+    def encoded(batch: dict[str, np.ndarray]) -> tuple[jax.Array, np.ndarray]:
+        """Ids of a batch, which are under way, padding included; and the marks of its images."""
+        padding = batch_size - len(batch["mark"])
+        images = np.pad(batch["image"], ((0, padding), (0, 0), (0, 0), (0, 0)))
+        return bound.encode(jax.device_put(images, layout)), batch["mark"]
+
     every = 1.0 if sys.stderr.isatty() else 30.0  # seconds between lines of a log
     with tqdm(total=total, unit="view", mininterval=every, file=sys.stderr) as progress:
         for index in missing:
-            rows = encoded(bound, dataset, plan.shard(index), batch_size, mesh)
-            records = token_cache.packed(plan, index, _counted(rows, progress))
-            token_cache.write_shard(plan.path(directory, index), records)
+            batches = dataset.target_images(plan.shard(index), batch_size)
+            rows = _rows(map(encoded, batches), progress)
+            token_cache.write_shard(directory, plan, index, rows)
     return plan
 
 
-def _counted(rows: Iterator[Row], progress: tqdm) -> Iterator[Row]:
-    for row in rows:
-        yield row
-        progress.update()
-
-
-def encoded(
-    bound: encoder.BoundTokenizer, dataset: Dataset, records: range, batch_size: int, mesh: Mesh
-) -> Iterator[Row]:
-    """uint16 ids L of each record in turn, and the mark of its image.
+def _rows(
+    batches: Iterable[tuple[jax.Array, np.ndarray]], progress: tqdm
+) -> Iterator[tuple[np.ndarray, int]]:
+    """uint16 ids L of each record, and the mark of its image.
 
     The next batch is under way while one is handed out.
     """
-    rows = jax.NamedSharding(mesh, sharding.BATCH)
-    pending: tuple[jax.Array, np.ndarray] | None = None
-    for images, marks in dataset.target_images(records.start, records.stop, batch_size):
-        count = len(images)
-        padded = np.pad(images, ((0, batch_size - count), (0, 0), (0, 0), (0, 0)))
-        ids = bound.encode(jax.device_put(padded, rows))
-        if pending:
-            yield from _rows(*pending)
-        pending = ids, marks
-    if pending:
-        yield from _rows(*pending)
-
-
-def _rows(ids: jax.Array, marks: np.ndarray) -> Iterator[Row]:
-    """Those of a batch that are no padding."""
-    return zip(np.asarray(ids)[: len(marks)].astype(np.uint16), marks.tolist(), strict=True)
+    for (ids, marks), _ in itertools.pairwise(itertools.chain(batches, [None])):
+        yield from zip(np.asarray(ids).astype(np.uint16), marks.tolist())  # padding has no mark
+        progress.update(len(marks))
 
 
 def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: dict) -> None:
@@ -134,14 +120,10 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
                 f"{plan.records_per_shard}. Ask for the same, or choose another --cache."
             )
         return
+    cure = "Choose another --cache, or fewer --epochs: config.tokens.views cycles them."
     try:
         storage.make_directory(directory)
-        storage.check_disk_space(
-            directory,
-            estimated_bytes(plan),
-            "the whole cache",
-            "Choose another --cache, or fewer --epochs: config.tokens.views cycles them.",
-        )
+        storage.check_disk_space(directory, estimated_bytes(plan), "the whole cache", cure)
         if jax.process_index() == 0:
             tokenizers.save_fitted(cfg, arrays, directory)
             storage.write_json(manifest, plan.manifest)

@@ -57,9 +57,10 @@ class Split(Sequence):
     """The records of a split of a data set of tfds; reading one may raise BrokenRecord."""
 
     def __init__(self, cfg: DataConfig, split: str):
-        self.records = source.open_images(cfg, split)
+        opened = source.Source(cfg)
+        self.records = opened.records(split, beside="")
         self.names = range(len(self.records))
-        self.identity = {"name": cfg.name, "split": split, "version": source.version(cfg)}
+        self.identity = {"name": cfg.name, "split": split, "version": opened.version}
 
     def __len__(self) -> int:
         return len(self.records)

@@ -34,14 +34,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from supmim_jax.config import (
-    Config,
-    DataConfig,
-    PatchCodesConfig,
-    SupMIMConfig,
-    TokensConfig,
-    ViTConfig,
-)
+from supmim_jax import config as schema
+from supmim_jax.config import Config
 from supmim_jax.data import source as source_module
 from supmim_jax.data import token_cache, transforms
 from supmim_jax.data.decode import BrokenRecord
@@ -63,17 +57,15 @@ class Moved(Exception):
 
 def config(root: Path, cached: bool) -> Config:
     """A run of two epochs on the specimens."""
-    data = DataConfig(
-        **{"name": NAME, "data_dir": str(root / "data"), "train_examples": EXAMPLES},
-        **{"num_classes": CLASSES, "max_broken": 1.0, "flip": False, "threads": 1},
-    )
+    data = {"name": NAME, "data_dir": str(root / "data"), "train_examples": EXAMPLES}
+    data |= {"num_classes": CLASSES, "max_broken": 1.0, "flip": False, "threads": 1}
     return Config(
         batch_size=6,
         epochs=2,
-        data=data,
-        model=ViTConfig(width=16, depth=1, mlp_dim=16),
-        objective=SupMIMConfig(target=PatchCodesConfig(codes=16)),
-        tokens=TokensConfig(cache=str(root / "cache") if cached else "", views=VIEWS),
+        data=schema.DataConfig(**data),
+        model=schema.ViTConfig(width=16, depth=1, mlp_dim=16),
+        objective=schema.SupMIMConfig(target=schema.PatchCodesConfig(codes=16)),
+        tokens=schema.TokensConfig(cache=str(root / "cache") if cached else "", views=VIEWS),
     )
 
 
@@ -90,19 +82,16 @@ def make(root: Path) -> None:
     cfg = config(root, cached=False)
     (root / "cache").mkdir()
     plan = token_cache.Plan(
-        fingerprint=token_cache.fingerprint(cfg, "0" * 64, source_module.version(cfg.data)),
+        fingerprint=token_cache.fingerprint(cfg, "0" * 64, "1.0.0"),
         **{"views": VIEWS, "examples": EXAMPLES, "tokens": 25, "codes": 16},
         records_per_shard=27,
     )
     (root / "cache" / token_cache.MANIFEST).write_text(json.dumps(plan.manifest, indent=2))
-    source = source_module.open_source(cfg.data, cfg.data.train_split)
+    source = Dataset(cfg).training_records()
     for index in range(plan.shards):
-        rows = (
-            (tokens(record), source_module.mark(source[record % EXAMPLES]["image"]))
-            for record in plan.shard(index)
-        )
-        path = plan.path(epath.Path(root / "cache"), index)
-        token_cache.write_shard(path, token_cache.packed(plan, index, rows))
+        marks = (source_module.mark(source[i % EXAMPLES]["image"]) for i in plan.shard(index))
+        rows = zip(map(tokens, plan.shard(index)), marks)
+        token_cache.write_shard(epath.Path(root / "cache"), plan, index, rows)
 
 
 def tokens(record: int) -> np.ndarray:
@@ -113,15 +102,13 @@ def tokens(record: int) -> np.ndarray:
 def read(root: Path, what: str) -> str:
     """Reads everything as training and evaluation do, and tells what came of it."""
     cfg = config(root, cached=what == "cache")
-    source_module.check_shards.cache_clear()
-    replaced = 0
     try:
-        Dataset.open(cfg)
-        replaced += read_training(cfg)
+        dataset = Dataset.open(cfg)
+        replaced = read_training(dataset)
         for split, count in SPLITS.items():
-            replaced += read_split(cfg, split, count)
+            replaced += read_split(dataset, split, count)
         if what == "cache":
-            read_cache(cfg)
+            read_cache(dataset)
     except Moved:
         sealed = (root / "data" / NAME / "1.0.0" / source_module.CHECKSUMS).exists()
         assert not (sealed or what == "cache"), "records under other ids"
@@ -133,38 +120,33 @@ def read(root: Path, what: str) -> str:
     return REPLACED if replaced else RIGHT
 
 
-def read_training(cfg: Config) -> int:
+def read_training(dataset: Dataset) -> int:
     """Broken records in the batches of the run; asserts that the others are right."""
-    fed = Dataset.open(cfg).train_on_host(range(cfg.batch_size))
-    seen = 0
+    size, seen = dataset.cfg.batch_size, 0
+    fed = dataset.train_on_host(range(size))
     for arrays in fed:
         check_examples(arrays, EXAMPLES)
-        if cfg.tokens.cache:
-            step, first = divmod(seen, EXAMPLES)
-            view = step % VIEWS
+        if dataset.tokens:
+            view = seen // EXAMPLES
             for example, ids in zip(arrays["id"].tolist(), arrays["tokens"], strict=True):
                 assert (ids == tokens(view * EXAMPLES + example)).all(), "wrong tokens"
-            assert first + len(arrays["id"]) <= EXAMPLES
         seen += len(arrays["id"])
     assert seen == 2 * EXAMPLES, "another number of examples"
     return fed.broken
 
 
-def read_split(cfg: Config, split: str, count: int) -> int:
+def read_split(dataset: Dataset, split: str, count: int) -> int:
     """Broken records of a split, by evaluation's path and one by one."""
-    source, broken = source_module.open_source(cfg.data, split), 0
-    assert len(source) == count, "another number of records"
+    records, broken = dataset.records(split), 0
+    assert len(records) == count, "another number of records"
     for i in range(count):
         try:
-            found = source[i]
+            if records[i]["label"] != i * CLASSES // count:
+                raise Moved
         except BrokenRecord:
             broken += 1
-            continue
-        if found["label"] != i * CLASSES // count:
-            raise Moved
-    fed = Dataset(cfg).once_on_host(
-        split, range(cfg.eval.batch_size), transforms.EvalExample(cfg.data)
-    )
+    make = transforms.EvalExample(dataset.cfg.data)
+    fed = dataset.once_on_host(split, range(dataset.cfg.eval.batch_size), make)
     for arrays in fed:
         check_examples(arrays, count)
     return broken + fed.broken
@@ -172,9 +154,8 @@ def read_split(cfg: Config, split: str, count: int) -> int:
 
 def check_examples(arrays: dict, count: int) -> None:
     """Asserts that every example that counts is the one that its id says."""
-    for image, label, weight, i in zip(
-        *(arrays[name] for name in ("image", "label", "weight", "id")), strict=True
-    ):
+    fields = (arrays[name] for name in ("image", "label", "weight", "id"))
+    for image, label, weight, i in zip(*fields, strict=True):
         if weight and not (image == 128).all():  # grey stands for an image that is broken
             shown = round(float(image.mean()) / 4)
             assert label == shown * CLASSES // count, "a label of another image"
@@ -182,13 +163,12 @@ def check_examples(arrays: dict, count: int) -> None:
                 raise Moved
 
 
-def read_cache(cfg: Config) -> None:
-    dataset = Dataset.open(cfg)
-    cache, source = dataset.tokens, dataset.training_records()
-    for view in range(VIEWS):
-        for i in range(EXAMPLES):
-            ids = cache.read(view, i, source[i]["image"])
-            assert (ids == tokens(view * EXAMPLES + i)).all(), "wrong tokens"
+def read_cache(dataset: Dataset) -> None:
+    source = dataset.training_records()
+    for record in range(VIEWS * EXAMPLES):
+        view, i = divmod(record, EXAMPLES)
+        ids = dataset.tokens.read(view, i, source[i]["image"])
+        assert (ids == tokens(record)).all(), "wrong tokens"
 
 
 def mutate(files: list[Path], draw: random.Random) -> str:
@@ -208,6 +188,11 @@ def is_metadata(path: Path) -> bool:
     return path.suffix in (".json", ".txt")
 
 
+def overwrite(path: Path, at: int, new: bytes) -> None:
+    content = path.read_bytes()
+    path.write_bytes((content[:at] + new)[: len(content)] + content[at + len(new) :])
+
+
 def place(content: bytes, draw: random.Random) -> int:
     """Of a byte, mostly of one that is not padding."""
     at = draw.randrange(len(content))
@@ -217,9 +202,13 @@ def place(content: bytes, draw: random.Random) -> int:
 
 
 def flip(path: Path, _, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[place(content, draw)] ^= 1 << draw.randrange(8)
-    path.write_bytes(bytes(content))
+    content = path.read_bytes()
+    at = place(content, draw)
+    overwrite(path, at, bytes([content[at] ^ 1 << draw.randrange(8)]))
+
+
+def zero(path: Path, _, draw: random.Random) -> None:
+    overwrite(path, place(path.read_bytes(), draw), bytes(draw.choice((8, 64, 512, 4096))))
 
 
 def cut(path: Path, _, draw: random.Random) -> None:
@@ -233,13 +222,6 @@ def remove(path: Path, *_) -> None:
 
 def append(path: Path, _, draw: random.Random) -> None:
     path.write_bytes(path.read_bytes() + draw.randbytes(draw.choice((1, 16, 4096, 65536))))
-
-
-def zero(path: Path, _, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    start, size = place(content, draw), draw.choice((8, 64, 512, 4096))
-    content[start : start + size] = bytes(len(content[start : start + size]))
-    path.write_bytes(bytes(content))
 
 
 def swap(path: Path, alike: list[Path], draw: random.Random) -> None:

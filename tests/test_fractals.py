@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,12 @@ GOLDEN = {
     "tiny_colour": "9d8452688a309a85",
     "small": "26d14d9ac7380de7",
 }
+
+
+def built(data_dir, spec: fractals.Spec, **changes) -> fractals.Fractals:
+    """A builder of a config of its own."""
+    config = fractals.FractalsConfig(dataclasses.replace(spec, name="odd", **changes))
+    return fractals.Fractals(config=config, data_dir=data_dir, file_format="array_record")
 
 
 def nearest_neighbour(features, train, test):
@@ -35,18 +42,6 @@ def test_an_image_does_not_depend_on_its_batch(name):
     for i in (69, 0, 31):
         alone = fractals.render(spec, "train", [i])
         assert all((alone[key][0] == together[key][i]).all() for key in ARRAYS)
-
-
-def test_any_number_of_processes_gives_the_same_files():
-    alone = [fractals._encode(TINY, "train", start) for start in range(0, 240, fractals.CHUNK)]
-    for processes in (1, 3):
-        assert alone == list(fractals._encode_in_processes(TINY, "train", processes))
-
-
-def test_what_goes_wrong_in_a_process_is_raised():
-    impossible = dataclasses.replace(TINY, encoding="bmp")
-    with pytest.raises(KeyError, match="bmp"):
-        list(fractals._encode_in_processes(impossible, "train", 2))
 
 
 def test_the_images_are_what_they_were():
@@ -92,23 +87,35 @@ def test_shape_tells_the_class_and_colour_does_not():
     assert nearest_neighbour(lambda part: part["segmentation"] > 0.0, *parts) > 15 * chance
 
 
-@pytest.mark.parametrize("parallel_from", [10**6, 0])
+@pytest.mark.parametrize("parallel_from", [10**6, 300])
 def test_prepared_data_read_back_as_rendered(tmp_path, monkeypatch, parallel_from):
+    """Also by processes: enough examples for each of them to have some."""
     monkeypatch.setattr(fractals, "PARALLEL_FROM", parallel_from)
-    builder = fractals.prepare("tiny", str(tmp_path))
-    assert fractals.prepare("tiny", str(tmp_path)).data_path == builder.data_path
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    builder = built(tmp_path, TINY, per_class=(20, 2, 1))
+    builder.download_and_prepare()
+    spec = builder.builder_config.spec
     for split in fractals.SPLITS:
         records = builder.as_data_source(split)
-        assert len(records) == TINY.num_examples(split)
-        ids = [0, 31, len(records) - 1]
-        rendered = fractals.render(TINY, split, ids)
-        for i, record in enumerate(records[j] for j in ids):
-            assert record["id"] == ids[i] and record["label"] == rendered["label"][i]
+        rendered = fractals.render(spec, split, range(spec.num_examples(split)))
+        assert len(records) == len(rendered["label"])
+        for i, record in enumerate(records):
+            assert record["id"] == i and record["label"] == rendered["label"][i]
             assert (record["image"] == rendered["image"][i]).all()
             assert (record["segmentation"][..., 0] == rendered["segmentation"][i]).all()
 
 
-def test_half_written_data_are_not_taken_for_complete(tmp_path, monkeypatch):
+def test_what_goes_wrong_in_a_process_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(fractals, "PARALLEL_FROM", 0)
+    builder = built(tmp_path, TINY)
+    builder.builder_config.spec = dataclasses.replace(TINY, encoding="bmp")
+    with pytest.raises(KeyError, match="bmp"):
+        builder.download_and_prepare()
+
+
+def test_data_are_complete_after_an_interruption_and_where_another_process_was_faster(
+    tmp_path, monkeypatch
+):
     encode = fractals._encode
 
     def fail_late(spec, split, start):
@@ -116,31 +123,25 @@ def test_half_written_data_are_not_taken_for_complete(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(spec, split, start)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fractals, "_encode", fail_late)
-        fractals.prepare("tiny", str(tmp_path))
-    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("validation")) == 1200
-
-
-def test_two_processes_may_prepare_the_same_data(tmp_path, monkeypatch):
-    encode = fractals._encode
-
     def overtaken(spec, split, start):
         monkeypatch.setattr(fractals, "_encode", encode)
         fractals.prepare("tiny", str(tmp_path))
         return encode(spec, split, start)
 
+    monkeypatch.setattr(fractals, "_encode", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        fractals.prepare("tiny", str(tmp_path))
     monkeypatch.setattr(fractals, "_encode", overtaken)
-    assert len(fractals.prepare("tiny", str(tmp_path)).as_data_source("train")) == 240
+    builder = fractals.prepare("tiny", str(tmp_path))
+    assert fractals.prepare("tiny", str(tmp_path)).data_path == builder.data_path
+    assert [len(builder.as_data_source(x)) for x in fractals.SPLITS] == [240, 1200, 1200]
 
 
 def test_jpeg_and_wide_labels_survive_the_record(tmp_path):
-    changes = {"name": "odd", "num_classes": 300, "per_class": (1, 1, 1), "encoding": "jpeg"}
-    spec = dataclasses.replace(SMALL, **changes)
-    config = fractals.FractalsConfig(spec)
-    builder = fractals.Fractals(config=config, data_dir=tmp_path, file_format="array_record")
+    builder = built(tmp_path, SMALL, num_classes=300, per_class=(1, 1, 1), encoding="jpeg")
     builder.download_and_prepare()
-    record, rendered = builder.as_data_source("train")[299], fractals.render(spec, "train", [299])
+    record = builder.as_data_source("train")[299]
+    rendered = fractals.render(builder.builder_config.spec, "train", [299])
     assert (record["segmentation"][..., 0] == rendered["segmentation"][0]).all()
     assert record["segmentation"].max() == 300
     assert np.abs(record["image"].astype(int) - rendered["image"][0]).mean() < 12

@@ -183,7 +183,7 @@ def test_boxes_find_the_figures_of_fractals(cropping):
     found = bench.measure(Patches(), cfg, "train[:120]", 120)
     assert found["heat map > 0.4"][0] > found["whole image"][0] + 0.02
     assert found["whole image"][1] == 1.0 and found["heat map > 0.4"][1] < 0.9
-    source = source_module.open_masks(cfg.data, "train[:120]")
+    source = source_module.Source(cfg.data).records("train[:120]", "mask")
     assert len(source) == 120
     assert "| whole image |" in bench.report(found)
     with pytest.raises(SetupError, match=r"masks\.field of the checkpoint is empty"):

@@ -7,6 +7,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -68,28 +69,26 @@ def odd(tmp_path_factory):
     return str(directory)
 
 
-@pytest.mark.parametrize("field", ["label", "text", "number", "box", "image"])
-def test_what_is_no_single_class_is_refused_by_name(odd, field):
-    cfg = DataConfig(name="odd/labels", data_dir=odd, label_field=field)
-    with pytest.raises(SetupError, match=rf"label_field is '{field}'.*'odd/labels'.*kind"):
-        source_module.open_source(cfg, "train")
+@pytest.mark.parametrize(
+    ("beside", "field"),
+    [("label", x) for x in ("label", "text", "number", "box", "image")]
+    + [("mask", x) for x in ("depth", "number")],
+)
+def test_what_is_no_single_class_or_mask_is_refused_by_name(odd, beside, field):
+    named = {"label": {"label_field": field}, "mask": {"masks": MasksConfig(field=field)}}[beside]
+    opened = source_module.Source(DataConfig(name="odd/labels", data_dir=odd, **named))
+    setting = {"label": "label_field", "mask": r"masks\.field"}[beside]
+    with pytest.raises(SetupError, match=rf"{setting} is '{field}'.*'odd/labels'"):
+        opened.records("train", beside)
 
 
 @pytest.mark.parametrize("name", ["tensor", "several", "nested", "none"])
 def test_what_is_no_single_image_is_refused_by_name_also_before_it_is_prepared(odd, name, tmp_path):
-    cfg = DataConfig(name=f"odd/{name}", data_dir=odd)
     with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
-        source_module.open_source(cfg, "train")
+        source_module.Source(DataConfig(name=f"odd/{name}", data_dir=odd))
     with pytest.raises(SetupError, match=rf"odd/{name}.*'image'"):
         catalogue.prepare(f"odd/{name}", str(tmp_path), "", dry_run=True)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("field", ["depth", "number"])
-def test_what_is_no_mask_is_refused_by_name(odd, field):
-    cfg = DataConfig(name="odd/labels", data_dir=odd, masks=MasksConfig(field=field))
-    with pytest.raises(SetupError, match=rf"masks\.field is '{field}'.*'odd/labels'"):
-        source_module.open_masks(cfg, "train")
 
 
 COUNT = 90
@@ -132,13 +131,8 @@ if __name__ == "__main__":
 def test_more_shards_than_a_process_may_open_files_are_read_without_loss(many, tmp_path, workers):
     script = tmp_path / "few.py"
     script.write_text(FEW)
-    out = subprocess.run(
-        [sys.executable, str(script), many, workers],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": REPOSITORY},
-    )
+    command, env = [sys.executable, str(script), many, workers], {"PYTHONPATH": REPOSITORY}
+    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
     assert out.stdout.split()[-2:] == ["0", "True"], out.stderr
 
 
@@ -163,7 +157,7 @@ def test_few_files_are_open_at_a_time_and_a_copy_for_a_worker_has_none(many, mon
 
 
 def test_parts_of_splits_are_the_records_that_tfds_names(many):
-    whole = [source(many, "many")[i]["image"] for i in range(COUNT)]
+    whole = [record["image"] for record in source(many, "many")]
     wanted = {"train[10:20]": whole[10:20], "train[-7:]+train[:3]": whole[-7:] + whole[:3]}
     for split, images in wanted.items():
         part = source(many, "many", split)
@@ -179,7 +173,7 @@ def test_checksums_are_of_both_ends_of_a_shard(tmp_path, monkeypatch, at, is_fou
     shard.write_bytes(bytes(at) + b"x" + bytes(999 - at))
     refused = pytest.raises(SetupError, match=rf"{shard.name} is 1000-")
     with refused if is_found else contextlib.nullcontext():
-        source_module.check_shards(str(tmp_path), ())
+        source_module.check_checksums(epath.Path(tmp_path))
 
 
 @contextlib.contextmanager
@@ -210,7 +204,6 @@ def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
             data[3]
         with pytest.raises(SetupError, match=r"ulimit -n"):
             sampler.Intact(data, lambda drawn: {})((0, 3))
-        source_module.check_shards.cache_clear()
         with pytest.raises((SetupError, OSError)) as caught:  # nor a damaged data set
             source(many, "many")
         assert "damaged" not in str(caught.value)
@@ -219,27 +212,16 @@ def test_no_more_files_is_no_broken_record_and_the_next_read_is_right(many):
     assert data[3]["label"] == source(many, "many")[3]["label"]
 
 
-def failing(number: int):
-    """A reader of a file whose disk or server fails."""
-    said = f"pread() failed: {os.strerror(number)}; reading x; at byte 64; Could not read"
-
-    class Failing:
-        def __init__(self, *_, **__):
-            pass
-
-        def read(self, positions):
-            raise RuntimeError(said)
-
-    return Failing
-
-
 @pytest.mark.parametrize(
     "number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ENFILE, errno.EACCES, errno.ENOENT]
 )
 def test_a_read_that_the_system_refuses_ends_the_run(many, monkeypatch, number):
+    """As a file whose disk or server fails."""
     data = source(many, "many")
+    said = f"pread() failed: {os.strerror(number)}; reading x; at byte 64; Could not read"
+    failing = mock.Mock(**{"return_value.read.side_effect": RuntimeError(said)})
     with monkeypatch.context() as patch:
-        patch.setattr(source_module.array_record_module, "ArrayRecordReader", failing(number))
+        patch.setattr(source_module.array_record_module, "ArrayRecordReader", failing)
         for read in (
             lambda: data[3],
             lambda: sampler.Intact(data, lambda drawn: {})((0, 3)),

@@ -181,8 +181,8 @@ def test_workers_give_the_views_that_threads_give(pairs, one_device):
     assert_same(taken(threads.train(one_device, 2, boxes=table(seed=1))), rest)
 
 
-def running() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+def running() -> set:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("prefetch")}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
@@ -193,13 +193,13 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     batches = dataset.train(one_device, boxes=table())
     first = taken(batches, steps)
     time.sleep(0.3)  # batches of the old boxes wait
-    closed, prefetch, host = [], batches.batches, batches.host
+    closed, host = [], batches.host
     monkeypatch.setattr(host, "close", lambda: closed.append(loader.HostBatches.close(host)))
     batches.restart(steps, other)
-    assert not prefetch.thread.is_alive() and len(closed) == 1 and running() == before + 1
+    assert len(closed) == 1 and len(running() - before) == 1
     rest = taken(batches)
     batches.close()
-    assert running() == before and len(first) + len(rest) == pairs.total_steps
+    assert running() <= before and len(first) + len(rest) == pairs.total_steps
     assert_same(rest, taken(dataset.train(one_device, steps, boxes=other)))
     for a, b in zip(rest, taken(dataset.train(one_device, steps, boxes=table()))):
         assert (a.id == b.id).all() and (a.views[0] != b.views[0]).any()

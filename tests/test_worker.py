@@ -1,12 +1,12 @@
 """Workers that decode: their shared memory is looked at first, and a death is explained."""
 
-import dataclasses
 import multiprocessing
 import os
 import signal
 
 import pytest
 
+from supmim_jax.config import changed
 from supmim_jax.data import transforms, worker
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
@@ -23,28 +23,27 @@ def roomy(monkeypatch, free: float) -> None:
 
 
 def busy(cfg, workers: int = 1, **evaluation):
-    judge = dataclasses.replace(cfg.eval, **evaluation)
-    data = dataclasses.replace(cfg.data, workers=workers)
-    return dataclasses.replace(cfg, data=data, eval=judge)
+    return changed(cfg, data={"workers": workers}, eval=evaluation)
 
 
 def test_shared_memory_that_is_too_small_is_told_before_a_worker_starts(cfg, monkeypatch):
     roomy(monkeypatch, 100_000)
     monkeypatch.setattr(worker, "keep_light", lambda: pytest.fail("it went on"))
-    for asked in (busy(cfg, 2), busy(cfg, 1, batch_size=2048)):
+    one, make = busy(cfg), transforms.EvalExample(cfg.data)
+    for start in (
+        lambda: Dataset(busy(cfg, 2)).train_on_host(range(16)),
+        lambda: Dataset(busy(cfg, batch_size=2048)).train_on_host(range(16)),
+        lambda: Dataset(one).once_on_host("validation", range(64), make),
+    ):
         with pytest.raises(SetupError, match=r"data\.workers is \d.*/dev/shm.*0\.1 MB.*shm-size"):
-            Dataset.open(asked).train_on_host(range(cfg.batch_size))
-    with pytest.raises(SetupError, match=r"/dev/shm"):
-        Dataset(busy(cfg, 1)).once_on_host(
-            cfg.data.eval_split, range(64), transforms.EvalExample(busy(cfg, 1).data)
-        )
+            start()
 
 
 def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeypatch):
     roomy(monkeypatch, 300_000)
-    Dataset.open(busy(cfg)).train_on_host(range(cfg.batch_size)).close()
+    Dataset(busy(cfg)).train_on_host(range(16)).close()
     with pytest.raises(SetupError, match="/dev/shm"):
-        Dataset.open(busy(cfg, every=4)).train_on_host(range(cfg.batch_size))
+        Dataset(busy(cfg, every=4)).train_on_host(range(16))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_an_evaluation_among_the_steps_needs_its_room_beside_theirs(cfg, monkeyp
     ],
 )
 def test_a_worker_that_dies_is_explained(number, error, said, cfg):
-    batches = Dataset.open(busy(cfg)).train_on_host(range(cfg.batch_size))
+    batches = Dataset(busy(cfg)).train_on_host(range(16))
     next(batches)
     (child,) = multiprocessing.active_children()
     os.kill(child.pid, number)

@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -80,8 +79,8 @@ def chaos_game(maps_BxMx6: Array, choices_BxN: NDArray[np.integer]) -> tuple[Arr
 def rasterise(xs: Array, ys: Array, size: int, scale_B: Array, shift_2xB: Array) -> NDArray:
     """Points per pixel, int64 BxHxW, of points TxBxC.
 
-    The longer side of the figure becomes scale * size pixels long; a shift of -1 or 1 (x, y) moves
-    it to the edge of the image, 0 keeps it in the middle.
+    The figure's longer side becomes scale * size pixels; a shift (x, y) of -1 or 1 moves it to the
+    edge of the image.
     """
     low = np.stack([xs.min((0, 2)), ys.min((0, 2))])
     high = np.stack([xs.max((0, 2)), ys.max((0, 2))])
@@ -122,22 +121,12 @@ def _candidates(random: np.random.Generator) -> tuple[Array, NDArray[np.uint8], 
     return maps_BxMx6, lookup_Bx256, singular[0].max(-1) < MAX_STRETCH
 
 
-def _silhouettes(random: np.random.Generator, maps_BxMx6: Array, lookup_Bx256: NDArray) -> NDArray:
-    """The pixels that the upright figures cover at RASTER x RASTER, packed: uint64 BxK."""
-    draws_BxN = random.integers(0, 256, (len(maps_BxMx6), RASTER**2 + BURN_IN * CHAINS))
-    xs, ys = chaos_game(maps_BxMx6, np.take_along_axis(lookup_Bx256, draws_BxN, axis=1))
-    full_B, centred_2xB = np.ones(len(maps_BxMx6)), np.zeros((2, len(maps_BxMx6)))
-    covered = rasterise(xs, ys, RASTER, full_B, centred_2xB) > 0
-    return np.packbits(covered.reshape(len(covered), -1), axis=-1).view(np.uint64)
-
-
 @functools.lru_cache(maxsize=8)
 def class_systems(num_classes: int, seed: int) -> tuple[Array, NDArray[np.uint8]]:
     """The systems of all classes: maps NxMx6, and the map that each byte stands for, Nx256.
 
     Figures that cover too little or too much, or that resemble an earlier class, are drawn again.
-    Class i depends on the classes before it only, not on their number. Raises ValueError if no
-    further figure is found.
+    Class i depends on the classes before it alone. Raises ValueError if no further one is found.
     """
     maps_NxMx6 = np.empty((num_classes, MAX_MAPS, 6))
     lookup_Nx256 = np.empty((num_classes, 256), np.uint8)
@@ -146,7 +135,11 @@ def class_systems(num_classes: int, seed: int) -> tuple[Array, NDArray[np.uint8]
         for attempt in range(ATTEMPTS):
             random = generator(seed, 0, label, attempt)
             maps_BxMx6, lookup_Bx256, good = _candidates(random)
-            figures = _silhouettes(random, maps_BxMx6, lookup_Bx256)
+            draws_BxN = random.integers(0, 256, (CANDIDATES, RASTER**2 + BURN_IN * CHAINS))
+            points = chaos_game(maps_BxMx6, np.take_along_axis(lookup_Bx256, draws_BxN, axis=1))
+            hits = rasterise(*points, RASTER, np.ones(CANDIDATES), np.zeros((2, CANDIDATES)))
+            # The pixels that the upright figures cover, 64 to a word.
+            figures = np.packbits(hits.reshape(CANDIDATES, -1) > 0, axis=-1).view(np.uint64)
             covered = np.bitwise_count(figures).sum(-1) / RASTER**2
             good &= (FILL[0] < covered) & (covered < FILL[1])
             common = np.bitwise_count(figures[:, None] & accepted).sum(-1)
@@ -206,34 +199,26 @@ def _draw(spec: Spec, split: str, label: int, instance: int) -> tuple[NDArray, .
     points = max(2048, spec.size**2 // CHAINS * CHAINS)  # about one per pixel
     draws_N = random.integers(0, 256, points + BURN_IN * CHAINS, np.uint8)
     choices_N = class_systems(spec.num_classes, spec.seed)[1][label][draws_N]
-    coarse, fine, noise_HxW = (
-        random.integers(0, 256, (cells, cells), np.uint8) for cells in (3, 8, spec.size)
-    )
-    texture_HxW = np.zeros((spec.size, spec.size), np.uint8)
-    for grid in (coarse, fine):
-        texture_HxW += cv2.resize(
-            grid // 2, texture_HxW.shape, interpolation=cv2.INTER_LINEAR_EXACT
-        )
-    return uniform, choices_N, texture_HxW, noise_HxW
+    size, method = (spec.size, spec.size), cv2.INTER_LINEAR_EXACT
+    grids = [random.integers(0, 256, (cells, cells), np.uint8) // 2 for cells in (3, 8)]
+    texture_HxW = sum(cv2.resize(grid, size, interpolation=method) for grid in grids)
+    return uniform, choices_N, texture_HxW, random.integers(0, 256, size, np.uint8)
 
 
 def _paint(hits: NDArray, uniform_Bx5x3: NDArray, texture: NDArray, noise: NDArray, spec: Spec):
     """Images, uint8 BxHxWxC, from three BxHxW arrays: points per pixel, texture and noise.
 
-    Colours are drawn without regard to the class. A ground up to GROUND bright, textured between
-    two colours; on it a figure of one colour, brightest where points are dense. Arithmetic is in
-    float32.
+    A ground textured between two colours; on it a figure of a third, brightest where points are
+    dense. Colours say nothing of the class. Arithmetic is in float32.
     """
-    channels = spec.channels
+    channels, dark, bright = spec.channels, GROUND[spec.channels], FIGURE[spec.channels]
     colour = uniform_Bx5x3.astype(np.float32)[:, :, None, None, :]
     first, second, figure = (colour[:, i, ..., :channels] for i in range(3))
     brightness, negative = colour[:, 3, ..., :1], colour[:, 4, ..., :1] < 0.5
     figure = 0.2 + 0.8 * figure
-    figure *= (FIGURE[channels] + (1 - FIGURE[channels]) * brightness) / figure.max(
-        -1, keepdims=True
-    )
+    figure *= (bright + (1 - bright) * brightness) / figure.max(-1, keepdims=True)
     texture, noise = (part[..., None] / np.float32(255) for part in (texture, noise))
-    ground = GROUND[channels] * (first + (second - first) * texture)
+    ground = dark * (first + (second - first) * texture)
     inside = hits[..., None] > 0
     mean = hits.sum((1, 2))[:, None, None, None] / inside.sum((1, 2), keepdims=True)
     shade = (1 - 0.45 * mean / (hits[..., None] + mean)).astype(np.float32)
@@ -281,25 +266,8 @@ def _encode(spec: Spec, split: str, start: int) -> list[tuple[bytes, bytes]]:
     return [(image.tobytes(), mask.tobytes()) for image, mask in zip(images, masks)]
 
 
-def _encode_in_processes(spec: Spec, split: str, processes: int) -> Iterator[list]:
-    """All chunks of a split in order; a few of each process wait, which bounds memory."""
-    worker.keep_light()  # or they would import the script of this one, and JAX with it
-    starts, context = (
-        range(0, spec.num_examples(split), CHUNK),
-        multiprocessing.get_context("spawn"),
-    )
-    with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
-        pending: deque[concurrent.futures.Future] = deque()
-        for start in starts:
-            pending.append(pool.submit(_encode, spec, split, start))
-            if len(pending) >= 4 * processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 class FractalsConfig(tfds.core.BuilderConfig):
-    """tfds wants to mutate its configs; what determines the images is the frozen `spec`."""
+    """tfds mutates its configs; what determines the images is the frozen `spec`."""
 
     def __init__(self, spec: Spec):
         shape = f"{spec.size} px, {spec.channels} channels, {spec.num_classes} classes"
@@ -314,20 +282,20 @@ class Fractals(tfds.core.GeneratorBasedBuilder):
     BUILDER_CONFIGS = [FractalsConfig(spec) for spec in SPECS.values()]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        spec, image = self.builder_config.spec, tfds.features.Image
-        pixels, square = (spec.size, spec.size, spec.channels), (spec.size, spec.size, 1)
-        doc = "Label + 1 on the figure, 0 around it."
+        spec, of = self.builder_config.spec, tfds.features
+        square = (spec.size, spec.size)
+        mask = {"dtype": np.uint16, "doc": "Label + 1 on the figure, 0 around it."}
         features = {
-            "id": tfds.features.Scalar(np.int64, doc="Index within the split."),
-            "image": image(shape=pixels, encoding_format=spec.encoding),
-            "label": tfds.features.ClassLabel(num_classes=spec.num_classes),
-            "segmentation": image(shape=square, dtype=np.uint16, encoding_format="png", doc=doc),
+            "id": of.Scalar(np.int64, doc="Index within the split."),
+            "image": of.Image(shape=(*square, spec.channels), encoding_format=spec.encoding),
+            "label": of.ClassLabel(num_classes=spec.num_classes),
+            "segmentation": of.Image(shape=(*square, 1), encoding_format="png", **mask),
         }
         return tfds.core.DatasetInfo(
             builder=self,
             description=Fractals.__doc__,
             homepage="https://hirokatsukataoka16.github.io/Pretraining-without-Natural-Images/",
-            features=tfds.features.FeaturesDict(features),
+            features=of.FeaturesDict(features),
             supervised_keys=("image", "label"),
             disable_shuffling=True,
         )
@@ -338,10 +306,14 @@ class Fractals(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         spec = self.builder_config.spec
         total, processes = spec.num_examples(split), os.cpu_count() or 1
+        encode, starts = functools.partial(_encode, spec, split), range(0, total, CHUNK)
         if total > PARALLEL_FROM and processes > 1:
-            chunks = _encode_in_processes(spec, split, processes)
+            worker.keep_light()  # or they would import the script of this one, and JAX with it
+            spawn = multiprocessing.get_context("spawn")
+            pool = concurrent.futures.ProcessPoolExecutor(processes, spawn)
+            chunks = worker.prefetched(encode, starts, pool)
         else:
-            chunks = (_encode(spec, split, start) for start in range(0, total, CHUNK))
+            chunks = map(encode, starts)
         for index, (image, mask) in enumerate(pair for chunk in chunks for pair in chunk):
             files = {"image": io.BytesIO(image), "segmentation": io.BytesIO(mask)}
             yield index, {"id": index, "label": index % spec.num_classes, **files}
@@ -356,9 +328,9 @@ def prepare(config_name: str, data_dir: str = "") -> Fractals:
     if config_name not in SPECS:
         raise ValueError(f"No fractals config {config_name!r}; known are {', '.join(SPECS)}.")
     options = {"config": config_name, "file_format": "array_record"}
+    builder = Fractals(**options, data_dir=data_dir or None)
+    final = epath.Path(builder.data_path)
     with contextlib.redirect_stdout(sys.stderr):  # tfds tells there what it does
-        builder = Fractals(**options, data_dir=data_dir or None)
-        final = epath.Path(builder.data_path)
         if not storage.is_local(final) and not (final / "dataset_info.json").exists():
             storage.make_directory(final)
             with tempfile.TemporaryDirectory(prefix="supmim_jax_") as local:

@@ -4,12 +4,12 @@ The global batch of step s is entries [s * B, (s + 1) * B) of the training seque
 topology; `rows` are those of it that this host's devices hold, and nothing else is read.
 """
 
+import concurrent.futures
+import functools
 import math
-import queue
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -22,9 +22,18 @@ from jax.sharding import Mesh, NamedSharding
 from supmim_jax import sharding
 from supmim_jax.batch import Batch
 from supmim_jax.config import Config, DataConfig
-from supmim_jax.data import sampler, source, transforms, worker
+from supmim_jax.data import transforms, worker
 from supmim_jax.data.crops import eval_image, whole_image
 from supmim_jax.data.decode import BrokenRecord, decode_image
+from supmim_jax.data.sampler import (
+    NONE,
+    EvaluationRecord,
+    Intact,
+    LocalPosition,
+    TrainingOrder,
+    ViewOrder,
+)
+from supmim_jax.data.source import Records, Source
 from supmim_jax.data.token_cache import TokenCache
 from supmim_jax.errors import ConfigError, SetupError
 
@@ -34,21 +43,17 @@ Arrays = dict[str, np.ndarray]  # of the examples of a batch, by the fields of B
 ON_DEVICES = 2  # batches that wait on the devices
 
 
-@dataclass(frozen=True)
 class Dataset:
-    """The data of a run: its splits and its token cache, opened and checked.
+    """The data of a run. Splits are opened and checked when they are first asked for, and kept."""
 
-    Splits are opened when they are first asked for and kept; `open` asks for those that training
-    and its evaluations need.
-    """
-
-    cfg: Config
-    tokens: TokenCache | None = None
-    opened: dict[tuple[str, bool], source.Records] = field(default_factory=dict)
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.tokens: TokenCache | None = None  # of `open` alone
+        self.opened: dict[tuple[str, str], Records] = {}
 
     @classmethod
     def open(cls, cfg: Config) -> "Dataset":
-        """The data that a run of `cfg` reads; `fractals` are made if need be.
+        """All data that a run of `cfg` reads; `fractals` are made if need be.
 
         Raises:
           SetupError: a split or the token cache is missing or is not what the config says.
@@ -58,22 +63,20 @@ class Dataset:
         if not cfg.needs_masks:
             dataset.records(cfg.data.eval_split)
         if cfg.evaluates_masks:
-            dataset.records(cfg.data.eval_split, masks=True)
-        if not cfg.tokens.cache:
-            return dataset
-        version = source.version(cfg.data)
-        return cls(cfg, TokenCache.open(cfg, version), dataset.opened)
+            dataset.records(cfg.data.eval_split, "mask")
+        if cfg.tokens.cache:
+            dataset.tokens = TokenCache.open(cfg, dataset.source.version)
+        return dataset
 
-    def records(self, split: str, masks: bool = False) -> source.Records:
-        """The encoded records of a split, with "mask" in place of "label" if asked for.
+    @functools.cached_property
+    def source(self) -> Source:
+        return Source(self.cfg.data)
 
-        Raises:
-          SetupError: the data set, its split or a field is missing, or not as the config has it.
-        """
-        if (split, masks) not in self.opened:
-            open_records = source.open_masks if masks else source.open_source
-            self.opened[split, masks] = open_records(self.cfg.data, split)
-        return self.opened[split, masks]
+    def records(self, split: str, beside: str = "label") -> Records:
+        """The encoded records of a split, with "label" or "mask" beside "image"; see Source."""
+        if (split, beside) not in self.opened:
+            self.opened[split, beside] = self.source.records(split, beside)
+        return self.opened[split, beside]
 
     def class_names(self, split: str = "") -> list[str]:
         """Those of the labels, in order; a class that is only a number is called "class 7"."""
@@ -81,14 +84,14 @@ class Dataset:
         names = records.features[self.cfg.data.label_field].names
         return [f"class {name}" if name.isdecimal() else name for name in names]
 
-    def training_records(self) -> source.Records:
+    def training_records(self) -> Records:
         """Those of the training split, with what the objective learns from.
 
         Raises:
           SetupError: as `records`, or their number is not config.data.train_examples.
         """
         data = self.cfg.data
-        records = self.records(data.train_split, self.cfg.needs_masks)
+        records = self.records(data.train_split, "mask" if self.cfg.needs_masks else "label")
         if len(records) != data.train_examples:
             raise ConfigError(
                 f"config.data.train_examples is {data.train_examples}, but {data.name!r} has "
@@ -128,21 +131,33 @@ class Dataset:
         skipped: int = 0,
     ) -> "HostBatches":
         """As `train`: the `rows` of each global batch, as arrays of this host."""
-        cfg, records = self.cfg, self.training_records()
-        if boxes is not None:
-            _check_boxes(cfg.data, boxes)
+        cfg, data, records = self.cfg, self.cfg.data, self.training_records()
+        if boxes is not None and not data.learns_boxes:
+            raise SetupError(
+                f"A table of boxes was given, but config.data.crop is {data.crop!r} and "
+                f"config.data.contrastive_crop.boxes is {data.contrastive_crop.boxes!r}: only "
+                f"'contrastive' with 'heat_map' follows one."
+            )
+        if boxes is not None and (boxes.dtype, boxes.shape) != (np.uint8, (len(records), 4)):
+            raise SetupError(
+                f"The table of boxes is {boxes.dtype} of shape {boxes.shape}, but "
+                f"config.data.train_examples = {len(records)} needs uint8 of shape "
+                f"({len(records)}, 4). Find the boxes of this data set."
+            )
         examples = (
             grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
-            .map(sampler.LocalPosition(rows, cfg.batch_size, first_step + skipped))
-            .map(sampler.TrainingOrder(len(records), cfg.seed, cfg.data.repeats))
-            .map(sampler.Intact(records, self.train_example(boxes)))
+            .map(LocalPosition(rows, cfg.batch_size, first_step + skipped))
+            .map(TrainingOrder(len(records), cfg.seed, data.repeats))
+            .map(Intact(records, self.train_example(boxes)))
         )
-        evaluated = cfg.eval.batch_size * len(rows) // cfg.batch_size * _eval_bytes(cfg)
-        batches = _decoded(examples, len(rows), cfg.data, evaluated, bool(cfg.eval.every))
+        # An evaluation's batches, of image and mask, need shared memory later on: known now.
+        example = data.image_size**2 * (data.channels + 4 * cfg.evaluates_masks)
+        later = cfg.eval.batch_size * len(rows) // cfg.batch_size * example
         remedy = "another record stands in for it"
-        return HostBatches(batches, cfg.data, cfg.data.train_split, remedy)
+        where = (data, data.train_split, remedy)
+        return HostBatches(examples, len(rows), *where, later=later, beside=bool(cfg.eval.every))
 
-    def train_example(self, boxes: np.ndarray | None = None) -> Any:
+    def train_example(self, boxes: np.ndarray | None = None) -> Callable[[tuple], dict]:
         """What makes an example of a training record, tokens of the cache included."""
         cfg = self.cfg
         if cfg.needs_masks:
@@ -167,49 +182,47 @@ class Dataset:
 
     def masked(self, split: str, mesh: Mesh) -> Iterator[Batch]:
         """`eval` with masks in place of labels, cropped as the images are."""
-        return self._once(split, mesh, transforms.MaskedExample(self.cfg.data), masks=True)
+        return self._once(split, mesh, transforms.MaskedExample(self.cfg.data), "mask")
 
-    def _once(self, split: str, mesh: Mesh, make, masks: bool = False) -> Iterator[Batch]:
+    def _once(self, split: str, mesh: Mesh, make: Any, beside: str = "label") -> Iterator[Batch]:
         size = self.cfg.eval.batch_size
-        host = self.once_on_host(split, local_rows(size, mesh), make, masks)
+        host = self.once_on_host(split, local_rows(size, mesh), make, beside)
         return _on_mesh(host, size, mesh)
 
     def once_on_host(
-        self, split: str, rows: Sequence[int], make, masks: bool = False
+        self, split: str, rows: Sequence[int], make: Any, beside: str = "label"
     ) -> "HostBatches":
         """Every example of `split` once: the `rows` of each global batch, as `make` makes them."""
-        cfg, records = self.cfg, self.records(split, masks)
+        cfg, records = self.cfg, self.records(split, beside)
         examples = (
             grain.MapDataset.range(len(rows) * math.ceil(len(records) / cfg.eval.batch_size))
-            .map(sampler.LocalPosition(rows, cfg.eval.batch_size))
-            .map(sampler.EvaluationRecord(records))
+            .map(LocalPosition(rows, cfg.eval.batch_size))
+            .map(EvaluationRecord(records))
             .map(make)
         )
         remedy = "it counts as a grey image, if its label can be read"
-        return HostBatches(_decoded(examples, len(rows), cfg.data), cfg.data, split, remedy)
+        return HostBatches(examples, len(rows), cfg.data, split, remedy)
 
-    def target_images(
-        self, first: int, stop: int, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Images of records [first, stop) of a token cache, and the marks of their files.
+    def target_images(self, records: range, batch_size: int) -> "HostBatches":
+        """The images of these records of a token cache, and the marks of their files.
 
-        In batches, uint8 BxHxWxC and uint32 B. Record v * examples + i is view v of example i; the
-        last batch may be smaller.
+        Record v * examples + i is view v of example i. Batches have "image", uint8 BxHxWxC, and
+        "mark", uint32 B; the last may be smaller.
         """
-        records = self.training_records()
+        data, images = self.cfg.data, self.training_records()
         examples = (
-            grain.MapDataset.range(first, stop)
-            .map(sampler.ViewOrder(len(records)))
-            .map(sampler.Intact(records, transforms.TargetExample(self.train_example())))
+            grain.MapDataset.range(records.start, records.stop)
+            .map(ViewOrder(len(images)))
+            .map(Intact(images, transforms.TargetExample(self.train_example())))
         )
-        for arrays in _decoded(examples, batch_size, self.cfg.data, drop=False):
-            yield arrays["image"], arrays["mark"]
+        remedy = "it has the tokens of another"
+        return HostBatches(examples, batch_size, data, data.train_split, remedy, drop=False)
 
     def first_images(self, count: int) -> np.ndarray:
-        """The first `count` training images that are whole, as evaluation sees them: NxHxWxC.
+        """The first `count` training images that are whole, as evaluation sees them.
 
         Returns:
-          uint8, fewer images where there are fewer.
+          uint8 NxHxWxC, fewer images where there are fewer.
 
         Raises:
           SetupError: there is none.
@@ -228,7 +241,7 @@ class Dataset:
 
 
 class Training(Iterator[Batch]):
-    """The batches of a run, and how many of its records were broken."""
+    """The batches of a run, and how many of its records were broken; see Dataset.train."""
 
     def __init__(
         self,
@@ -255,10 +268,8 @@ class Training(Iterator[Batch]):
     def restart(self, step: int, boxes: np.ndarray | None) -> None:
         """Goes on after `step` steps with other boxes, as `Dataset.train` would from there.
 
-        Batches that were made ahead are dropped, and broken records in them do not count.
-
-        Raises:
-          SetupError: as `Dataset.train`; there are no more batches then.
+        Batches that were made ahead are dropped, and broken records in them do not count. Raises
+        SetupError as `Dataset.train` does; there are no more batches then.
         """
         self.close()
         self._open(step, boxes)
@@ -278,27 +289,56 @@ class Training(Iterator[Batch]):
         Raises:
           SetupError: they are more than config.data.max_broken allows.
         """
-        here = self.here
+        here, cfg = self.here, self.dataset.cfg
         if jax.process_count() > 1:
             here = int(multihost_utils.process_allgather(np.int32(here)).sum())
-        broken, data = self.before + here, self.dataset.cfg.data
-        read = step * self.dataset.cfg.batch_size
-        if broken > data.max_broken * max(read, data.train_examples):
+        broken, read = self.before + here, step * cfg.batch_size
+        if broken > cfg.data.max_broken * max(read, cfg.data.train_examples):
             raise SetupError(
-                f"{broken} of {read} records of {data.name!r} that were read were broken, more "
-                f"than config.data.max_broken = {data.max_broken:g} allows. The log on stderr "
+                f"{broken} of {read} records of {cfg.data.name!r} that were read were broken, more "
+                f"than config.data.max_broken = {cfg.data.max_broken:g} allows. The log on stderr "
                 f"names each: remove the data set's directory and prepare it again, or allow more."
             )
         return broken
 
 
 class HostBatches(Iterator[Arrays]):
-    """Batches of one host, and how many of their records were broken; each is logged once."""
+    """Batches of `size` examples, each decoded ahead by one thread or process of this host.
 
-    def __init__(self, batches: grain.DatasetIterator, data: DataConfig, split: str, remedy: str):
-        self.batches, self.remedy = batches, remedy
-        self.where = f"{data.name}, split {split},"
+    Counts the records of `split` that are broken, and logs each once; `remedy` says what becomes
+    of it. A last batch that is smaller is dropped or not. Raises SetupError if workers lack shared
+    memory, also for batches of `later` bytes, asked for while these workers wait (`beside`) or not.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        size: int,
+        data: DataConfig,
+        split: str,
+        remedy: str,
+        *,
+        later: int = 0,
+        beside: bool = False,
+        drop: bool = True,
+    ):
         self.broken, self.logged = 0, set()
+        self.where, self.remedy = f"{data.name}, split {split},", remedy
+        batches = examples.batch(size, drop_remainder=drop)
+        threads, ahead = data.threads, max(data.prefetch, data.threads)
+        if not data.workers:
+            self.batches = iter(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)))
+            return
+        first = examples[0] if len(examples) else {}
+        pages = (math.ceil(size * np.asarray(x).nbytes / worker.PAGE) for x in first.values())
+        now = worker.PAGE * sum(pages)
+        worker.check_room(data.workers, now + later if beside else max(now, later))
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
+            flags.FLAGS.mark_as_parsed()
+        worker.keep_light()
+        options = grain.MultiprocessingOptions(num_workers=data.workers)
+        local = batches.to_iter_dataset(grain.ReadOptions(1, 1))
+        self.batches = iter(local.mp_prefetch(options))
 
     def close(self) -> None:
         """Ends the threads or processes that decode."""
@@ -310,7 +350,7 @@ class HostBatches(Iterator[Arrays]):
         except RuntimeError as error:
             raise worker.ended(error) from None
         ids = arrays.pop("broken")
-        for example in ids[ids != sampler.NONE].tolist():
+        for example in ids[ids != NONE].tolist():
             self.broken += 1
             if example not in self.logged:
                 self.logged.add(example)
@@ -326,44 +366,28 @@ class Prefetch(Iterator[Item], Generic[Item]):
     """
 
     def __init__(self, items: Iterator[Item], most: int):
-        self.ready, self.closed = queue.Queue(most), threading.Event()
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(
-            target=_fill, args=(items, self.ready, self.closed), name="prefetch", daemon=True
-        )
-        # A consumer that is dropped without `close` must not leave the thread waiting for room.
-        weakref.finalize(self, _end, self.ready, self.closed)
-        self.thread.start()
+        self.items, self.pool = items, concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+        # One more, which the thread is at while the others wait.
+        self.pending = deque(self.pool.submit(next, items) for _ in range(most + 1))
+        # Also where a consumer is dropped without `close`, no more are made.
+        self.end = weakref.finalize(self, self.pool.shutdown, wait=False, cancel_futures=True)
 
     def __next__(self) -> Item:
-        if self.error is None:
-            item, self.error = self.ready.get()
-            if self.error is None:
-                return item
-        raise self.error
+        if not self.pending:
+            raise StopIteration
+        try:
+            item = self.pending[0].result()
+        except BaseException:  # StopIteration too; it stays where it is, and the thread ends
+            self.end()
+            raise
+        self.pending.popleft()
+        self.pending.append(self.pool.submit(next, self.items))
+        return item
 
     def close(self) -> None:
         """Ends the thread; an item that it has begun is made and dropped. May be repeated."""
-        self.error = self.error or StopIteration()
-        _end(self.ready, self.closed)
-        self.thread.join()
-
-
-def _fill(items: Iterator[Item], ready: queue.Queue, closed: threading.Event) -> None:
-    error = None
-    while error is None and not closed.is_set():
-        item = None  # or the last one would be kept while the next is made
-        try:
-            item = next(items)
-        except BaseException as raised:  # StopIteration too
-            error = raised
-        ready.put((item, error))
-
-
-def _end(ready: queue.Queue, closed: threading.Event) -> None:
-    closed.set()
-    while not ready.empty():  # a thread that waits for room goes on
-        ready.get()
+        self.pool.shutdown(cancel_futures=True)
+        self.pending.clear()
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
@@ -372,64 +396,6 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
     indices = layout.addressable_devices_indices_map((batch_size,))
     spans = {span.indices(batch_size)[:2] for (span,) in indices.values()}
     return tuple(row for start, stop in sorted(spans) for row in range(start, stop))
-
-
-def _check_boxes(data: DataConfig, boxes: np.ndarray) -> None:
-    """Raises SetupError unless crops follow such a table, a row for each training record."""
-    if not data.learns_boxes:
-        raise SetupError(
-            f"A table of boxes was given, but config.data.crop is {data.crop!r} and "
-            f"config.data.contrastive_crop.boxes is {data.contrastive_crop.boxes!r}: only crop "
-            f"'contrastive' with boxes 'heat_map' follows one. Give none, or set both."
-        )
-    if boxes.dtype != np.uint8 or boxes.shape != (data.train_examples, 4):
-        raise SetupError(
-            f"The table of boxes is {boxes.dtype} of shape {boxes.shape}, but "
-            f"config.data.train_examples = {data.train_examples} needs uint8 of shape "
-            f"({data.train_examples}, 4). Find the boxes of this data set."
-        )
-
-
-def _eval_bytes(cfg: Config) -> int:
-    """Of an image that an evaluation reads, and of its mask where it reads one."""
-    return cfg.data.image_size**2 * (cfg.data.channels + 4 * cfg.evaluates_masks)
-
-
-def _decoded(
-    examples: grain.MapDataset,
-    size: int,
-    data: DataConfig,
-    later: int = 0,
-    beside: bool = False,
-    drop: bool = True,
-) -> grain.DatasetIterator:
-    """Batches decoded ahead, each by one thread or process.
-
-    Args:
-      examples: of which `size` are a batch.
-      size: as above.
-      data: the config's section.
-      later: bytes of a batch that workers are asked for later on, so that it is known now.
-      beside: whether that is while these workers wait.
-      drop: whether a last batch that is smaller is left out.
-
-    Raises:
-      SetupError: the workers' shared memory is too small.
-    """
-    batches = examples.batch(size, drop_remainder=drop)
-    threads, ahead = data.threads, max(data.prefetch, data.threads)
-    options = grain.ReadOptions(1, 1) if data.workers else grain.ReadOptions(threads, ahead)
-    local = batches.to_iter_dataset(options)
-    if data.workers:
-        first = examples[0] if len(examples) else {}
-        arrays = (size * np.asarray(x).nbytes for x in first.values())
-        now = sum(math.ceil(x / worker.PAGE) * worker.PAGE for x in arrays)
-        worker.check_room(data.workers, now + later if beside else max(now, later))
-        if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
-            flags.FLAGS.mark_as_parsed()
-        worker.keep_light()
-        local = local.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-    return iter(local)
 
 
 def _on_mesh(batches: Iterator[Arrays], batch_size: int, mesh: Mesh) -> Iterator[Batch]:

@@ -34,7 +34,7 @@ class LocalPosition:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """Maps a position of the training sequence to (number, id).
+    """Maps a position of the training sequence to (number, id), in O(1) time and memory.
 
     The number is the epoch; with repeats r, of which an image has r in a row, r * epoch + 0, 1, ...
     """
@@ -46,7 +46,10 @@ class TrainingOrder:
     def __call__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.examples)
         place, repeat = divmod(place, self.repeats)
-        return epoch * self.repeats + repeat, shuffled(place, self.examples, self.seed, epoch)
+        key = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0])
+        last = self.examples - 1  # index_shuffle knows no permutation of one
+        example = index_shuffle(place, last, key, SHUFFLE_ROUNDS) if last else 0
+        return epoch * self.repeats + repeat, example
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,8 @@ class Intact:
     """Makes an example of the record with an id, or of the next one that is not broken.
 
     `make` is given (epoch or view, id, record); what it makes gets "broken", int32: the id that
-    was wanted, where another record stands in for it, else NONE.
-
-    Raises:
-      SetupError: MOST_BROKEN records in a row are broken.
+    was wanted, where another record stands in for it, else NONE. Raises SetupError if MOST_BROKEN
+    records in a row are broken.
     """
 
     source: Sequence[dict]
@@ -85,8 +86,8 @@ class Intact:
             else:
                 return fields | {"broken": np.int32(wanted if offset else NONE)}
         raise SetupError(
-            f"{len(reasons)} records in a row are broken, the first and the last: {reasons[0]}; "
-            f"{reasons[-1]}. Remove the data set's directory and prepare it again."
+            f"{len(reasons)} records in a row are broken: {reasons[0]} ... {reasons[-1]}. Remove "
+            f"the data set's directory and prepare it again."
         )
 
 
@@ -106,11 +107,3 @@ class EvaluationRecord:
             return position, self.source[position]
         except BrokenRecord:
             return position, None
-
-
-def shuffled(place: int, examples: int, seed: int, epoch: int) -> int:
-    """The id at `place` of the epoch's permutation of range(examples); O(1) time and memory."""
-    if examples == 1:
-        return 0
-    key = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    return index_shuffle(place, examples - 1, key, SHUFFLE_ROUNDS)

@@ -5,16 +5,14 @@ A cache is a directory with `manifest.json` (what the tokens are of: its fingerp
 ids in row order and a CRC-32, little-endian. The checksum is of the ids and of what they belong to:
 this cache, this record and the file of this image. So tokens that were swapped, or are of images
 that changed since, are found when they are read. A shard has its name when it is complete.
-
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +26,17 @@ from supmim_jax.data import decode, source
 from supmim_jax.errors import SetupError
 
 MANIFEST = "manifest.json"
+VERSION = 2  # goes up when the same config gives other crops or tokens
+# Records are read one by one in random order. A read costs time for each group of its file and for
+# each record of its group: 16 and shards of 65536 are near the optimum (bench tokens).
+WRITER = "group_size:16,zstd"
+RECORDS_PER_SHARD = 2**16
+GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
+# How images are shown that are transparent or have more than 8 bits. Caches of versions that did
+# not look at that have no such part, and are right for images that are neither.
+SHOWN = ("background", "max_value")
+RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
+AGAIN = "run supmim_jax.cache_tokens again: it writes what is missing."
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of all this: what tells one cache from another."""
-        return _digest(dataclasses.asdict(self))
+        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def manifest(self) -> dict:
@@ -68,20 +77,15 @@ class Plan:
 
 
 def read_plan(directory: epath.Path) -> Plan:
-    """The plan of a cache.
-
-    Raises:
-      SetupError: there is none, or it cannot be read.
-    """
+    """The plan of a cache; raises SetupError if there is none, or it cannot be read."""
     path = directory / MANIFEST
     try:
         values = json.loads(path.read_text())
-        stored = values.pop("sha256", None)
-        if stored is None:
-            raise ValueError("it has no checksum, as those of earlier versions of this code")
-        if stored != _digest(values):
-            raise ValueError("its checksum is wrong: it was changed after it was written")
-        return Plan(**values)
+        stored = values.pop("sha256", "missing, as in those of earlier versions of this code")
+        plan = Plan(**values)
+        if stored != plan.digest:
+            raise ValueError(f"its checksum is {stored}, expected {plan.digest}")
+        return plan
     except FileNotFoundError:
         raise SetupError(
             f"There is no token cache in {directory}: {MANIFEST} is missing. Write one with "
@@ -89,22 +93,6 @@ def read_plan(directory: epath.Path) -> Plan:
         ) from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise SetupError(f"{path} cannot be read: {error}. Write the cache again.") from None
-
-
-def _digest(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-VERSION = 2  # goes up when the same config gives other crops or tokens
-# Records are read one by one in random order. A read costs time for each group of its file and for
-# each record of its group: 16 and shards of 65536 are near the optimum (bench tokens).
-WRITER = "group_size:16,zstd"
-RECORDS_PER_SHARD = 2**16
-GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
-# How images are shown that are transparent or have more than 8 bits. Caches of versions that did
-# not look at that have no such part, and are right for images that are neither.
-SHOWN = ("background", "max_value")
-RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
 
 
 def fingerprint(cfg: Config, tokenizer_digest: str, data_version: str) -> dict:
@@ -142,27 +130,23 @@ def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
         )
 
 
-def packed(plan: Plan, index: int, rows: Iterator[tuple[np.ndarray, int]]) -> Iterator[bytes]:
-    """The records of a shard from the ids of each and the mark of its image (`source.mark`)."""
+def write_shard(
+    directory: epath.Path, plan: Plan, index: int, rows: Iterable[tuple[np.ndarray, int]]
+) -> None:
+    """Writes a shard from the ids of each record and the mark of its image (`source.mark`)."""
     digest = bytes.fromhex(plan.digest)
-    for record, (ids, mark) in zip(plan.shard(index), rows, strict=True):
-        encoded = ids.astype("<u2").tobytes()
-        yield encoded + _checksum(digest, record, mark, encoded)
+    with storage.written(plan.path(directory, index)) as part:
+        writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
+        for record, (ids, mark) in zip(plan.shard(index), rows, strict=True):
+            encoded = ids.astype("<u2").tobytes()
+            writer.write(encoded + _checksum(digest, record, mark, encoded))
+        writer.close()
 
 
 def _checksum(digest: bytes, record: int, mark: int, ids: bytes) -> bytes:
     """CRC-32 of a record's ids and of what they belong to."""
     of = zlib.crc32(digest + struct.pack("<QI", record, mark))
     return struct.pack("<I", zlib.crc32(ids, of))
-
-
-def write_shard(path: epath.Path, encoded: Iterator[bytes]) -> None:
-    """Writes records as one shard, under its name when it is complete."""
-    with storage.written(path) as part:
-        writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
-        for record in encoded:
-            writer.write(record)
-        writer.close()
 
 
 class TokenCache:
@@ -193,10 +177,16 @@ class TokenCache:
             raise SetupError(
                 f"The token cache {directory} has {cache.plan.views} views of each image, and the "
                 f"run wants {cfg.num_views}. Set config.tokens.views={cache.plan.views} to cycle "
-                f"through them, or write {cfg.num_views} into another directory: `python -m "
-                f"supmim_jax.cache_tokens --epochs {cfg.num_views} --cache <directory>`."
+                f"through them, or write another with supmim_jax.cache_tokens --epochs "
+                f"{cfg.num_views}."
             )
-        _check_shards(directory, cache.plan)
+        shards = range(cache.plan.shards)
+        counts = {cache.plan.path(directory, i).name: len(cache.plan.shard(i)) for i in shards}
+        if wrong := source.damage(directory, counts):
+            raise SetupError(
+                f"The token cache {directory} is damaged or not complete: {wrong}. Delete what is "
+                f"damaged, and {AGAIN}"
+            )
         return cache
 
     @property
@@ -213,29 +203,20 @@ class TokenCache:
                 f"Name that tokenizer, copy the cache again, or write another one."
             )
 
-    def __getstate__(self) -> tuple[epath.Path, Plan]:
-        return self.directory, self.plan
-
-    def __setstate__(self, state: tuple[epath.Path, Plan]) -> None:
-        self.__init__(*state)
+    def __reduce__(self) -> tuple:
+        return TokenCache, (self.directory, self.plan)
 
     def read(self, view: int, example: int, image: bytes) -> np.ndarray:
-        """The ids of a view of an example, uint16 L.
-
-        Args:
-          view: of the example, from 0.
-          example: its id.
-          image: the encoded image of the record with this id.
+        """The ids of a view of an example, uint16 L; `image` is its record's, encoded.
 
         Raises:
           SetupError: the record cannot be read, or its checksum is of something else.
         """
         if self.plain_alone and not decode.is_plain(image):
             raise SetupError(
-                f"The token cache {self.directory} is of a version that did not look at the "
-                f"transparency of images or at more than 8 bits a channel, and example {example} "
-                f"has one of these: its tokens are of another image than is seen. Write another "
-                f"cache with supmim_jax.cache_tokens."
+                f"The token cache {self.directory} is of a version that did not look at "
+                f"transparency or at more than 8 bits a channel, and example {example} has one of "
+                f"these. Write another cache with supmim_jax.cache_tokens."
             )
         record = view * self.plan.examples + example
         shard, place = divmod(record, self.plan.records_per_shard)
@@ -243,46 +224,12 @@ class TokenCache:
         try:
             found = self.readers.read(shard, place)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise SetupError(
-                f"{path} cannot be read: {error}. Delete it and run supmim_jax.cache_tokens again: "
-                f"it writes what is missing."
-            ) from None
+            raise SetupError(f"{path} cannot be read: {error}. Delete it and {AGAIN}") from None
         encoded, stored = found[:-4], found[-4:]
         if stored != _checksum(self.digest, record, source.mark(image), encoded):
             raise SetupError(
-                f"{path}: what should be view {view} of example {example} has a wrong checksum. "
-                f"The file is damaged or of another place or cache, or the image of record "
-                f"{example} is no longer the one that was tokenised. If the data set is as it was, "
-                f"delete the file and run supmim_jax.cache_tokens again; else write another cache."
+                f"{path}: the checksum of view {view} of example {example} is wrong. The file is "
+                f"damaged or of another place or cache, or this image is no longer the one that "
+                f"was tokenised: then write another cache. Else delete the file and {AGAIN}"
             )
         return np.frombuffer(encoded, "<u2")
-
-
-def _check_shards(directory: epath.Path, plan: Plan) -> None:
-    """Raises SetupError unless every shard is there with all its records."""
-    paths = [plan.path(directory, i) for i in range(plan.shards)]
-    there = {path.name for path in directory.iterdir()}
-    missing = [path.name for path in paths if path.name not in there]
-    if missing:
-        raise SetupError(
-            f"The token cache {directory} lacks {len(missing)} of {plan.shards} shards: "
-            f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}. Run the command that "
-            f"wrote it again: it goes on where it stopped."
-        )
-    with concurrent.futures.ThreadPoolExecutor(min(64, source.most_open())) as pool:
-        found = pool.map(_damage, paths, [len(plan.shard(i)) for i in range(plan.shards)])
-        damage = next(filter(None, found), None)
-    if damage:
-        raise SetupError(
-            f"The token cache {directory} is damaged: {damage}. Delete that file and run "
-            f"supmim_jax.cache_tokens again: it writes what is missing."
-        )
-
-
-def _damage(path: epath.Path, expected: int) -> str:
-    """What is wrong with a shard; "" for nothing. Only its end is read."""
-    try:
-        found = source.count(str(path))
-    except ValueError as error:
-        return f"{path.name} {error}"
-    return "" if found == expected else f"{path.name} has {found} records, expected {expected}"

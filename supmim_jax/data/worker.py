@@ -35,19 +35,26 @@ MB = 2**20
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def prefetched(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """make(item) of each item, in order, by a few threads that are never far ahead."""
-    threads = min(8, os.cpu_count() or 1)
+def prefetched(
+    make: Callable[[Item], Result],
+    items: Iterable[Item],
+    pool: concurrent.futures.Executor | None = None,
+) -> Iterator[Result]:
+    """make(item) of each item, in order, by a few threads or a pool, which is never far ahead."""
+    workers = os.cpu_count() or 1
+    if pool is None:
+        workers = min(8, workers)
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
     pending: deque[concurrent.futures.Future] = deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(make, item))
-                if len(pending) >= 4 * threads:
-                    yield pending.popleft().result()
-            yield from (future.result() for future in pending)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) >= 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def keep_light() -> None:
@@ -64,12 +71,29 @@ def keep_light() -> None:
 
 def check_room(workers: int, size: float) -> None:
     """Raises SetupError if finished batches of `size` bytes each have no room."""
-    needed, (free, space) = MARGIN * (OF_A_WORKER * workers + TAKEN) * size, _shared()
+    needed = MARGIN * (OF_A_WORKER * workers + TAKEN) * size
+    free, room = _room(needed)
     if needed > free:
         raise SetupError(
             f"config.data.workers is {workers}, which needs about {needed / MB:.1f} MB of shared "
-            f"memory for finished batches, and {space}. {_more(needed)}"
+            f"memory for finished batches: {room}"
         )
+
+
+def _room(needed: float = 0) -> tuple[float, str]:
+    """Bytes of SHARED that are free (infinite if it is not there), and in words, with a cure."""
+    try:
+        status = os.statvfs(SHARED)
+    except OSError:
+        free, words = math.inf, f"{SHARED} is not there"
+    else:
+        free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
+        words = f"{SHARED} has {free / MB:.1f} MB free of {total / MB:.1f} MB"
+    size = math.ceil(2 * needed / 2**30) or 1
+    return free, (
+        f"{words}. Give a container more (docker run --shm-size={size}g, or --ipc=host; in "
+        f"Kubernetes an emptyDir of medium Memory at {SHARED}), or set config.data.workers=0."
+    )
 
 
 def ended(error: RuntimeError) -> Exception:
@@ -77,38 +101,21 @@ def ended(error: RuntimeError) -> Exception:
     died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
     if not died:
         return error
-    code = int(died[1])
-    if code == -signal.SIGBUS:
+    number = -int(died[1])
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"exit code {-number}"
+    text = f"A process that decodes images ended by {name}"
+    if number == signal.SIGBUS:
         return SetupError(
-            f"A process that decodes images met SIGBUS: shared memory was full (now {_shared()[1]})"
-            f", or a file of the data set was cut while it was read. {_more(0)}"
+            f"{text}: shared memory was full, or a file of the data set was cut while it was read. "
+            f"{_room()[1]}"
         )
-    if code == -signal.SIGKILL:
+    if number == signal.SIGKILL:
         return ChildProcessError(
-            "A process that decodes images was killed (SIGKILL): mostly by the system, for want of "
-            "memory (dmesg tells). The same command goes on; fewer config.data.workers, or a "
-            "larger limit of the container or job, may help."
+            f"{text}: mostly by the system, for want of memory (dmesg tells). The same command "
+            f"goes on; fewer config.data.workers, or a larger limit of the container or job, may "
+            f"help."
         )
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-    return ChildProcessError(f"A process that decodes images ended by {name}. Its output is above.")
-
-
-def _shared() -> tuple[float, str]:
-    """Bytes of SHARED that are free, infinite where there is none; and the same in words."""
-    try:
-        status = os.statvfs(SHARED)
-    except OSError:
-        return math.inf, f"{SHARED} is not there"
-    free, total = (blocks * status.f_frsize for blocks in (status.f_bavail, status.f_blocks))
-    return free, f"{SHARED} has {free / MB:.1f} MB free of {total / MB:.1f} MB"
-
-
-def _more(needed: float) -> str:
-    size = math.ceil(2 * needed / 2**30) or 1
-    return (
-        f"Give a container more (docker run --shm-size={size}g, or --ipc=host; in Kubernetes an "
-        f"emptyDir of medium Memory at {SHARED}), or set config.data.workers=0."
-    )
+    return ChildProcessError(f"{text}. Its output is above.")
 
 
 def _end_with(parent: int) -> None:

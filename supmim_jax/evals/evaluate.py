@@ -43,7 +43,7 @@ def check(dataset: Dataset, split: str) -> None:
         return
     train, shots = cfg.data.train_split, cfg.eval.few_shot.shots
     if "segmentation" in which:
-        dataset.records(train, masks=True)
+        dataset.records(train, "mask")
     whole = {}  # by split, which may be one: whether all its labels are wanted
     if which - {"segmentation", "miou"}:
         whole[split] = "retrieval" in which

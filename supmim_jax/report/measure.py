@@ -12,7 +12,6 @@ from supmim_jax import encoder as encoder_module
 from supmim_jax import sharding, visualize
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MeshConfig
-from supmim_jax.data import source as source_module
 from supmim_jax.data import transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import evaluate, features, knn
@@ -90,7 +89,7 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
         if not cfg.needs_masks:
             near = neighbourhood(encoder, pooled[: len(shown.images)], dataset, mesh)
             found = found._replace(neighbours=near)
-        if cfg.data.masks.field in source_module.feature_names(cfg.data):
+        if cfg.data.masks.field in dataset.source.features:
             found = found._replace(segmented=segmented(encoder, dataset, split, mesh))
     if visualize.shows(cfg):
         restored, key = visualize.restore(checkpoint), jax.random.key(checkpoint.config.seed)

@@ -47,7 +47,7 @@ def measure(encoder: Encoder, cfg: Config, split: str, most: int) -> dict[str, t
             "config.data.masks.field of the checkpoint is empty: boxes are judged by masks. Train "
             "on data that have them."
         )
-    source = source_module.open_masks(cfg.data, split)
+    source = source_module.Source(cfg.data).records(split, "mask")
     images, truth = [], []
     for i in range(min(most, len(source))):
         image, mask = decode_both(source[i], cfg.data, i)

@@ -83,7 +83,7 @@ def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
     random = np.random.default_rng(0)
     mark = source.mark(bytes(100_000))
     rows = ((random.integers(0, plan.codes, plan.tokens, np.uint16), mark) for _ in range(records))
-    token_cache.write_shard(plan.path(directory, 0), token_cache.packed(plan, 0, rows))
+    token_cache.write_shard(directory, plan, 0, rows)
     return token_cache.TokenCache(directory, plan)
 
 
