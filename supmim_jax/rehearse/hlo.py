@@ -9,7 +9,8 @@ strided convolution and its gradients cost the same, and so do TPU's matmuls wri
 convolutions.
 
 Collectives: TPU runs most of them asynchronously. One all-gather is then spread over a chain of
-fusions that compute meanwhile, each of which repeats it with the same channel_id; it counts once.
+fusions that compute meanwhile, each of which repeats it with the same channel_id; it counts once,
+also where the chain goes through loops inside the loop that it began in.
 Outside fusions a channel_id may be shared and each instruction counts. TPU also writes
 reduce-scatter as a fusion `all-reduce-scatter` of an all-reduce and a slice, and gives these all
 one channel_id; each counts, as a reduce-scatter.
@@ -26,7 +27,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -226,11 +227,21 @@ OPERATORS = {"add": operator.add, "subtract": operator.sub}
 SAME_VALUE = ("copy", "convert", "bitcast", "reshape")
 
 
-def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
+def evaluate(
+    instruction: Instruction, arguments: tuple, done: dict[str, Any] | None = None
+) -> int | list | None:
     """An integer, or a list for a tuple, given those of the computation's parameters.
 
-    None stands for what isn't known: arrays, and what neither counts nor compares.
+    None stands for what isn't known: arrays, and what neither counts nor compares. `done` has what
+    is computed already: a value may be asked for in very many ways.
     """
+    done = {} if done is None else done
+    if instruction.name not in done:
+        done[instruction.name] = _evaluated(instruction, arguments, done)
+    return done[instruction.name]
+
+
+def _evaluated(instruction: Instruction, arguments: tuple, done: dict) -> int | list | None:
     opcode = instruction.opcode
     if opcode == "parameter":
         number = int(instruction.inside)
@@ -242,7 +253,7 @@ def evaluate(instruction: Instruction, arguments: tuple) -> int | list | None:
     known = ("tuple", "fusion", "call", "get-tuple-element", "compare", *OPERATORS, *SAME_VALUE)
     if opcode not in known:
         return None
-    values = [evaluate(operand, arguments) for operand in instruction.operands]
+    values = [evaluate(operand, arguments, done) for operand in instruction.operands]
     if opcode == "tuple":
         return values
     if opcode in ("fusion", "call"):
@@ -302,7 +313,10 @@ def collectives(entry: Computation) -> list[Collective]:
                 groups=members,
                 dtypes=tuple(dict.fromkeys(array.dtype for array in sent)),
             )
-            found.setdefault((run.loops, place, key), one)
+            # Seen before in this loop, or around it: another link of the same chain of fusions.
+            seen = (x for x in found if x[1:] == (place, key) and x[0] == run.loops[: len(x[0])])
+            if alone or not any(seen):
+                found[run.loops, place, key] = one
     return [one for one in found.values() if one.group_size > 1]
 
 
