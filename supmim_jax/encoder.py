@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from supmim_jax import sharding
 from supmim_jax.batch import Features
@@ -101,7 +100,7 @@ def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:
     return EncoderProgram(
         features=jax.jit(features),
         params=sharding.shard_like_params(params, mesh),
-        images=_abstract_images(cfg, batch_size, mesh),
+        images=sharding.image_batch(cfg, batch_size, mesh),
     )
 
 
@@ -114,7 +113,7 @@ def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgra
         encode=jax.jit(lambda arrays, images: nnx.merge(graph, arrays).encode(pixels(images))),
         decode=jax.jit(lambda arrays, ids: nnx.merge(graph, arrays).decode(ids)),
         num_codes=section.codes,
-        images=_abstract_images(cfg, batch_size, mesh),
+        images=sharding.image_batch(cfg, batch_size, mesh),
         arrays=sharding.replicated(arrays, mesh),
     )
 
@@ -128,13 +127,6 @@ def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict]:
         return graph, nnx.to_pure_dict(variables)
 
     return jax.eval_shape(split)
-
-
-def _abstract_images(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A global batch of the run's images; raises ConfigError if the mesh does not divide it."""
-    sharding.check_batch(batch_size, mesh, "config.eval.batch_size")
-    shape = (batch_size, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
-    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, sharding.BATCH))
 
 
 def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram | TokenizerProgram:

@@ -51,8 +51,8 @@ class InitialState:
         except SetupError as error:
             raise SetupError(f"config.init.checkpoint: {error}") from None
         theirs = checkpoint.config
-        changed = differences(_encoder_config(theirs), _encoder_config(cfg))
-        if changed := [x for x in changed if not x.startswith(MAY_DIFFER)]:
+        there, here = _encoder_config(theirs), _encoder_config(cfg)
+        if changed := [x for x in differences(there, here) if not x.startswith(MAY_DIFFER)]:
             raise SetupError(
                 f"config.init.checkpoint {path} holds another encoder: {'; '.join(changed)} "
                 f"(there; here). Set these as they are there, or start from another checkpoint."

@@ -160,6 +160,17 @@ def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None
         )
 
 
+def image_batch(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A global batch of the run's images, uint8 BxHxWxC, its rows split over the mesh.
+
+    Raises:
+      ConfigError: the mesh does not divide it.
+    """
+    check_batch(batch_size, mesh, "config.eval.batch_size")
+    shape = (batch_size, cfg.data.image_size, cfg.data.image_size, cfg.data.channels)
+    return jax.ShapeDtypeStruct(shape, np.uint8, sharding=NamedSharding(mesh, BATCH))
+
+
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """How the array at `path` is laid out.
 

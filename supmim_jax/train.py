@@ -76,13 +76,13 @@ def train(
     initial = None if checkpoint.steps(workdir.path) else InitialState.open(cfg, step_fn)
     evals.check(dataset, cfg.data.eval_split)
     frozen = Frozen.open(cfg, dataset, workdir.path, step_fn)
+    fixed = sharding.put(frozen.arrays, step_fn.frozen)
     multihost.agree("frozen arrays", {"sha256": frozen.digests})
     names = dataset.class_names() if cfg.objective.leaves == "classifier" else ()
     with workdir.claimed(frozen, names):
         checkpoints = Checkpoints.open(workdir.path, cfg, step_fn.state)
         newest = checkpoints.newest(use_older_checkpoint)
         workdir.record_environment(newest.step if newest else 0, mesh)
-        fixed = sharding.put(frozen.arrays, step_fn.frozen)
         run = Run(workdir, dataset, step_fn, model, checkpoints, line)
         last = min(stop_at or cfg.total_steps, cfg.total_steps)
         while True:
