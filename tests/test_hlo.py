@@ -347,6 +347,48 @@ def test_as_tpu_writes_them():
         hlo.collectives(hlo.parse(ASYNC.replace("collective-permute-start", "ragged-all-to-all")))
 
 
+THROUGH_A_LOOP = f"""{"".join(SCATTER.replace(".N", f".{i}") for i in (1, 2, 3))}
+%body (s: (bf16[16,32])) -> (bf16[16,32]) {{
+  %s = (bf16[16,32]{{1,0}}) parameter(0)
+  %w = bf16[16,32]{{1,0}} get-tuple-element(%s), index=0
+  %b = bf16[64,32]{{1,0}} fusion(%w), kind=kCustom, calls=%chain.2
+  ROOT %t = (bf16[16,32]{{1,0}}) tuple(%w)
+}}
+
+%condition (s: (bf16[16,32])) -> pred[] {{
+  %s = (bf16[16,32]{{1,0}}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}}
+
+ENTRY %main (w: bf16[16,32]) -> bf16[64,32] {{
+  %w = bf16[16,32]{{1,0}} parameter(0)
+  %a = bf16[64,32]{{1,0}} fusion(%w), kind=kCustom, calls=%chain.1
+  %t = (bf16[16,32]{{1,0}}) tuple(%w)
+  %l = (bf16[16,32]{{1,0}}) while(%t), condition=%condition, body=%body, \
+backend_config={{"known_trip_count":{{"n":"8"}}}}
+  ROOT %c = bf16[64,32]{{1,0}} fusion(%w), kind=kCustom, calls=%chain.3
+}}
+"""
+
+
+def test_a_gather_that_goes_on_while_a_loop_runs_counts_once():
+    (found,) = hlo.collectives(hlo.parse(THROUGH_A_LOOP))
+    assert (found.kind, found.times) == ("all-gather", 1)
+    inside = THROUGH_A_LOOP.replace("calls=%chain.1", "calls=%other").replace(
+        "calls=%chain.3", "calls=%other"
+    )
+    other = "%other (w: bf16[16,32]) -> bf16[64,32] {\n  ROOT %w = bf16[64,32] parameter(0)\n}\n\n"
+    (found,) = hlo.collectives(hlo.parse(other + inside))
+    assert (found.kind, found.times) == ("all-gather", 8)
+
+
+def test_scalars_that_depend_on_each_other_in_many_ways_are_computed_once():
+    lines = [f"  %x{i + 1} = s32[] add(%x{i}, %x{i})" for i in range(60)]
+    text = "\n".join(["ENTRY %main () -> s32[] {", "  %x0 = s32[] constant(1)", *lines])
+    root = hlo.parse(text.replace("  %x60", "  ROOT %x60") + "\n}\n").root
+    assert hlo.evaluate(root, ()) == 2**60
+
+
 FUSED = """
 %slice_and_update (p: f32[10,64], q: f32[10,64], i: s32[]) -> (f32[10,64], f32[64]) {
   %p = f32[10,64]{1,0} parameter(0)
