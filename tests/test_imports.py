@@ -27,7 +27,7 @@ LAYERS = [
         "data.prepare",
         "rehearse",
     },
-    {"report", "bench", "inference"},
+    {"report", "bench", "inference", "study"},
     {"embed", "model_card"},
     {"export"},
 ]
