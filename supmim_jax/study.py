@@ -88,10 +88,8 @@ def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
 
 def compute(cfg: Config) -> float:
     """FLOPs of the whole run, by arithmetic; NaN where there is none for the objective."""
-    if not flops.is_counted(cfg):
-        return math.nan
-    of_image = sum(work.model for work in flops.train(cfg).values())
-    return float(of_image) * cfg.batch_size * cfg.total_steps
+    of_image = float(flops.total(cfg).model) or math.nan
+    return of_image * cfg.batch_size * cfg.total_steps
 
 
 def measured(study: Study, out: epath.Path) -> list[dict]:

@@ -83,10 +83,11 @@ def test_droppath_is_drawn_for_each_micro_batch(cfg, supervised):
     assert not (jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all()
 
 
-def test_what_does_not_divide_is_named(cfg, one_device):
+def test_what_does_not_divide_is_named(cfg):
     def build(parts: int, **changes):
         optim = dataclasses.replace(cfg.optim, accumulate=parts)
-        return train_step.build(dataclasses.replace(cfg, optim=optim, **changes), one_device)
+        changed = dataclasses.replace(cfg, optim=optim, **changes)
+        return sharding.run_mesh(changed, jax.devices()[:1])
 
     with pytest.raises(ConfigError, match=r"in 3 micro-batches.*Take 15 or 18"):
         build(3)

@@ -160,7 +160,7 @@ REFUSED = (
     ),
     ({}, {}, "eval.which has 'segmentation', but data.masks.field is empty"),
     ({"masks": MasksConfig(field="label")}, {}, "masks.field is 'label'"),
-    ({"masks": MasksConfig(field="m")}, {}, "masks.field is 'm'.* it has image, segmentation"),
+    ({"masks": MasksConfig(field="m")}, {}, "masks.field is 'm'.*image, segmentation"),
     ({"label_field": "c"}, {"which": ("knn",)}, "label_field"),
     ({"num_classes": 9}, {"which": ("knn",)}, r"num_classes is 9, but .* has 30 classes"),
     ({"eval_resize": 10}, {"which": ("knn",)}, "eval_resize is 10, but the centre crop needs"),
