@@ -189,8 +189,8 @@ def load(given: str) -> ConfigDict:
     return config
 
 
-def read(given: str, use: Callable[[ModuleType, str | None], Any]) -> Any:
-    """What `use` makes of the module at `path` or `path:argument`, and of the argument.
+def read(given: str, use: Callable[..., Any], flag: str = "--config") -> Any:
+    """What `use` makes of the module at `path`, or of that and the argument of `path:argument`.
 
     Raises:
       SetupError: the file is missing or cannot be run, or `use` fails; the message names it and
@@ -202,7 +202,7 @@ def read(given: str, use: Callable[[ModuleType, str | None], Any]) -> Any:
         Path(name).read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         raise SetupError(
-            f"--config names no readable file: {error}. Give the path of one, as in configs/."
+            f"{flag} names no readable file: {error}. Give the path of one, as in configs/."
         ) from None
     path = Path(name).resolve()
     try:
@@ -211,20 +211,20 @@ def read(given: str, use: Callable[[ModuleType, str | None], Any]) -> Any:
         spec = importlib.util.spec_from_file_location("config_file", path, loader=loader)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return use(module, argument if colon else None)
+        return use(module, *[argument] * bool(colon))
     except BaseException as error:  # the file may raise anything, SystemExit too
         said = " ".join(str(error).split())[:LONGEST]
         kind = "" if isinstance(error, SetupError) else f"{type(error).__name__}: "
         raise SetupError(f"{_place(error, path)}: {kind}{said}") from None
 
 
-def _config(module: ModuleType, argument: str | None) -> ConfigDict:
+def _config(module: ModuleType, *argument: str) -> ConfigDict:
     if hasattr(module, "get_config"):
-        return module.get_config(*[x for x in (argument,) if x is not None])
-    return _finished(module.experiment(), argument or "")
+        return module.get_config(*argument)
+    return _finished(module.experiment(), *argument)
 
 
-def _finished(config: Config | ProbeConfig, argument: str) -> ConfigDict:
+def _finished(config: Config | ProbeConfig, argument: str = "") -> ConfigDict:
     """What experiment() of a file gives, in small with the argument "debug"."""
     known = ("", "debug") if isinstance(config, Config) else ("",)
     if argument not in known:

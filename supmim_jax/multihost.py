@@ -403,7 +403,7 @@ def told_to_stop(step: int) -> bool:
 
 
 def finish_first(finish: Callable[[], None] | None) -> None:
-    """From now on a process that a signal ends calls `finish` first: what was begun is ended."""
+    """From now on a process that a signal ends calls `finish` first, so that a save completes."""
     _unsaved.finish = finish
 
 

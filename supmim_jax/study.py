@@ -53,6 +53,15 @@ class Study:
     def __post_init__(self):
         if self.baseline not in self.runs:
             raise SetupError(f"baseline is {self.baseline!r}; runs are {', '.join(self.runs)}.")
+        given = self.probe.eval.metrics
+        if unknown := [metric for metric in self.metrics if metric not in given]:
+            raise SetupError(
+                f"metrics has {first_few(unknown)}; probe.eval gives {', '.join(given)}."
+            )
+
+    def config(self, cell: "Cell") -> Config:
+        """What the cell trains."""
+        return dataclasses.replace(self.runs[cell.run], seed=cell.seed)
 
 
 class Cell(NamedTuple):
@@ -65,11 +74,10 @@ class Cell(NamedTuple):
 
 def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
     """Trains and probes one cell; what was measured is a file of its workdir, written last."""
-    cfg = dataclasses.replace(study.runs[cell.run], seed=cell.seed)
+    cfg = study.config(cell)
     if not train(cfg, directory):
         cli.fail(*multihost.stopped())
     report = probe.probe(Checkpoint.open(str(directory)), study.probe)
-    settings = json.dumps(section(cfg), sort_keys=True)
     storage.write_json(
         directory / "study.json",
         {
@@ -80,52 +88,67 @@ def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
             "steps": report.checkpoint.step,
             "seconds": report.checkpoint.run["seconds"],
             "compute": compute(cfg),
-            "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+            "config_sha256": digest(cfg),
             "environment": environment.collect(jax.devices()),
         },
     )
 
 
-def compute(cfg: Config) -> float:
-    """FLOPs of the whole run, by arithmetic; NaN where there is none for the objective."""
-    of_image = float(flops.total(cfg).model) or math.nan
-    return of_image * cfg.batch_size * cfg.total_steps
+def compute(cfg: Config) -> int:
+    """FLOPs of the whole run, by arithmetic; 0 where there is none for the objective."""
+    return flops.total(cfg).model * cfg.batch_size * cfg.total_steps
+
+
+def digest(cfg: Config) -> str:
+    """SHA-256 of the config."""
+    return hashlib.sha256(json.dumps(section(cfg), sort_keys=True).encode()).hexdigest()
 
 
 def measured(study: Study, out: epath.Path) -> list[dict]:
-    """What is known of each cell so far, in the order of runs and seeds."""
-    paths = (
-        out / str(Cell(run, seed)) / "study.json" for run in study.runs for seed in study.seeds
-    )
-    return [storage.read_json(x, "Remove it to measure again.") for x in paths if x.exists()]
+    """What is known of each cell so far, in the order of runs and seeds.
+
+    Raises:
+      SetupError: a cell was trained with another config than the study now has.
+    """
+    rows = []
+    for cell in (Cell(run, seed) for run in study.runs for seed in study.seeds):
+        path = out / str(cell) / "study.json"
+        if not path.exists():
+            continue
+        row = storage.read_json(path, "Remove it to measure again.")
+        if row["config_sha256"] != digest(study.config(cell)):
+            raise SetupError(
+                f"{path} is of another config than the study has for {cell}. Choose another --out, "
+                f"or remove {path.parent} to train it again."
+            )
+        rows.append(row)
+    return rows
 
 
 class Compared(NamedTuple):
-    """A metric of one run over its seeds, and its difference to the baseline's."""
+    """A metric of one run over its seeds, and its differences to the baseline's."""
 
     mean: float
-    deviation: float  # between seeds; NaN of one
-    difference: float  # mean over the seeds that both have; NaN where there is none
-    margin: float  # half the confidence interval of that, by Student's t; NaN below two
+    differences: np.ndarray  # of the seeds that both have
+    margin: float  # half the confidence interval of their mean, by Student's t; NaN below two
 
 
-def compared(rows: list[dict], baseline: str, run: str, metric: str) -> Compared:
-    """`run` beside the baseline, seed by seed."""
-    values = {
-        name: {row["seed"]: row["metrics"][metric] for row in rows if row["run"] == name}
-        for name in (baseline, run)
-    }
-    own = np.array(list(values[run].values()))
-    common = sorted(values[run].keys() & values[baseline].keys())
-    paired = np.array([values[run][seed] - values[baseline][seed] for seed in common])
+def compared(rows: list[dict], baseline: str, run: str, metric: str) -> Compared | None:
+    """`run` beside the baseline, seed by seed; None where nothing was measured."""
+
+    def values(name: str) -> dict[int, float]:
+        found = {row["seed"]: row["metrics"] for row in rows if row["run"] == name}
+        return {seed: metrics[metric] for seed, metrics in found.items() if metric in metrics}
+
+    own, base = values(run), values(baseline)
+    if not own:
+        return None
+    paired = np.array([own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())])
     margin = math.nan
     if len(paired) > 1:
         quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(paired) - 1)
         margin = float(quantile * paired.std(ddof=1) / math.sqrt(len(paired)))
-    deviation = float(own.std(ddof=1)) if len(own) > 1 else math.nan
-    return Compared(
-        float(own.mean()), deviation, float(paired.mean()) if len(paired) else math.nan, margin
-    )
+    return Compared(float(np.mean(list(own.values()))), paired, margin)
 
 
 def table(study: Study, rows: list[dict]) -> str:
@@ -136,13 +159,15 @@ def table(study: Study, rows: list[dict]) -> str:
         own = [row for row in rows if row["run"] == run]
         if not own:
             continue
-        line = {"run": run, "seeds": str(len(own)), "compute": f"{compute(cfg) / base:.2f}"}
+        line = {"run": run, "seeds": str(len(own)), "compute": "-"}
+        if base:
+            line["compute"] = f"{compute(cfg) / base:.2f}"
         for metric in study.metrics:
             found = compared(rows, study.baseline, run, metric)
-            line[metric] = f"{found.mean:.2f}"
-            if run != study.baseline and not math.isnan(found.difference):
+            line[metric] = f"{found.mean:.2f}" if found else "-"
+            if found and run != study.baseline and len(found.differences):
                 interval = "" if math.isnan(found.margin) else f" ± {found.margin:.2f}"
-                line[metric] += f" ({found.difference:+.2f}{interval})"
+                line[metric] += f" ({found.differences.mean():+.2f}{interval})"
         lines.append(line)
     text = [f"| {' | '.join(line.values())} |" for line in lines]
     return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
@@ -155,18 +180,15 @@ def figure(study: Study, rows: list[dict]) -> bytes:
     others = [run for run in study.runs if run != study.baseline][::-1]
     drawing = Figure(figsize=(2.6 * len(study.metrics) + 1.5, 0.5 * len(others) + 1.2))
     axes = drawing.subplots(1, len(study.metrics), sharey=True, squeeze=False)[0]
-    base = {row["seed"]: row["metrics"] for row in rows if row["run"] == study.baseline}
     for axis, (metric, title) in zip(axes, study.metrics.items()):
         axis.axvline(0, color="grey", linewidth=0.8)
         for place, run in enumerate(others):
-            own = {row["seed"]: row["metrics"] for row in rows if row["run"] == run}
-            paired = [own[seed][metric] - base[seed][metric] for seed in own.keys() & base.keys()]
-            if not paired:
-                continue
             found = compared(rows, study.baseline, run, metric)
-            axis.plot(paired, [place] * len(paired), ".", color="silver")
-            margin = 0.0 if math.isnan(found.margin) else found.margin
-            axis.errorbar(found.difference, place, xerr=margin, fmt="o", capsize=3, color="C0")
+            if not found or not len(found.differences):
+                continue
+            axis.plot(found.differences, [place] * len(found.differences), ".", color="silver")
+            margin, mean = np.nan_to_num(found.margin), found.differences.mean()
+            axis.errorbar(mean, place, xerr=margin, fmt="o", capsize=3, color="C0")
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(f"difference to {study.baseline}", fontsize=8)
         axis.set_yticks(range(len(others)), others, fontsize=8)
@@ -267,7 +289,7 @@ def asked(study: Study, only: str) -> list[Cell]:
 
 
 def main() -> None:
-    study = cli.read(STUDY.value, lambda module, _: module.study())
+    study = cli.read(STUDY.value, lambda module: module.study(), "--study")
     out = epath.Path(OUT.value)
     if CELL.value:
         (cell,) = asked(study, CELL.value)

@@ -17,6 +17,7 @@ from scipy import stats
 from supmim_jax import sharding, storage, study, train_step
 from supmim_jax.config import EvalConfig, ProbeConfig
 from supmim_jax.data.loader import Dataset
+from supmim_jax.errors import SetupError
 from supmim_jax.study import Cell, Study, compared
 
 FILE = """
@@ -54,17 +55,19 @@ def test_differences_are_paired_and_their_interval_is_students():
     rows = rows_of({"without": [10.0, 20.0, 30.0], "with": [12.0, 23.0, 31.0]})
     found = compared(rows, "without", "with", "top1")
     expected = stats.ttest_rel([12.0, 23.0, 31.0], [10.0, 20.0, 30.0]).confidence_interval(0.95)
-    assert found.mean == 22.0 and found.difference == pytest.approx(2.0)
-    assert found.difference - found.margin == pytest.approx(expected.low)
-    assert found.difference + found.margin == pytest.approx(expected.high)
+    assert found.mean == 22.0 and found.differences.tolist() == [2.0, 3.0, 1.0]
+    assert found.differences.mean() - found.margin == pytest.approx(expected.low)
+    assert found.differences.mean() + found.margin == pytest.approx(expected.high)
     one = compared(rows[:1] + rows[3:4], "without", "with", "top1")
-    assert one.difference == 2.0 and math.isnan(one.margin)
-    assert math.isnan(compared(rows[:1] + rows[4:5], "without", "with", "top1").difference)
+    assert one.differences.tolist() == [2.0] and math.isnan(one.margin)
+    assert not len(compared(rows[:1] + rows[4:5], "without", "with", "top1").differences)
+    assert compared(rows, "without", "with", "knn") is None
 
 
 def test_what_is_there_is_written_while_the_rest_is_missing(small, tmp_path):
     out = epath.Path(tmp_path)
     for row in rows_of({"without": [50.0, 40.0], "with": [55.0]}):
+        row["config_sha256"] = study.digest(small.config(Cell(row["run"], row["seed"])))
         (out / f"{row['run']}-{row['seed']}").mkdir()
         storage.write_json(out / f"{row['run']}-{row['seed']}" / "study.json", row)
     assert len(study.write(small, out)) == 3
@@ -98,7 +101,20 @@ def test_runs_of_a_seed_begin_alike_and_see_the_same_images(small, one_device):
     np.testing.assert_array_equal(*views)
 
 
-def test_cells_are_run_by_name_and_seed(small, monkeypatch):
+def test_what_was_trained_with_another_config_is_not_taken_for_a_cell(small, tmp_path):
+    (tmp_path / "with-1").mkdir()
+    row = {"run": "with", "seed": 1, "metrics": {}, "config_sha256": "0"}
+    storage.write_json(epath.Path(tmp_path) / "with-1" / "study.json", row)
+    with pytest.raises(SetupError, match=r"with-1/study\.json"):
+        study.measured(small, epath.Path(tmp_path))
+
+
+def test_a_metric_that_the_probe_does_not_give_is_named_at_once(small):
+    with pytest.raises(SetupError, match=r"knn.*top1"):
+        dataclasses.replace(small, metrics={"knn": "kNN"})
+
+
+def test_cells_are_run_by_name_and_seed(small):
     assert len(study.asked(small, "")) == 6
     assert study.asked(small, "with") == [Cell("with", i) for i in range(3)]
     assert study.asked(small, "with-1,without-2") == [Cell("with", 1), Cell("without", 2)]

@@ -1,8 +1,8 @@
 """The tfds data set `emoji_designs`: the same emoji as ten designers drew them.
 
-A class is an emoji of which eight designs or more are there, and its name is theirs. A split holds
-designers, not images: what learns from six of them is asked about the drawings of others. The two
-fluent sets have one hand, so both are in the test split.
+A class is an emoji that at least eight of them drew. A split holds designers, not images: a model
+learns from six of them and is tested on the drawings of others. The two fluent sets come from the
+same company, so both are in the test split.
 
 The drawings are SVG in npm packages of Iconify, which must lie in tfds's manual directory as
 `npm pack` leaves them. Licences and authors are in docs/data.md.

@@ -24,8 +24,8 @@ from supmim_jax.sharding import ROWS, by_rows
 MAX_HEAD_DIM, HEAD_DIM_STEP = 128, 8
 FUSED_DTYPES = (jnp.bfloat16, jnp.float16)
 KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
-# Logits of a group on a TPU, 16 MiB in bfloat16. With their gradients they stay in VMEM, as the
-# programs show that `rehearse` compiles.
+# Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
+# programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
