@@ -27,6 +27,9 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
+# Layers on a CPU that are written out: a loop there copies what each layer leaves for its gradient,
+# a third of the step's time (docs/speed.md). Compiling takes as long again for every few layers.
+UNROLLED_ON_CPU = 12
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
@@ -272,7 +275,9 @@ class Transformer(nnx.Module):
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x_BxNxD, (params, rates, keys, jnp.arange(self.depth)))[0]
+        layers = params, rates, keys, jnp.arange(self.depth)
+        unrolled = device()[0] == "cpu" and self.depth <= UNROLLED_ON_CPU
+        return jax.lax.scan(body, x_BxNxD, layers, unroll=self.depth if unrolled else 1)[0]
 
 
 def _keep(key, rate, examples: int, segments: tuple[int, ...]):
