@@ -3,9 +3,8 @@
   python -m supmim_jax.train --config configs/supervised_b16_imagenet1k_scenic.py --workdir gs://...
 
 Hardware: a TPU slice or several GPUs; with `:debug` after the file name, any machine.
-Top-1: 79.7 % (scenic's README, ViT-AugReg-B/16); not measured here. SupMIM's paper gives 79.71 %
-for its baseline, a ViT-B/14: with --config.model.patch=14 this is very likely that. Each value
-beside scenic's, and what differs: docs/recipes.md.
+Top-1: 79.7 % (scenic's README, ViT-AugReg-B/16); not measured here. Each value beside scenic's, and
+what differs: docs/recipes.md.
 """
 
 from configs import base

@@ -17,6 +17,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,19 +111,25 @@ def measured(study: Study, out: epath.Path) -> list[dict]:
     Raises:
       SetupError: a cell was trained with another config than the study now has.
     """
-    rows = []
-    for cell in (Cell(run, seed) for run in study.runs for seed in study.seeds):
+    found = {}
+    table = out / "results.jsonl"
+    if table.exists():
+        for line in table.read_text().splitlines():
+            row = json.loads(line)
+            found[Cell(row["run"], row["seed"])] = row, table
+    cells = [Cell(run, seed) for run in study.runs for seed in study.seeds]
+    for cell in cells:
         path = out / str(cell) / "study.json"
-        if not path.exists():
-            continue
-        row = storage.read_json(path, "Remove it to measure again.")
+        if path.exists():
+            found[cell] = storage.read_json(path, "Remove it to measure again."), path
+    for cell in filter(found.get, cells):
+        row, path = found[cell]
         if row["config_sha256"] != digest(study.config(cell)):
             raise SetupError(
-                f"{path} is of another config than the study has for {cell}. Choose another --out, "
-                f"or remove {path.parent} to train it again."
+                f"{path} has {cell} of another config than the study. Choose another --out, or "
+                f"remove {out / str(cell)} and its line in {table} to train it again."
             )
-        rows.append(row)
-    return rows
+    return [found[cell][0] for cell in cells if cell in found]
 
 
 class Compared(NamedTuple):
@@ -216,6 +223,8 @@ class Pool:
     out: epath.Path
     slots: list[str]  # a GPU's number each; "" for none
     running: dict[int, tuple[Cell, subprocess.Popen]] = dataclasses.field(default_factory=dict)
+    # `stop` comes from a thread of its own: held while a cell starts, and once all were told.
+    starting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def start(self, cell: Cell) -> None:
         """Starts a cell in a slot that is free; its output goes to a file beside its workdir."""
@@ -223,10 +232,10 @@ class Pool:
         env = dict(os.environ)
         if self.slots[slot]:
             env["CUDA_VISIBLE_DEVICES"] = self.slots[slot]
-        with (self.out / f"{cell}.log").open("a") as log, self._cores(slot):
+        with self.starting, (self.out / f"{cell}.log").open("a") as log, self._cores(slot):
             command = [*self.command, f"--cell={cell}"]
             process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        self.running[slot] = cell, process
+            self.running[slot] = cell, process
 
     @contextlib.contextmanager
     def _cores(self, slot: int) -> Iterator[None]:
@@ -249,16 +258,19 @@ class Pool:
                 yield cell, process.returncode
 
     def stop(self) -> None:
-        """Tells all to save what they have done, and waits for that."""
-        for _, process in self.running.values():
+        """Tells all to save what they have done, and waits for that; no other can start then."""
+        self.starting.acquire()
+        running = [process for _, process in self.running.values()]
+        for process in running:
             process.terminate()
-        for _, process in self.running.values():
+        for process in running:
             process.wait()
 
 
 def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
     """Trains the cells that are not done; exit codes of those that failed."""
-    waiting = [cell for cell in cells if not (pool.out / str(cell) / "study.json").exists()]
+    done = {Cell(row["run"], row["seed"]) for row in measured(study, pool.out)}
+    waiting = [cell for cell in cells if cell not in done]
     failed: dict[Cell, int] = {}
     while waiting or pool.running:
         while waiting and len(pool.running) < len(pool.slots):

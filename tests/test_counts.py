@@ -82,9 +82,9 @@ def test_a_step_costs_what_the_arithmetic_says(name, one_device):
 DECODER = DecoderConfig(depth=2, width=32, mlp_dim=64, heads=2)
 
 
-@pytest.mark.parametrize("name", ["mae", "cmae", "supmim"])
+@pytest.mark.parametrize("name", ["mae", "cmae", "supmim", "drawn"])
 def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_device, name):
-    """SupMIM with visible patches only, CLS, LayerScale and rematerialization."""
+    """SupMIM with visible patches only, CLS, LayerScale and rematerialization; or drawn ratios."""
     supmim = dataclasses.replace(
         cfg.objective, decoder=DECODER, encoder_input="visible", mask_ratio=0.75
     )
@@ -92,6 +92,7 @@ def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_de
         "mae": (MAEConfig(), {"pooling": "cls"}),
         "cmae": (CMAEConfig(), {"pooling": "gap"}),
         "supmim": (supmim, {"pooling": "cls", "layer_scale": 1e-4, "remat": "names"}),
+        "drawn": (dataclasses.replace(cfg.objective, mask_ratio_std=0.25), {}),
     }[name]
     model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0, **changes)
     cfg = dataclasses.replace(cfg, model=model, objective=objective)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -58,7 +59,7 @@ def test_it_is_prepared_like_any_other_and_split_by_designer(manual, tmp_path):
     data_dir = tmp_path / "data"
     said = catalogue.prepare("emoji_designs", str(data_dir), str(manual))
     assert "num_classes=3" in said and "train_examples=16" in said
-    directory = data_dir / "emoji_designs" / "1.0.0"
+    directory = data_dir / "emoji_designs" / "1.1.0"
     builder = source.tfds.builder_from_directory(directory)
     assert builder.info.features["label"].names == ["left", "right", "wide"]
     drawn = {}
@@ -68,6 +69,11 @@ def test_it_is_prepared_like_any_other_and_split_by_designer(manual, tmp_path):
         assert {x["design"].decode() for x in found} == set(designers)
         drawn |= {(x["name"].decode(), x["design"].decode()): x["image"] for x in found}
     assert len(drawn) == 10 + 10 + 8
+    train = [(x["name"], x["design"]) for x in builder.as_data_source("train")]
+    for most in emoji_designs.FEWER:
+        fewer = [(x["name"], x["design"]) for x in builder.as_data_source(f"train_{most}")]
+        assert Counter(name for name, _ in fewer) == {b"left": most, b"right": most, b"wide": most}
+        assert set(fewer) < set(train)
     left, right, wide = (drawn[name, "twemoji"] for name in ("left", "right", "wide"))
     assert left.shape == (64, 64, 3) and (left[:, :32] == (255, 0, 0)).all()
     assert (left[:, 32:] == 255).all() and (right == left[:, ::-1]).all()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from supmim_jax.models import masking
 
@@ -33,6 +33,20 @@ def test_a_mask_depends_on_key_and_id_alone(form):
     assert len(np.unique(np.asarray(whole), axis=0)) == 10
     other = masking.sample(form, 0.5, 6, jax.random.key(3), jnp.arange(10)).masked
     assert (other != whole).any()
+
+
+@pytest.mark.parametrize("form", ["random", "block"])
+def test_drawn_ratios_are_of_mages_distribution_and_of_all_images_alike(form):
+    """Mean 0.55, deviation 0.25, cut to [0.5, 1], rounded up to patches."""
+    keys = jax.random.split(jax.random.key(1), 2000)
+    ratios = np.asarray(jax.vmap(lambda key: masking.draw_ratio(0.55, 0.25, 0.5, key))(keys))
+    expected = stats.truncnorm((0.5 - 0.55) / 0.25, (1 - 0.55) / 0.25, 0.55, 0.25)
+    assert stats.kstest(ratios, expected.cdf).pvalue > 0.01
+    for ratio in (ratios[0], 0.999):
+        mask = masking.sample(form, jnp.float32(ratio), 8, keys[0], jnp.arange(5))
+        assert (mask.masked.sum(1) == np.ceil(64 * ratio)).all()
+        last = np.take_along_axis(np.asarray(mask.masked), np.asarray(mask.hidden), 1)
+        assert (np.diff(last.astype(int)) >= 0).all() and mask.keep.shape == (5, 0)
 
 
 def beit_masks(side: int, count: int, least: float, draws: int) -> np.ndarray:

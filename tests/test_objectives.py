@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import make_batch, make_frozen
 from flax import nnx
@@ -55,20 +56,27 @@ def test_cross_entropy_of_tokens_and_its_gradient_by_hand(dtype):
     np.testing.assert_allclose(
         slope.astype(jnp.float32), p, rtol=1e-5 if dtype == "float32" else 2**-8
     )
+    smooth = losses.token_cross_entropy(logits, ids, 0.1)
+    labels = optax.smooth_labels(jax.nn.one_hot(ids, 3), 0.1)
+    expected = optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)
+    np.testing.assert_allclose(smooth, expected, rtol=1e-5)
     huge = losses.token_cross_entropy(1e4 * jnp.ones((1, 1, 3)), ids[:, :1])
     np.testing.assert_allclose(huge, [[np.log(3)]], rtol=1e-3)
 
 
-@pytest.mark.parametrize("encoder_input", ["masked", "visible"])
-def test_tokens_of_kept_patches_do_not_matter(cfg, encoder_input):
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mask_ratio": 0.7},
+        {"mask_ratio": 0.7, "encoder_input": "visible"},
+        {"mask_ratio": 0.7, "mask_ratio_std": 0.01, "mask_ratio_min": 0.69},
+        {"mask_ratio": 0.7, "mask_ratio_std": 1e-6, "mask_form": "block", "token_smoothing": 0.2},
+    ],
+)
+def test_tokens_of_kept_patches_do_not_matter(cfg, how):
     """Loss and accuracy are plain means over the masked places of what `predict` says of all."""
-    cfg = changed(
-        cfg,
-        batch_size=4,
-        model={"drop_path": 0.0},
-        objective={"encoder_input": encoder_input, "mask_ratio": 0.7},
-        tokens={"cache": "any"},
-    )
+    quiet = {"drop_path": 0.0}
+    cfg = changed(cfg, batch_size=4, model=quiet, objective=how, tokens={"cache": "any"})
     model, batch, key = SupMIM(cfg, rngs=nnx.Rngs(0)), make_batch(cfg), jax.random.key(0)
 
     @jax.jit
@@ -84,7 +92,8 @@ def test_tokens_of_kept_patches_do_not_matter(cfg, encoder_input):
     assert run(np.where(masked, 15 - ids, ids))[0]["mim"] != terms["mim"]
 
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    nll = -np.take_along_axis(log_p, ids[..., None].astype(int), 2)[..., 0]
+    smooth = optax.smooth_labels(jax.nn.one_hot(ids, 16), cfg.objective.token_smoothing)
+    nll = -(smooth * log_p).sum(-1)
     np.testing.assert_allclose(terms["mim"], nll[masked].mean(), rtol=1e-5)
     hits = logits.argmax(-1) == ids
     np.testing.assert_allclose(terms["mim_accuracy"], hits[masked].mean(), rtol=1e-5)

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -101,6 +104,19 @@ def test_runs_of_a_seed_begin_alike_and_see_the_same_images(small, one_device):
     np.testing.assert_array_equal(*views)
 
 
+def test_a_study_that_is_told_to_stop_starts_no_other_cell(small, tmp_path):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    pool = study.Pool(sleeps, epath.Path(tmp_path), ["", ""])
+    run = threading.Thread(target=study.run_cells, args=(small, study.asked(small, ""), pool))
+    run.daemon = True  # it waits for good: the process of a study ends here
+    run.start()
+    while len(pool.running) < 2:
+        time.sleep(0.01)
+    pool.stop()
+    time.sleep(1)
+    assert len(list(tmp_path.glob("*.log"))) == 2
+
+
 def test_what_was_trained_with_another_config_is_not_taken_for_a_cell(small, tmp_path):
     (tmp_path / "with-1").mkdir()
     row = {"run": "with", "seed": 1, "metrics": {}, "config_sha256": "0"}
@@ -137,10 +153,12 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     rows = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(x["run"], x["seed"], x["steps"]) for x in rows] == [("without", 0, 2), ("with", 1, 2)]
     assert all(x["environment"]["devices"] and len(x["config_sha256"]) == 64 for x in rows)
-    before = (tmp_path / "out" / "without-0" / "study.json").stat().st_mtime_ns
-    (tmp_path / "out" / "with-1" / "study.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "without-0")  # results.jsonl has it still
+    shutil.rmtree(tmp_path / "out" / "with-1")
+    kept = (tmp_path / "out" / "results.jsonl").read_text().splitlines()[0]
+    (tmp_path / "out" / "results.jsonl").write_text(kept + "\n")
     assert command("--only=without-0,with-1").returncode == 0
-    assert (tmp_path / "out" / "without-0" / "study.json").stat().st_mtime_ns == before
+    assert not (tmp_path / "out" / "without-0").exists()
     again = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [x["metrics"] for x in again] == [x["metrics"] for x in rows]
     wrong = command("--only=nobody")

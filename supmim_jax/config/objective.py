@@ -18,6 +18,7 @@ class Objective:
     leaves: ClassVar[str]  # at inference: "classifier", "encoder", "segmenter" or "tokenizer"
     is_mean: ClassVar[bool] = True  # a mean over examples: micro-batches add up to the batch
     masks_patches: ClassVar[bool] = False  # part of the patches is hidden
+    mask_ratio_std: ClassVar[float] = 0.0  # of the share that is hidden, which steps may draw
     terms: ClassVar[tuple[str, ...]] = ("loss", "accuracy")  # of the metrics, for the terminal
 
     @property
@@ -96,12 +97,30 @@ class SupMIMConfig(Objective):
     name: Literal["supmim"] = "supmim"
     classification: ClassificationConfig = ClassificationConfig()
     mask_ratio: float = within(0.5, 0.01, 0.99)  # share of the patches that are masked
+    # Above 0, each step draws its ratio, as MAGE does (arXiv 2211.09117): from a normal of this
+    # deviation around mask_ratio, cut to [mask_ratio_min, 1]. All patches then go to the output.
+    mask_ratio_std: float = within(0.0, 0.0, INF)
+    mask_ratio_min: float = within(0.5, 0.01, 0.99)
     mask_form: Literal["random", "block"] = "random"
     encoder_input: Literal["masked", "visible"] = "masked"  # mask embeddings, or kept patches only
     mim_weight: float = within(1.0, 0.0, INF)
     decoder: DecoderConfig = DecoderConfig()
     target: PatchCodesConfig | VQGANConfig | PixelsConfig = PatchCodesConfig()
+    token_smoothing: float = within(0.0, 0.0, 0.99)  # label smoothing of the masked tokens' loss
     plain_target: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.mask_ratio_std and self.encoder_input != "masked":
+            raise ConfigError(
+                f"mask_ratio_std is {self.mask_ratio_std} with encoder_input = "
+                f"{self.encoder_input!r}, whose shapes are those of one ratio: set it to 0, or "
+                f"encoder_input to 'masked'."
+            )
+        if self.token_smoothing and self.normalizes_patches:
+            raise ConfigError(
+                f"token_smoothing is {self.token_smoothing}, but the target is pixels: set it to "
+                f"0, or choose a target of tokens."
+            )
 
     @property
     def token_target(self) -> PatchCodesConfig | VQGANConfig | None:

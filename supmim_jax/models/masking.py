@@ -1,4 +1,4 @@
-"""Which patches are masked: random (MAE) and block-wise (BEiT), always the same number.
+"""Which patches are masked: random (MAE) and block-wise (BEiT), of all images the same number.
 
 Both give the patches of an image scores and mask those ranked last, so shapes are static.
 Every example's mask is a function of (key, id) alone, whatever batch or device it is on.
@@ -17,9 +17,18 @@ MAX_ASPECT = 1 / 0.3
 
 class Mask(NamedTuple):
     keep: jax.Array  # int32 BxK: indices of the kept patches
-    hidden: jax.Array  # int32 BxM: indices of the masked patches, in no order; K + M = L
+    # int32 BxM: indices of the masked patches, in no order; K + M = L. Of a ratio that is drawn as
+    # the step runs, all patches: K is 0, and the last of them are masked.
+    hidden: jax.Array
     restore: jax.Array  # int32 BxL: place of each patch in [kept, masked]
     masked: jax.Array  # bool BxL: True where masked
+
+    def mean(self, values_BxM) -> jax.Array:
+        """Mean over each image's masked patches, B, of values in the order of `hidden`."""
+        if self.keep.shape[1]:
+            return values_BxM.mean(-1)
+        masked = jnp.take_along_axis(self.masked, self.hidden, axis=1)
+        return (values_BxM * masked).sum(-1) / masked.sum(-1)
 
 
 def num_masked(patches: int, ratio: float) -> int:
@@ -27,21 +36,38 @@ def num_masked(patches: int, ratio: float) -> int:
     return min(max(patches - int(patches * (1.0 - ratio)), 1), patches - 1)
 
 
-def from_scores(scores_BxL, ratio: float) -> Mask:
+def draw_ratio(mean: float, std: float, least: float, key: jax.Array) -> jax.Array:
+    """A share of the patches to mask, from a normal cut to [least, 1]; a scalar."""
+    low, high = ((end - mean) / std for end in (least, 1.0))
+    return mean + std * jax.random.truncated_normal(key, low, high)
+
+
+def from_scores(scores_BxL, ratio: float | jax.Array) -> Mask:
     """Keeps the patches with the lowest scores, as MAE's reference code does with its noise."""
     patches = scores_BxL.shape[1]
-    kept = patches - num_masked(patches, ratio)
+    count, kept = _count(patches, ratio)
     order = jnp.argsort(scores_BxL, axis=1)
     restore = jnp.argsort(order, axis=1)
-    return Mask(order[:, :kept], order[:, kept:], restore, restore >= kept)
+    return Mask(order[:, :kept], order[:, kept:], restore, restore >= patches - count)
 
 
-def sample(form: str, ratio: float, side: int, key: jax.Array, ids_B) -> Mask:
-    """Masks of a side x side grid in the form "random" or "block", one for each int32 id."""
+def sample(form: str, ratio: float | jax.Array, side: int, key: jax.Array, ids_B) -> Mask:
+    """Masks of a side x side grid in the form "random" or "block", one for each int32 id.
+
+    A ratio that is traced is rounded up to whole patches, as in MAGE's code, and may mask all.
+    """
     score = {"random": random_scores, "block": block_scores}[form]
-    count = num_masked(side * side, ratio)
+    count, _ = _count(side * side, ratio)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_B)
     return from_scores(jax.vmap(lambda k: score(k, side, count))(keys), ratio)
+
+
+def _count(patches: int, ratio: float | jax.Array) -> tuple[int | jax.Array, int]:
+    """Masked patches, and how many have a place in `Mask.keep`."""
+    if isinstance(ratio, jax.Array):
+        return jnp.clip(jnp.ceil(ratio * patches).astype(int), 1, patches), 0
+    count = num_masked(patches, ratio)
+    return count, patches - count
 
 
 def random_scores(key: jax.Array, side: int, count: int) -> jax.Array:

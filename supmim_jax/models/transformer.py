@@ -27,8 +27,8 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
-# Layers on a CPU that are written out: a loop there copies what each layer leaves for its gradient,
-# a third of the step's time (docs/speed.md). Compiling takes as long again for every few layers.
+# Layers at most that are written out on a CPU: a loop there copies what its gradient needs
+# (docs/speed.md). Not with remat: nothing would keep XLA from merging what is computed again.
 UNROLLED_ON_CPU = 12
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
@@ -276,8 +276,9 @@ class Transformer(nnx.Module):
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         layers = params, rates, keys, jnp.arange(self.depth)
-        unrolled = device()[0] == "cpu" and self.depth <= UNROLLED_ON_CPU
-        return jax.lax.scan(body, x_BxNxD, layers, unroll=self.depth if unrolled else 1)[0]
+        few = self.depth <= UNROLLED_ON_CPU and self.remat == "none"
+        unroll = self.depth if few and device()[0] == "cpu" else 1
+        return jax.lax.scan(body, x_BxNxD, layers, unroll=unroll)[0]
 
 
 def _keep(key, rate, examples: int, segments: tuple[int, ...]):

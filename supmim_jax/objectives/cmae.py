@@ -71,7 +71,7 @@ class CMAE(MAE):
         outputs = self.encoder.encode(inputs, batch.row_key(drop_key))
 
         errors = sum(
-            self.target.loss(self.decoder(tokens, mask), self.target.patches(view, mask))
+            mask.mean(self.target.loss(self.decoder(tokens, mask), self.target.patches(view, mask)))
             for view, tokens in zip(views, outputs, strict=True)
         )
         loss = reconstruction = losses.mean(errors, weight)

@@ -15,15 +15,19 @@ def sigmoid_cross_entropy(logits_BxV, targets_BxV) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits_BxV, targets_BxV).sum(-1)
 
 
-def token_cross_entropy(logits_BxMxV, ids_BxM) -> jax.Array:
+def token_cross_entropy(logits_BxMxV, ids_BxM, smoothing: float = 0.0) -> jax.Array:
     """Cross-entropy of each token's id, float32 BxM, of logits in any dtype.
 
+    `smoothing` is the share of the target that all ids have alike (arXiv 1512.00567, section 7).
     In forms that XLA fuses, forward and backward: what it writes to memory of the logits' size is
     in their own dtype. A gather of the ids' logits, or log_softmax, would leave float32.
     """
     logits = logits_BxMxV.astype(jnp.float32)
     own = ids_BxM[..., None] == jnp.arange(logits.shape[-1])
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(own, logits, 0.0).sum(-1)
+    expected = jnp.where(own, logits, 0.0).sum(-1)
+    if smoothing:
+        expected = (1.0 - smoothing) * expected + smoothing * logits.mean(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - expected
 
 
 def info_nce(queries_BxD, keys_BxD, temperature: float, weight_B) -> tuple[jax.Array, jax.Array]:

@@ -33,7 +33,7 @@ class MAE(nnx.Module):
         images = pixels(batch.views[0])
         mask = self.mask(mask_key, batch.id)
         predicted = self.decoder(self.encoded(images, mask, batch.row_key(drop_key)), mask)
-        errors = self.target.loss(predicted, self.target.patches(images, mask))
+        errors = mask.mean(self.target.loss(predicted, self.target.patches(images, mask)))
         loss = losses.mean(errors, batch.weight)
         return loss, {"loss": loss}
 

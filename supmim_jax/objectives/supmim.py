@@ -12,6 +12,8 @@ from supmim_jax.models.transformer import embedding
 from supmim_jax.models.vit import Classifier, pixels
 from supmim_jax.objectives import losses, supervised, targets
 
+RATIO = 2**31  # folded into the masks' key: no id's number
+
 
 class SupMIM(Classifier):
     """L = cross-entropy(head(encoder(x)), y) + w * masked-token cross-entropy.
@@ -52,7 +54,7 @@ class SupMIM(Classifier):
 
         target = self.target(batch, mask)
         predicted = self.decoder(masked_tokens, mask)
-        mim = losses.mean(self.target.loss(predicted, target), batch.weight)
+        mim = losses.mean(mask.mean(self.target.loss(predicted, target)), batch.weight)
 
         loss = ce + self.cfg.mim_weight * mim
         return loss, {
@@ -60,14 +62,17 @@ class SupMIM(Classifier):
             "ce": ce,
             "mim": mim,
             "accuracy": supervised.accuracy(logits, batch),
-            **self.target.metrics(predicted, target, batch.weight),
+            **self.target.metrics(predicted, target, mask, batch.weight),
         }
 
     @jax.named_scope("masks")
     def mask(self, key: jax.Array, ids_B) -> masking.Mask:
         """The masks of the examples with these ids."""
-        form, ratio = self.cfg.mask_form, self.cfg.mask_ratio
-        return masking.sample(form, ratio, self.encoder.side, key, ids_B)
+        cfg, ratio = self.cfg, self.cfg.mask_ratio
+        if cfg.mask_ratio_std:
+            drawn = cfg.mask_ratio_std, cfg.mask_ratio_min, jax.random.fold_in(key, RATIO)
+            ratio = masking.draw_ratio(cfg.mask_ratio, *drawn)
+        return masking.sample(cfg.mask_form, ratio, self.encoder.side, key, ids_B)
 
     def embed_masked(self, images, mask: masking.Mask) -> jax.Array:
         """What the encoder sees of masked images: BxNxD, N = L (`masked`) or K (`visible`)."""

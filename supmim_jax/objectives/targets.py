@@ -20,6 +20,7 @@ class Tokens(nnx.Module):
 
     def __init__(self, cfg: Config):
         self.outputs = cfg.objective.target.codes
+        self.smoothing = cfg.objective.token_smoothing
         if not cfg.tokens.cache:
             # Keys of its own: the run starts from the same weights with a cache and without.
             target, rngs = cfg.objective.target, nnx.Rngs(0)
@@ -33,12 +34,12 @@ class Tokens(nnx.Module):
         return jnp.take_along_axis(ids.astype(jnp.int32), mask.hidden, axis=1)
 
     def loss(self, predicted_BxMxV, ids_BxM) -> jax.Array:
-        """Cross-entropy, mean over each image's masked patches, B."""
-        return losses.token_cross_entropy(predicted_BxMxV, ids_BxM).mean(-1)
+        """Cross-entropy of each patch, BxM."""
+        return losses.token_cross_entropy(predicted_BxMxV, ids_BxM, self.smoothing)
 
-    def metrics(self, predicted_BxMxV, ids_BxM, weight_B) -> Metrics:
+    def metrics(self, predicted_BxMxV, ids_BxM, mask: Mask, weight_B) -> Metrics:
         hits = (predicted_BxMxV.argmax(-1) == ids_BxM).astype(jnp.float32)
-        return {"mim_accuracy": losses.mean(hits.mean(-1), weight_B)}
+        return {"mim_accuracy": losses.mean(mask.mean(hits), weight_B)}
 
 
 class Pixels(nnx.Module):
@@ -72,10 +73,10 @@ class Pixels(nnx.Module):
         return patches_BxLxP * deviation + mean
 
     def loss(self, predicted_BxMxP, patches_BxMxP) -> jax.Array:
-        """Mean squared error over each image's masked patches, B."""
-        return ((predicted_BxMxP.astype(jnp.float32) - patches_BxMxP) ** 2).mean((1, 2))
+        """Mean squared error of each patch, BxM."""
+        return ((predicted_BxMxP.astype(jnp.float32) - patches_BxMxP) ** 2).mean(-1)
 
-    def metrics(self, predicted, patches, weight_B) -> Metrics:
+    def metrics(self, predicted, patches, mask: Mask, weight_B) -> Metrics:
         return {}
 
 

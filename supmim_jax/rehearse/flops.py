@@ -107,9 +107,11 @@ def _without_labels(cfg: Config, patches: int, pixels: int) -> dict[str, Work]:
 
 def _decoder(cfg: Config, patches: int, entering: int, outputs: int) -> Work:
     """The decoder of one view, of which `entering` patches come out of the encoder."""
-    decoder, prefix = cfg.objective.decoder, cfg.model.prefix
+    objective, decoder, prefix = cfg.objective, cfg.objective.decoder, cfg.model.prefix
     ends = 2 * (entering + prefix) * cfg.model.width * decoder.width
-    ends += 2 * num_masked(patches, cfg.objective.mask_ratio) * decoder.width * outputs
+    drawn = objective.mask_ratio_std > 0
+    leaving = patches if drawn else num_masked(patches, objective.mask_ratio)
+    ends += 2 * leaving * decoder.width * outputs
     blocks = _stack(decoder, [patches + prefix], cfg.model.remat)
     return Work(blocks.forward + ends, blocks.backward + 2 * ends, blocks.recomputed)
 
