@@ -12,8 +12,8 @@ from supmim_jax import config as c
 
 def experiment() -> c.Config:
     return c.Config(
-        batch_size=32,
-        epochs=20,  # 2,635 steps
+        batch_size=64,
+        epochs=20,  # 1,317 steps
         data=c.DataConfig(
             name="emoji_designs",
             train_examples=4216,
@@ -36,5 +36,5 @@ def experiment() -> c.Config:
             gelu="tanh",  # costs less on a CPU
         ),
         objective=debug_supervised.OBJECTIVE,
-        optim=c.OptimConfig(lr=1e-3, weight_decay=0.05, warmup_epochs=2),
+        optim=c.OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=2),
     )

@@ -100,6 +100,11 @@ def compute(cfg: Config) -> int:
     return flops.total(cfg).model * cfg.batch_size * cfg.total_steps
 
 
+def as_costly(cfg: Config, other: Config) -> Config:
+    """`cfg` for as many epochs as cost what the run `other` does."""
+    return dataclasses.replace(cfg, epochs=cfg.epochs * compute(other) / compute(cfg))
+
+
 def digest(cfg: Config) -> str:
     """SHA-256 of the config."""
     return hashlib.sha256(json.dumps(section(cfg), sort_keys=True).encode()).hexdigest()

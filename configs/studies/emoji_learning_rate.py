@@ -2,15 +2,15 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_learning_rate.py --out runs/lr --jobs 2
 
-Hardware: 2 CPU cores, half an hour. Both recipes get the same rates, half of the epochs of
-the headline and one seed; each keeps its best.
+Hardware: 2 CPU cores, half an hour. Both recipes get the same rates, half of the epochs of the
+headline and one seed; each keeps its best.
 """
 
 from configs import emoji_supervised, emoji_supmim
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
-RATES = (1e-3, 2e-3)
+RATES = (2e-3, 4e-3)
 
 
 def study() -> Study:
@@ -23,7 +23,7 @@ def study() -> Study:
     return Study(
         question="Which learning rate suits each recipe?",
         runs={f"{name}-lr{rate}": run(name, rate) for rate in RATES for name in recipes},
-        baseline="supervised-lr0.001",
+        baseline="supervised-lr0.002",
         seeds=(0,),
         probe=c.ProbeConfig(eval=c.EvalConfig(which=("top1", "knn"))),
         metrics={"top1": "top-1", "knn": "kNN"},

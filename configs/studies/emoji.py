@@ -1,0 +1,37 @@
+"""What the studies on emoji_designs share: recipes, the learning rate of each, how they are judged.
+
+Not a study itself. The learning rates are those of configs/studies/emoji_learning_rate.py.
+"""
+
+from configs import emoji_supervised, emoji_supmim
+from supmim_jax import config as c
+from supmim_jax.study import Study
+
+SUPERVISED, SUPMIM = emoji_supervised.experiment(), emoji_supmim.experiment()
+METRICS = {
+    "top1": "top-1",
+    "knn": "kNN",
+    "knn/k=1": "Recall@1",
+    "linear": "linear",
+    "few_shot": "4-shot",
+}
+
+
+def compared(question: str, runs: dict[str, c.Config], split: str, seeds: int = 3) -> Study:
+    """A study whose first run is the baseline, judged on a split that training has not seen.
+
+    One neighbour among the training drawings is Recall@1 between designers. Some classes have no
+    more than four training drawings, hence four shots.
+    """
+    evaluations = c.EvalConfig(
+        which=("top1", "knn", "linear", "few_shot"),
+        knn=c.KNNConfig(ks=(1, 20)),
+        few_shot=c.FewShotConfig(shots=4),
+    )
+    probe = c.ProbeConfig(data=c.ProbeDataConfig(eval_split=split), eval=evaluations)
+    return Study(question, runs, next(iter(runs)), tuple(range(seeds)), probe, METRICS)
+
+
+def supmim(**objective) -> c.Config:
+    """The SupMIM run with these fields of its objective."""
+    return c.changed(SUPMIM, objective=objective)

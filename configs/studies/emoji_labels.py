@@ -1,0 +1,26 @@
+"""Two, four or all drawings of each class to learn from, in as many steps.
+
+  python -m supmim_jax.study --study configs/studies/emoji_labels.py --out runs/labels --jobs 2
+
+Hardware: 2 CPU cores, four hours. All drawings: configs/studies/emoji_headline.py. Not run yet.
+"""
+
+from configs.studies.emoji import SUPERVISED, SUPMIM, compared
+from supmim_jax import config as c
+from supmim_jax.study import Study, as_costly
+
+
+def study() -> Study:
+    runs = {}
+    for drawings, examples in ((2, 1824), (4, 3648)):
+        data = {"train_split": f"train_{drawings}", "train_examples": examples}
+        epochs = SUPERVISED.epochs * SUPERVISED.data.train_examples / examples
+        supervised, supmim = (
+            c.changed(run, epochs=epochs, data=data) for run in (SUPERVISED, SUPMIM)
+        )
+        runs |= {
+            f"supervised-{drawings}": supervised,
+            f"supmim-{drawings}": supmim,
+            f"supervised-longer-{drawings}": as_costly(supervised, supmim),
+        }
+    return compared("SupMIM and supervised, with fewer drawings of each class.", runs, "test")

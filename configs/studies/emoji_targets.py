@@ -1,0 +1,19 @@
+"""What masked patches are predicted as: codes of luminance or colour, or their pixels.
+
+  python -m supmim_jax.study --study configs/studies/emoji_targets.py --out runs/targets --jobs 2
+
+Hardware: 2 CPU cores, three hours. Judged on the validation designer. Not run yet.
+"""
+
+from configs.studies.emoji import compared, supmim
+from supmim_jax import config as c
+from supmim_jax.study import Study
+
+
+def study() -> Study:
+    runs = {
+        "luminance": supmim(),
+        "colour": supmim(target={"normalize": "raw"}),
+        "pixels": supmim(target=c.PixelsConfig()),
+    }
+    return compared("Targets of the masked patches.", runs, "validation")
