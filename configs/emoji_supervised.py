@@ -3,7 +3,8 @@
   python -m supmim_jax.train --config configs/emoji_supervised.py --workdir runs/emoji
 
 Hardware: 2 CPU cores. First make the data, as docs/data.md says. It is evaluated on a designer that
-training has not seen. All values are our choices.
+training has not seen. All values are our choices; the learning rate is the better of two
+(configs/studies/emoji_learning_rate.py).
 """
 
 from configs import debug_supervised
@@ -13,7 +14,7 @@ from supmim_jax import config as c
 def experiment() -> c.Config:
     return c.Config(
         batch_size=64,
-        epochs=20,  # 1,317 steps
+        epochs=20,  # 1,318 steps
         data=c.DataConfig(
             name="emoji_designs",
             train_examples=4216,
@@ -36,5 +37,5 @@ def experiment() -> c.Config:
             gelu="tanh",  # costs less on a CPU
         ),
         objective=debug_supervised.OBJECTIVE,
-        optim=c.OptimConfig(lr=2e-3, weight_decay=0.05, warmup_epochs=2),
+        optim=c.OptimConfig(lr=4e-3, weight_decay=0.05, warmup_epochs=2),
     )

@@ -27,9 +27,7 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
-# Layers at most that are written out on a CPU: a loop there copies what its gradient needs
-# (docs/speed.md). Not with remat: nothing would keep XLA from merging what is computed again.
-UNROLLED_ON_CPU = 12
+UNROLLED_ON_CPU = 12  # layers at most; compiling takes as long again for every few
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
@@ -154,6 +152,25 @@ def dropout(x, rate: float, key: jax.Array | None):
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
 
 
+@jax.custom_vjp
+def own_gradient(x):
+    """`x`; its gradient is an array of its own, which XLA's CPU backend does not fuse into others.
+
+    It would compute the sum over all later layers anew for each that reads it. Only a conditional
+    keeps it from that, of two branches that give the same: it drops optimization_barrier.
+    """
+    return x
+
+
+def _own_gradient_backward(_, gradient):
+    first = gradient.reshape(-1)[0]
+    same, normalized = (lambda g: g), (lambda g: jnp.where(g == 0, 0, g))
+    return (jax.lax.cond(first < 0, same, normalized, gradient),)
+
+
+own_gradient.defvjp(lambda x: (x, None), _own_gradient_backward)
+
+
 class Block(nnx.Module):
     """Self-attention and MLP, each behind a LayerNorm and, if asked for, LayerScale."""
 
@@ -266,8 +283,15 @@ class Transformer(nnx.Module):
         drops = key is not None and self.blocks.dropout > 0
         other = jax.random.fold_in(key, self.depth) if drops else None  # a stream of its own
 
+        # A loop on a CPU copies what each layer leaves for its gradient (docs/speed.md). With remat
+        # nothing would keep XLA from merging what is to be computed again.
+        platform, one = device()[0], jax.sharding.get_abstract_mesh().size == 1
+        few = self.depth <= UNROLLED_ON_CPU and self.remat == "none"
+        unroll = platform == "cpu" and one and few
+
         def body(x, layer):
             params, rate, key, number = layer
+            x = own_gradient(x) if unroll else x
             keep = _keep(key, rate, x.shape[0], segments) if drop else None
             drawn = jax.random.fold_in(other, number) if drops else None
             return nnx.merge(graph, params)(x, segments, keep, drawn), None
@@ -276,9 +300,7 @@ class Transformer(nnx.Module):
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         layers = params, rates, keys, jnp.arange(self.depth)
-        few = self.depth <= UNROLLED_ON_CPU and self.remat == "none"
-        unroll = self.depth if few and device()[0] == "cpu" else 1
-        return jax.lax.scan(body, x_BxNxD, layers, unroll=unroll)[0]
+        return jax.lax.scan(body, x_BxNxD, layers, unroll=unroll or 1)[0]
 
 
 def _keep(key, rate, examples: int, segments: tuple[int, ...]):
