@@ -101,7 +101,13 @@ def compute(cfg: Config) -> int:
 
 
 def as_costly(cfg: Config, other: Config) -> Config:
-    """`cfg` for as many epochs as cost what the run `other` does."""
+    """`cfg` for as many epochs as cost what the run `other` does.
+
+    Raises:
+      SetupError: there is no arithmetic for the objective of one.
+    """
+    if not (compute(cfg) and compute(other)):
+        raise SetupError("as_costly: FLOPs are known of objectives with a ViT encoder only.")
     return dataclasses.replace(cfg, epochs=cfg.epochs * compute(other) / compute(cfg))
 
 
@@ -110,31 +116,45 @@ def digest(cfg: Config) -> str:
     return hashlib.sha256(json.dumps(section(cfg), sort_keys=True).encode()).hexdigest()
 
 
+def recorded(out: epath.Path) -> dict[Cell, dict]:
+    """What results.jsonl holds, by cell.
+
+    Raises:
+      SetupError: a line is damaged.
+    """
+    path, found = out / "results.jsonl", {}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            found[Cell(row["run"], row["seed"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise SetupError(
+                f"{path}, line {number}, is not a cell's: {type(error).__name__}: {error}. Remove "
+                f"the line; its cell is read from its own directory, or trained again."
+            ) from None
+    return found
+
+
 def measured(study: Study, out: epath.Path) -> list[dict]:
     """What is known of each cell so far, in the order of runs and seeds.
 
     Raises:
       SetupError: a cell was trained with another config than the study now has.
     """
-    found = {}
-    table = out / "results.jsonl"
-    if table.exists():
-        for line in table.read_text().splitlines():
-            row = json.loads(line)
-            found[Cell(row["run"], row["seed"])] = row, table
-    cells = [Cell(run, seed) for run in study.runs for seed in study.seeds]
-    for cell in cells:
+    found, rows = recorded(out), []
+    for cell in (Cell(run, seed) for run in study.runs for seed in study.seeds):
         path = out / str(cell) / "study.json"
         if path.exists():
-            found[cell] = storage.read_json(path, "Remove it to measure again."), path
-    for cell in filter(found.get, cells):
-        row, path = found[cell]
-        if row["config_sha256"] != digest(study.config(cell)):
+            found[cell] = storage.read_json(path, "Remove it to measure again.")
+        if cell not in found:
+            continue
+        if found[cell]["config_sha256"] != digest(study.config(cell)):
             raise SetupError(
-                f"{path} has {cell} of another config than the study. Choose another --out, or "
-                f"remove {out / str(cell)} and its line in {table} to train it again."
+                f"{out} has {cell} of another config than the study. Choose another --out, or "
+                f"remove {path.parent} and the cell's line in results.jsonl to train it again."
             )
-    return [found[cell][0] for cell in cells if cell in found]
+        rows.append(found[cell])
+    return rows
 
 
 class Compared(NamedTuple):
@@ -213,7 +233,9 @@ def figure(study: Study, rows: list[dict]) -> bytes:
 def write(study: Study, out: epath.Path) -> list[dict]:
     """The three files, of what is there so far, which is returned."""
     rows = measured(study, out)
-    storage.write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    cells = recorded(out) | {Cell(row["run"], row["seed"]): row for row in rows}
+    lines = "".join(json.dumps(row) + "\n" for row in cells.values())
+    storage.write(out / "results.jsonl", lines)
     if rows:
         storage.write(out / "table.md", f"{study.question}\n\n{table(study, rows)}\n")
         storage.write(out / "figure.svg", figure(study, rows))

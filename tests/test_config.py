@@ -104,16 +104,23 @@ def test_a_typo_is_answered_with_the_known_key():
             "a patch of one value has no deviation",
         ),
         (
+            {"objective": {"mask_ratio_std": 0.2, "encoder_input": "visible"}},
+            "mask_ratio_std is 0.2",
+        ),
+        ({"objective": {"mask_ratio_std": 0.2, "mask_ratio": 0.4}}, "mask_ratio is 0.4"),
+        (
+            {"objective": {"token_smoothing": 0.1, "target": config.PixelsConfig()}},
+            "token_smoothing is 0.1",
+        ),
+        (
             {"batch_size": 10**9, "optim": config.OptimConfig(lr=1e35, lr_batch=1)},
             "optim.lr is 1e+35 at optim.lr_batch = 1, which is 1e+44",
         ),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(changes, message):
-    if isinstance(changes.get("model"), dict):
-        changes = changes | {"model": config.ViTConfig(**changes["model"])}
     with pytest.raises(ConfigError) as error:
-        Config(**changes)
+        config.changed(Config(), **changes)
     assert message in str(error.value)
     with pytest.raises(ConfigError, match="multipliers has 11 entries"):
         config.VQGANConfig(multipliers=(1,) * 11)

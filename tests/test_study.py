@@ -121,8 +121,21 @@ def test_what_was_trained_with_another_config_is_not_taken_for_a_cell(small, tmp
     (tmp_path / "with-1").mkdir()
     row = {"run": "with", "seed": 1, "metrics": {}, "config_sha256": "0"}
     storage.write_json(epath.Path(tmp_path) / "with-1" / "study.json", row)
-    with pytest.raises(SetupError, match=r"with-1/study\.json"):
+    with pytest.raises(SetupError, match="has with-1 of another config"):
         study.measured(small, epath.Path(tmp_path))
+
+
+def test_results_of_another_machine_stay_and_a_damaged_line_is_named(small, tmp_path):
+    out = epath.Path(tmp_path)
+    (row,) = rows_of({"with": [55.0]})
+    row["config_sha256"] = study.digest(small.config(Cell("with", 0)))
+    lines = [json.dumps(x) + "\n" for x in (row, {"run": "former", "seed": 9})]
+    (tmp_path / "results.jsonl").write_text("".join(lines))
+    assert study.write(small, out) == [row]
+    assert (tmp_path / "results.jsonl").read_text() == "".join(lines)
+    (tmp_path / "results.jsonl").write_text(lines[0] + "{")
+    with pytest.raises(SetupError, match=r"results\.jsonl, line 2"):
+        study.measured(small, out)
 
 
 def test_a_metric_that_the_probe_does_not_give_is_named_at_once(small):

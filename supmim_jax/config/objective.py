@@ -116,6 +116,11 @@ class SupMIMConfig(Objective):
                 f"{self.encoder_input!r}, whose shapes are those of one ratio: set it to 0, or "
                 f"encoder_input to 'masked'."
             )
+        if self.mask_ratio_std and self.mask_ratio < self.mask_ratio_min:
+            raise ConfigError(
+                f"mask_ratio is {self.mask_ratio}, below mask_ratio_min = {self.mask_ratio_min}: "
+                f"the mean of the ratios that are drawn must be at least the least."
+            )
         if self.token_smoothing and self.normalizes_patches:
             raise ConfigError(
                 f"token_smoothing is {self.token_smoothing}, but the target is pixels: set it to "

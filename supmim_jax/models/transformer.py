@@ -27,7 +27,7 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
-UNROLLED_ON_CPU = 12  # layers at most; compiling takes as long again for every few
+UNROLLED_ON_CPU = 12  # layers at most, so that compiling stays short
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
@@ -156,8 +156,9 @@ def dropout(x, rate: float, key: jax.Array | None):
 def own_gradient(x):
     """`x`; its gradient is an array of its own, which XLA's CPU backend does not fuse into others.
 
-    It would compute the sum over all later layers anew for each that reads it. Only a conditional
-    keeps it from that, of two branches that give the same: it drops optimization_barrier.
+    It would compute the sum over all later layers anew for each that reads it. It drops
+    optimization_barrier; a conditional of two branches that give the same (but for the sign of
+    zeros) keeps it from that.
     """
     return x
 
