@@ -13,7 +13,14 @@ import pytest
 
 from configs import debug, debug_supervised
 from supmim_jax import sharding, train_step
-from supmim_jax.config import CMAEConfig, DecoderConfig, MAEConfig, MeshConfig, SupervisedConfig
+from supmim_jax.config import (
+    ClassificationConfig,
+    CMAEConfig,
+    DecoderConfig,
+    MAEConfig,
+    MeshConfig,
+    SupervisedConfig,
+)
 from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import flops, hlo
 
@@ -21,7 +28,7 @@ MIB = 2**20
 # Of this code with jax 0.10.2: MiB of temporaries, instructions in all computations, loops.
 PROGRAMS = {
     "supervised": (55.9, 4572, 2),
-    "masked": (112.5, 9897, 7),
+    "masked": (112.5, 12976, 5),
     "visible": (74.4, 9931, 7),
     "names": (55.3, 9890, 7),
     "full": (37.7, 10090, 7),
@@ -68,7 +75,10 @@ def test_a_step_costs_what_the_arithmetic_says(name, one_device):
     memory = step.memory_analysis()
     assert memory.temp_size_in_bytes / MIB == pytest.approx(temporaries, rel=0.2)
     module = hlo.parse(step.as_text()).module
-    opcodes = Counter(x.opcode for part in module.values() for x in part.instructions.values())
+    all_of_it = [x for part in module.values() for x in part.instructions.values()]
+    opcodes = Counter(x.opcode for x in all_of_it)
+    # Of 65 where each layer computes the gradients of all later ones anew (`own_gradient`).
+    assert max(len(x.operands) for x in all_of_it if x.opcode == "fusion") < 50
     assert 0.6 < opcodes.total() / instructions < 1.6, opcodes.total()
     assert opcodes["while"] <= loops and opcodes["custom-call"] == 0
 
@@ -88,11 +98,13 @@ def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_de
     supmim = dataclasses.replace(
         cfg.objective, decoder=DECODER, encoder_input="visible", mask_ratio=0.75
     )
+    mixed = ClassificationConfig(mixup=0.5)  # so that the branches embed different images
+    drawn = dataclasses.replace(cfg.objective, mask_ratio_std=0.25, classification=mixed)
     objective, changes = {
         "mae": (MAEConfig(), {"pooling": "cls"}),
         "cmae": (CMAEConfig(), {"pooling": "gap"}),
         "supmim": (supmim, {"pooling": "cls", "layer_scale": 1e-4, "remat": "names"}),
-        "drawn": (dataclasses.replace(cfg.objective, mask_ratio_std=0.25), {}),
+        "drawn": (drawn, {}),
     }[name]
     model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0, **changes)
     cfg = dataclasses.replace(cfg, model=model, objective=objective)
