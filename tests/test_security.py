@@ -40,7 +40,6 @@ BARRED_METHODS = {
 }
 # File of the package, what it uses, and why that reads nothing from elsewhere.
 ALLOWED = {
-    ("picture.py", "runpy"): "a module of this package under its former name",
     ("bench/__main__.py", ".import_module"): "one of three modules of the checkout",
 }
 
