@@ -11,7 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import FAST, REPOSITORY
 from rivals import torch_rival
 
 from supmim_jax import train_step
@@ -136,7 +136,7 @@ def test_command(tmp_path):
     command = [sys.executable, "-m", "supmim_jax.bench", "step", "--config=configs/debug.py"]
     command += ["--config.batch_size=4", "--config.model.width=16", "--config.model.depth=1"]
     command += ["--rounds=1", "--steps=1", "--nowhere", f"--json={out}"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": FAST}
     ran = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )

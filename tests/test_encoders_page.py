@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import REPOSITORY, save_initial
+from conftest import FAST, REPOSITORY, save_initial
 from PIL import Image
 
 from supmim_jax import cli
@@ -39,7 +39,7 @@ def test_the_tutorial_and_the_code_of_the_readme_run(tmp_path):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": REPOSITORY,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # and one device
+        "XLA_FLAGS": FAST,  # and one device
     }
     (_, training), *others = blocks("docs/encoders.md", "bash", "python")
     config, workdir = re.search(r"\.train --config (\S+) --workdir (\S+)\n$", training).groups()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import REPOSITORY
+from conftest import FAST, REPOSITORY
 from etils import epath
 
 from supmim_jax import environment as environment_module
@@ -145,7 +145,7 @@ def test_types_do_not_depend_on_jax_enable_x64(objective, cfg, one_device, jax_s
 
 def run(*arguments: str, **env) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"} | env
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = FAST
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPOSITORY,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import storm
-from conftest import REPOSITORY
+from conftest import FAST, REPOSITORY
 from etils import epath
 from test_processes import command, ended, places, started
 
@@ -43,7 +43,7 @@ def draws(monkeypatch):
 @pytest.fixture(scope="module")
 def left_alone(data_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # and one device
+        patched.setenv("XLA_FLAGS", FAST)  # and one device
         yield storm.undisturbed(2, tmp_path_factory.mktemp("storm"), data_dir)
 
 

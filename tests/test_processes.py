@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, restored
+from conftest import FAST, REPOSITORY, restored
 
 from supmim_jax import checkpoint, multihost, train_step
 from supmim_jax.config.configdict import from_configdict, to_configdict
@@ -23,7 +23,7 @@ from supmim_jax.data import fractals
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
-ENV = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_NUM_CPU_DEVICES": "1"}
+ENV = os.environ | {"XLA_FLAGS": FAST, "JAX_NUM_CPU_DEVICES": "1"}
 TIMING = ("images_per_second", "data_wait")
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import FAST, REPOSITORY
 
 from supmim_jax import checkpoint
 from supmim_jax.data import fractals
@@ -39,7 +39,7 @@ def environment(tmp_path) -> dict[str, str]:
         "PATH": f"{bin}:{os.environ['PATH']}",
         "VIRTUAL_ENV": str(bin.parent),
         "JAX_NUM_CPU_DEVICES": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": FAST,
         "EXTRAS": "",
     }
 
