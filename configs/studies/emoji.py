@@ -26,6 +26,7 @@ def compared(question: str, runs: dict[str, c.Config], split: str, seeds: int = 
     evaluations = c.EvalConfig(
         which=("top1", "knn", "linear", "few_shot"),
         knn=c.KNNConfig(ks=(1, 20)),
+        linear=c.LinearProbeConfig(strengths=(0.1, 1.0, 10.0)),  # of 912 classes each takes minutes
         few_shot=c.FewShotConfig(shots=4),
     )
     probe = c.ProbeConfig(data=c.ProbeDataConfig(eval_split=split), eval=evaluations)
