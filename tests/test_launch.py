@@ -107,11 +107,11 @@ def test_all_is_rehearsed_on_each_kind_of_chip_and_a_failure_is_the_scripts(clon
     env = os.environ | {"PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
     assert subprocess.run(script, cwd=root.parent, env=env).returncode == 0
     found = (root.parent / "calls").read_text().splitlines()
-    assert len(found) == 12 * 4 and all(
+    assert len(found) == 14 * 4 and all(
         x.startswith("python -m supmim_jax.rehearse") for x in found
     )
     assert sum("tokens.cache" in line for line in found) == 4 * 4  # those of supmim
-    assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 12
+    assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 14
     assert (root.parent / "out").is_dir()
     stand_in.write_text(stand_in.read_text() + "exit 2\n")
     one = subprocess.run([*script, "configs/supmim_b14_imagenet1k.py"], cwd=root.parent, env=env)
