@@ -110,7 +110,7 @@ def test_all_is_rehearsed_on_each_kind_of_chip_and_a_failure_is_the_scripts(clon
     assert len(found) == 14 * 4 and all(
         x.startswith("python -m supmim_jax.rehearse") for x in found
     )
-    assert sum("tokens.cache" in line for line in found) == 4 * 4  # those of supmim
+    assert sum("tokens.cache" in line for line in found) == 5 * 4  # those of supmim
     assert sum("--topology v4:4x8x8 --config.mesh.fsdp=8" in line for line in found) == 14
     assert (root.parent / "out").is_dir()
     stand_in.write_text(stand_in.read_text() + "exit 2\n")
