@@ -77,7 +77,7 @@ def test_a_step_costs_what_the_arithmetic_says(name, one_device):
     module = hlo.parse(step.as_text()).module
     all_of_it = [x for part in module.values() for x in part.instructions.values()]
     opcodes = Counter(x.opcode for x in all_of_it)
-    # Of 65 where each layer computes the gradients of all later ones anew (`own_gradient`).
+    # It is 65 where each layer computes the gradients of all later ones anew (`own_gradient`).
     assert max(len(x.operands) for x in all_of_it if x.opcode == "fusion") < 50
     assert 0.6 < opcodes.total() / instructions < 1.6, opcodes.total()
     assert opcodes["while"] <= loops and opcodes["custom-call"] == 0

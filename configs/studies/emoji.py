@@ -1,6 +1,6 @@
 """What the studies on emoji_designs share: recipes, the learning rate of each, how they are judged.
 
-Not a study itself. The learning rates are those of configs/studies/emoji_learning_rate.py.
+This file is no study. The learning rates are those of configs/studies/emoji_learning_rate.py.
 """
 
 from configs import emoji_supervised, emoji_supmim
@@ -21,7 +21,7 @@ def compared(question: str, runs: dict[str, c.Config], split: str, seeds: int = 
 
     One neighbour among the training drawings is Recall@1 between designers. Some classes have no
     more than four training drawings, hence four shots. There is no linear probe: with 912 classes
-    its four fits took more than five minutes of a core, half as long as the training.
+    its fits had not ended after five minutes of a core.
     """
     evaluations = c.EvalConfig(
         which=("top1", "knn", "few_shot"),

@@ -2,7 +2,8 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_labels.py --out runs/labels --jobs 2
 
-Hardware: 2 CPU cores, four hours. All drawings: configs/studies/emoji_headline.py. Not run yet.
+Hardware: 2 CPU cores, an estimated four hours. Not run yet. All drawings are in
+configs/studies/emoji_headline.py.
 """
 
 from configs.studies.emoji import SUPERVISED, SUPMIM, compared

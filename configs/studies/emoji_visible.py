@@ -2,7 +2,7 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_visible.py --out runs/visible --jobs 2
 
-Hardware: 2 CPU cores, two hours. The `masked` form and its equal in compute are in
+Hardware: 2 CPU cores, an estimated two hours. The `masked` form and its equal in compute are in
 configs/studies/emoji_headline.py. Not run yet.
 """
 

@@ -1,4 +1,4 @@
-"""Which patches are masked: random (MAE) and block-wise (BEiT), of all images the same number.
+"""Which patches are masked, as many of every image: random (MAE) and block-wise (BEiT).
 
 Both give the patches of an image scores and mask those ranked last, so shapes are static.
 Every example's mask is a function of (key, id) alone, whatever batch or device it is on.

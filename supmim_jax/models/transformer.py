@@ -156,9 +156,9 @@ def dropout(x, rate: float, key: jax.Array | None):
 def own_gradient(x):
     """`x`; its gradient is an array of its own, which XLA's CPU backend does not fuse into others.
 
-    It would compute the sum over all later layers anew for each that reads it. It drops
-    optimization_barrier; a conditional of two branches that give the same (but for the sign of
-    zeros) keeps it from that.
+    XLA would otherwise compute the sum over all later layers anew wherever it is read. The CPU
+    backend drops optimization_barrier, but it does not fuse through a conditional; both branches
+    give the same, but for the sign of zeros.
     """
     return x
 
