@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from supmim_jax.batch import Encoder
-from supmim_jax.data.crops import WHOLE
 from supmim_jax.data.loader import Dataset
+from supmim_jax.data.transforms import WHOLE
 from supmim_jax.evals import features
 
 

@@ -23,7 +23,7 @@ from supmim_jax.batch import Features
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MeshConfig, changed
 from supmim_jax.data import decode
-from supmim_jax.data.crops import eval_image
+from supmim_jax.data.transforms import eval_image
 from supmim_jax.data.worker import prefetched
 from supmim_jax.errors import SetupError, first_few
 from supmim_jax.formats import files

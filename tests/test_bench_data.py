@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY
 from rivals import data, photographs, reference, tfdata_reference
 
-from supmim_jax.data import crops, transforms
+from supmim_jax.data import decode, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.errors import SetupError
 
@@ -47,7 +47,7 @@ def test_area_average_and_bicubic_by_hand():
 @pytest.mark.parametrize("size", [(40, 50), (90, 120), (40, 120), (60, 80), (29, 60), (20, 30)])
 def test_the_reference_is_what_the_crops_claim(size, how):
     image = photographs.draw(1, 2)[100:160, 100:180]
-    found, expected = crops.resize(image, *size, how), reference.resized(image, *size, how)
+    found, expected = transforms.resize(image, *size, how), reference.resized(image, *size, how)
     assert reference.psnr(found, expected) > 50
     assert np.abs(found - np.clip(expected, 0, 255)).max() < 2
 
@@ -107,8 +107,10 @@ def test_tfdata_makes_the_same_images(directory):
     example = transforms.TrainExample(cfg.data, cfg.seed, 1)
     ours = np.stack([example((0, i, source[i]))["image"] for i in range(8)])
     whole = [cv2.imdecode(np.frombuffer(source[i]["image"], np.uint8), 1) for i in range(8)]
-    mine = [crops.Box(*b[:4]).of(w)[:, :: -1 if b[4] else 1] for b, w in zip(boxes.tolist(), whole)]
-    resized = np.stack([crops.resize(x, 224, 224, "linear")[..., ::-1] for x in mine])
+    mine = [
+        decode.Box(*b[:4]).of(w)[:, :: -1 if b[4] else 1] for b, w in zip(boxes.tolist(), whole)
+    ]
+    resized = np.stack([transforms.resize(x, 224, 224, "linear")[..., ::-1] for x in mine])
     assert (resized == ours).all()  # the boxes and the mirroring are those of the transform
     raw = [source.raw[i] for i in range(IMAGES)]
     with tfdata_reference.Rival(raw, boxes, 224, 8, cores=1) as rival:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from supmim_jax.config import ContrastiveCropConfig, DataConfig
-from supmim_jax.data import crops, transforms
+from supmim_jax.data import transforms
 
 SAMPLES = 8000
 WHOLE = (0, 0, 255, 255)
-BOXES = {"whole": WHOLE, "centre": crops.CENTRE, "corner": (20, 120, 140, 255)}
+BOXES = {"whole": WHOLE, "centre": transforms.CENTRE, "corner": (20, 120, 140, 255)}
 SIZES = [(375, 500), (500, 333), (64, 64)]
 
 
@@ -24,7 +24,7 @@ def config(alpha=0.6, boxes="heat_map", crop="contrastive", **changes) -> DataCo
 def drawn(cfg, size, bounds, count=SAMPLES) -> np.ndarray:
     """count x 4: top, left, height and width of crops of the ids from 0."""
     rngs = (transforms.generator(5, 0, i, transforms.GEOMETRY) for i in range(count))
-    return np.array([crops.draw_crop(*size, cfg, rng, bounds).box for rng in rngs])
+    return np.array([transforms.draw_crop(*size, cfg, rng, bounds).box for rng in rngs])
 
 
 def published(alpha, least, size, bounds, seed=0, count=SAMPLES) -> np.ndarray:
@@ -113,11 +113,13 @@ def test_a_crop_is_inside_the_image_and_depends_on_its_arguments_alone(
     cfg = config(alpha, min_crop_area=least)
     bounds = np.array(bounds, np.uint8)
     for i in range(5):
-        crop = crops.draw_crop(height, width, cfg, transforms.generator(seed, 0, i, 0), bounds)
+        crop = transforms.draw_crop(height, width, cfg, transforms.generator(seed, 0, i, 0), bounds)
         top, left, h, w = crop.box
         assert crop.extent == (height, width) and all(type(x) is int for x in crop.box)
         assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width and h and w
-        again = crops.draw_crop(height, width, cfg, transforms.generator(seed, 0, i, 0), bounds)
+        again = transforms.draw_crop(
+            height, width, cfg, transforms.generator(seed, 0, i, 0), bounds
+        )
         assert again == crop
 
 
@@ -145,12 +147,12 @@ def test_a_box_without_extent_is_the_middle_of_crops_that_have_room():
 
 def test_fixed_boxes_need_no_table_and_plain_crops_come_before_the_first():
     fixed = drawn(config(boxes="centre"), (60, 80), None, 100)
-    assert (fixed == drawn(config(), (60, 80), crops.CENTRE, 100)).all()
+    assert (fixed == drawn(config(), (60, 80), transforms.CENTRE, 100)).all()
     assert (fixed == drawn(config(boxes="centre"), (60, 80), (0, 0, 9, 9), 100)).all()
     plain = drawn(config(), (60, 80), None, 100)
     assert (plain == drawn(config(crop="inception"), (60, 80), None, 100)).all()
     assert (plain != fixed).any()
-    quarter = np.array(crops.CENTRE) / 255
+    quarter = np.array(transforms.CENTRE) / 255
     assert np.allclose(quarter, (0.25, 0.25, 0.75, 0.75), atol=1 / 255)
 
 
@@ -158,7 +160,7 @@ def test_inception_crops_are_what_they_were():
     """Golden numbers: where they change, runs and token caches go on with other crops."""
     cfg = config(crop="inception", min_crop_area=0.05)
     found = [
-        crops.draw_crop(60, 80, cfg, transforms.generator(3, 1, i, transforms.GEOMETRY))
+        transforms.draw_crop(60, 80, cfg, transforms.generator(3, 1, i, transforms.GEOMETRY))
         for i in range(4)
     ]
     boxes = [(3, 6, 51, 67), (6, 27, 29, 38), (1, 23, 29, 25), (29, 36, 29, 33)]

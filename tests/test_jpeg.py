@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from supmim_jax.config import DataConfig
-from supmim_jax.data import crops, decode, jpeg, transforms
+from supmim_jax.data import decode, transforms
 from supmim_jax.errors import SetupError
 
-needs_library = pytest.mark.skipif(jpeg.library() is None, reason="needs libjpeg-turbo 3: [fast]")
+needs_library = pytest.mark.skipif(decode.libjpeg() is None, reason="needs libjpeg-turbo 3: [fast]")
 CFG = DataConfig(channels=3, image_size=32, eval_resize=32, crop="inception", resize="linear")
 
 
@@ -40,27 +40,29 @@ def test_a_region_is_bit_for_bit_that_of_the_whole(subsampling, progressive):
     for height, width in ((61, 83), (128, 96), (17, 200), (8, 8)):
         image = photograph(height, width)
         file = encoded(image, subsampling=subsampling, progressive=progressive)
-        assert jpeg.size(file) == (height, width)
+        assert decode.jpeg_size(file) == (height, width)
         whole = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR_RGB)
         for _ in range(60):
             top, left = (int(random.integers(side)) for side in (height, width))
             rest = (int(random.integers(1, n + 1)) for n in (height - top, width - left))
-            box = crops.Box(top, left, *rest)
-            assert np.array_equal(jpeg.region(file, box, (height, width)), box.of(whole)), box
+            box = decode.Box(top, left, *rest)
+            assert np.array_equal(decode.jpeg_region(file, box, (height, width)), box.of(whole)), (
+                box
+            )
 
 
 @needs_library
 def test_training_crops_do_not_depend_on_the_library(monkeypatch):
     files = [encoded(photograph(60 + i, 90 - i, i), subsampling="4:2:0") for i in range(12)]
-    decoded, region = [], jpeg.region
-    monkeypatch.setattr(jpeg, "region", lambda *a: decoded.append(1) or region(*a))
+    decoded, region = [], decode.jpeg_region
+    monkeypatch.setattr(transforms, "jpeg_region", lambda *a: decoded.append(1) or region(*a))
     make = transforms.TrainExample(CFG, 5, 10)
 
     def views() -> list[np.ndarray]:
         return [make((i, i, {"image": f, "label": 0}))["image"] for i, f in enumerate(files)]
 
     with_library = views()
-    monkeypatch.setattr(jpeg, "library", lambda: None)
+    monkeypatch.setattr(decode, "libjpeg", lambda: None)
     assert np.array_equal(with_library, views()) and len(decoded) == len(files)
 
 
@@ -85,7 +87,7 @@ def others() -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", list(others()))
 def test_files_of_other_kinds_are_left_to_opencv(kind):
     example, make = {"image": others()[kind], "label": 0}, transforms.TrainExample(CFG, 0, 1)
-    assert jpeg.size(example["image"]) is None
+    assert decode.jpeg_size(example["image"]) is None
     if kind in ("cut", "empty", "marker"):
         with pytest.raises(decode.BrokenRecord):
             make((0, 0, example))
@@ -103,8 +105,8 @@ def test_a_fault_inside_is_left_to_opencv_too():
     damaged[scan : scan + 60] = bytes(60)
     damaged[scan + 30 : scan + 32] = b"\xff\xd3"  # a marker where none belongs
     file = bytes(damaged)
-    assert jpeg.size(file) == (64, 64)
-    assert jpeg.region(file, crops.Box(0, 0, 64, 64), (64, 64)) is None
+    assert decode.jpeg_size(file) == (64, 64)
+    assert decode.jpeg_region(file, decode.Box(0, 0, 64, 64), (64, 64)) is None
     make = transforms.TrainExample(CFG, 0, 1)
     broken = decode.pixels(file, 3) is None
     with pytest.raises(decode.BrokenRecord) if broken else contextlib.nullcontext():
@@ -117,8 +119,8 @@ def test_an_older_or_foreign_library_is_none(monkeypatch, tmp_path):
     foreign.write_bytes(b"not a library")
     monkeypatch.setattr(metadata, "files", lambda name: [])
     for found in (str(foreign), "libc.so.6"):
-        monkeypatch.setattr(jpeg.ctypes.util, "find_library", lambda name, found=found: found)
-        assert jpeg.library.__wrapped__() is None
+        monkeypatch.setattr(decode.ctypes.util, "find_library", lambda name, found=found: found)
+        assert decode.libjpeg.__wrapped__() is None
 
 
 def test_a_very_wide_image_is_read_where_it_is_cropped():

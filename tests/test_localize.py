@@ -27,8 +27,8 @@ from supmim_jax.config import (
 )
 from supmim_jax.data import sampler
 from supmim_jax.data import source as source_module
-from supmim_jax.data.crops import WHOLE
 from supmim_jax.data.loader import Dataset
+from supmim_jax.data.transforms import WHOLE
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 

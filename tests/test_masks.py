@@ -19,7 +19,7 @@ from supmim_jax.config import (
     SegmentationConfig,
     changed,
 )
-from supmim_jax.data import crops, decode, fractals, source
+from supmim_jax.data import decode, fractals, source, transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
@@ -87,9 +87,9 @@ def test_a_mask_is_moved_as_its_image_is(height, width, resize):
     cfg = DataConfig(channels=1, image_size=24, eval_resize=resize)
     mask = np.zeros((height, width), np.uint16)
     mask[height // 3 :, width // 4 : -width // 4] = 1000
-    moved = crops.eval_mask(mask, cfg)
+    moved = transforms.eval_mask(mask, cfg)
     assert moved.dtype == np.uint16 and set(np.unique(moved)) == {0, 1000}
-    image = crops.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
+    image = transforms.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
     sure = (image < 20) | (image > 180)
     assert ((image > 100) == (moved > 0))[sure].all() and sure.mean() > 0.8
     # A column or row on the edge may fall either way.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from supmim_jax import sharding
 from supmim_jax.config import DataConfig, MeshConfig, changed
-from supmim_jax.data import crops, decode, loader, sampler, source, transforms
+from supmim_jax.data import decode, loader, sampler, source, transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
@@ -165,7 +165,7 @@ def test_random_erasing_puts_noise_into_one_rectangle_of_the_image_and_not_of_it
 def boxes_of(cfg: DataConfig, height: int, width: int, number: int) -> np.ndarray:
     """(top, left, height, width) of random crops."""
     rngs = [transforms.generator(0, 0, i, transforms.GEOMETRY) for i in range(number)]
-    return np.array([crops.draw_crop(height, width, cfg, rng).box for rng in rngs])
+    return np.array([transforms.draw_crop(height, width, cfg, rng).box for rng in rngs])
 
 
 def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
@@ -219,8 +219,8 @@ def test_tensorflows_crop_favours_small_areas_and_may_be_the_whole_image():
 
 
 def test_eval_images_are_the_centre_of_the_resized_image():
-    image = crops.eval_image(PHOTO, DataConfig(channels=3, image_size=20, eval_resize=30))
-    assert (image == crops.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
+    image = transforms.eval_image(PHOTO, DataConfig(channels=3, image_size=20, eval_resize=30))
+    assert (image == transforms.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
 
 
 def test_undecodable_bytes_are_named():

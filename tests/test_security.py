@@ -22,7 +22,7 @@ from etils import epath
 from pictures import contents
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
-from supmim_jax.data import jpeg, source
+from supmim_jax.data import decode, source
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
 from supmim_jax.errors import SetupError
 from supmim_jax.formats.files import read_json, read_npz, read_safetensors
@@ -197,7 +197,7 @@ def test_an_image_of_a_huge_size_takes_no_memory_and_is_no_image(tmp_path):
     command = [sys.executable, "-c", program, *map(str, sorted(tmp_path.iterdir()))]
     subprocess.run(command, check=True, cwd=REPOSITORY)
     head = b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 60_000, 60_000) + b"\x03"
-    assert jpeg.size(head + bytes(20) + b"\xff\xd9") is None
+    assert decode.jpeg_size(head + bytes(20) + b"\xff\xd9") is None
 
 
 @pytest.mark.parametrize(

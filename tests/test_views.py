@@ -12,7 +12,7 @@ from test_jpeg import encoded, needs_library, photograph
 
 from supmim_jax import sharding, train_step
 from supmim_jax.config import CMAEConfig, ContrastiveCropConfig, DataConfig, MeshConfig
-from supmim_jax.data import crops, decode, jpeg, loader, transforms
+from supmim_jax.data import decode, loader, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.data.loader import Dataset
 from supmim_jax.data.transforms import TrainExample
@@ -105,9 +105,9 @@ def test_geometry_and_colours_of_both_views_are_streams_of_their_own():
 def test_of_two_views_a_jpeg_is_decoded_once_and_the_first_is_that_of_its_part(monkeypatch):
     cfg = dataclasses.replace(CFG, crop="contrastive", resize="linear")
     whole, parts = [], []
-    decoding, region = transforms.decode_image, jpeg.region
+    decoding, region = transforms.decode_image, decode.jpeg_region
     monkeypatch.setattr(transforms, "decode_image", lambda *a: (whole.append(1), decoding(*a))[1])
-    monkeypatch.setattr(jpeg, "region", lambda *a: (parts.append(1), region(*a))[1])
+    monkeypatch.setattr(transforms, "jpeg_region", lambda *a: (parts.append(1), region(*a))[1])
     for i in range(12):
         file = encoded(photograph(60 + i, 90 - i, i), subsampling="4:2:0")
         one, two = (
@@ -146,8 +146,8 @@ def test_masks_follow_crops_around_the_centre():
         record = {"image": file, "mask": file}
         fields = transforms.MaskedTrainExample(cfg, 0)((3, example, record))
         rng = transforms.generator(0, 3, example, transforms.GEOMETRY)
-        crop = crops.draw_crop(60, 80, cfg, rng)
-        wanted = crops.cropped_mask(image.astype(np.int16), crop, 20)
+        crop = transforms.draw_crop(60, 80, cfg, rng)
+        wanted = transforms.cropped_mask(image.astype(np.int16), crop, 20)
         assert np.array_equal(fields["masks"], wanted)
 
 
@@ -218,7 +218,7 @@ def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
     assert whole[0].views[0].shape == (48, 20, 20, 1) and len(whole[0].views) == 1
     source = source_module.open_source(cfg.data, cfg.data.train_split)
     for i in (0, 63):
-        image = crops.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
+        image = transforms.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
         assert (whole[i // 48].views[0][i % 48] == image).all()
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
     assert_same(whole, taken(Dataset(cfg).whole(cfg.data.train_split, mesh)))
@@ -228,7 +228,7 @@ def test_a_whole_image_has_all_four_corners_whatever_its_shape():
     image = np.full((30, 200, 3), 100, np.uint8)
     image[:15, :100], image[15:, 100:] = 0, 250
     record = {"image": cv2.imencode(".png", image)[1].tobytes(), "label": 0}
-    square = transforms.EvalExample(CFG, crops.whole_image)((0, record))["image"]
+    square = transforms.EvalExample(CFG, transforms.whole_image)((0, record))["image"]
     corners = square[:13, :13], square[:13, 19:], square[19:, :13], square[19:, 19:]
     for corner, brightness in zip(corners, (0, 100, 100, 250), strict=True):
         assert (abs(corner.astype(int) - brightness) < 6).all()

@@ -52,12 +52,12 @@ class DataConfig:
     # 0: such images are refused, as no file says it.
     max_value: float = within(0.0, 0.0, INF)
     # inception: area uniform, aspect log-uniform, as torchvision and timm draw them; inception_tf:
-    # as tf.image.sample_distorted_bounding_box does, with more small crops; see crops.py
+    # as tf.image.sample_distorted_bounding_box does, with more small crops; see transforms.py
     crop: Literal["inception", "inception_tf", "random", "contrastive"] = "random"
     contrastive_crop: ContrastiveCropConfig = ContrastiveCropConfig()
     # all but random crops: least share of the area
     min_crop_area: float = within(0.05, 0.0, 1.0)
-    # linear: TensorFlow's default, a third of area's cost, not as smooth; see crops.resize
+    # linear: TensorFlow's default, a third of area's cost, not as smooth; see transforms.resize
     resize: Literal["area", "linear"] = "area"
     flip: bool = True
     # Repeated augmentation (arXiv 1902.05509): each image comes so often in a row, cropped and

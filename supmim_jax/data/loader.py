@@ -23,7 +23,6 @@ from supmim_jax import sharding
 from supmim_jax.batch import Batch
 from supmim_jax.config import Config, DataConfig
 from supmim_jax.data import transforms, worker
-from supmim_jax.data.crops import eval_image, whole_image
 from supmim_jax.data.decode import BrokenRecord, decode_image
 from supmim_jax.data.sampler import (
     NONE,
@@ -35,6 +34,7 @@ from supmim_jax.data.sampler import (
 )
 from supmim_jax.data.source import Records, Source
 from supmim_jax.data.token_cache import TokenCache
+from supmim_jax.data.transforms import eval_image, whole_image
 from supmim_jax.errors import ConfigError, SetupError
 
 Item = TypeVar("Item")
@@ -114,7 +114,7 @@ class Dataset:
           mesh: what the batches are put on.
           first_step: steps that are done.
           broken: records that were replaced in these, on all processes.
-          boxes: what contrastive crops are around, uint8 Nx4 as in crops.py; for
+          boxes: what contrastive crops are around, uint8 Nx4 as in transforms.py; for
             data.contrastive_crop.boxes = "heat_map" alone. None: there are none yet.
           skipped: batches of the sequence that the run leaves out before `first_step`.
 

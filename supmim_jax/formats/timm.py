@@ -15,7 +15,8 @@ from supmim_jax.formats import layout
 from supmim_jax.formats.files import CONFIG, Saved, Section, strings
 from supmim_jax.formats.layout import BLOCKS, Foreign, Row, linear, norm
 
-# Pillow's filters nearest to crops.resize; its bilinear one smooths as it shrinks, ours does not.
+# Pillow's filters nearest to transforms.resize; its bilinear one smooths as it shrinks, ours
+# does not.
 INTERPOLATION = {"area": "box", "linear": "bilinear"}
 GELU = {"exact": "gelu", "tanh": "gelu_tanh"}
 # No array shows how many heads there are, nor which GELU. Where model_args do not say either, it is

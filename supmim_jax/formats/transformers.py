@@ -23,7 +23,7 @@ CLASSIFIERS = {"cls": "ViTForImageClassification", "gap": "IJepaForImageClassifi
 ENCODERS = {"cls": "ViTModel", "gap": "IJepaModel"}
 MAE, MAE_ENCODER = "vit_mae", "ViTMAEModel"
 NO_ENCODER = ("pooler.", "decoder.")  # a layer after the CLS token; what predicts masked patches
-# Pillow's numbers of the filters nearest to crops.resize: box and bilinear (see timm.py).
+# Pillow's numbers of the filters nearest to transforms.resize: box and bilinear (see timm.py).
 RESAMPLE = {"area": 4, "linear": 2}
 EPSILON = 1e-6
 

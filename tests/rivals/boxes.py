@@ -13,8 +13,8 @@ from supmim_jax.batch import Encoder
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import IGNORED, Config, MeshConfig
 from supmim_jax.data import source as source_module
-from supmim_jax.data.crops import CENTRE, UNITS, WHOLE, whole_image
 from supmim_jax.data.decode import decode_both
+from supmim_jax.data.transforms import CENTRE, UNITS, WHOLE, whole_image
 from supmim_jax.errors import SetupError
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

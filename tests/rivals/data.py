@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from rivals import photographs, reference, tfdata_reference
 from supmim_jax import sharding, storage
 from supmim_jax.config import Config, DataConfig, MeshConfig, SupervisedConfig
-from supmim_jax.data import crops, decode, jpeg, transforms
+from supmim_jax.data import decode, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.data.loader import Dataset
 from supmim_jax.data.transforms import GEOMETRY, TrainExample, generator
@@ -222,7 +222,7 @@ def boxes(cfg: Config, count: int) -> np.ndarray:
     rows = []
     for i in range(count):
         rng = generator(cfg.seed, 0, i, GEOMETRY)
-        crop = crops.draw_crop(photographs.HEIGHT, photographs.WIDTH, cfg.data, rng)
+        crop = transforms.draw_crop(photographs.HEIGHT, photographs.WIDTH, cfg.data, rng)
         rows.append((*crop.box, crop.mirrored))
     return np.array(rows, np.int32)
 
@@ -319,15 +319,15 @@ def _example(source: source_module.Records, i: int, cfg: Config, spent: dict[str
     tick()
     rng = generator(cfg.seed, 0, i, GEOMETRY)
     shape = photographs.HEIGHT, photographs.WIDTH
-    whole = jpeg.size(record["image"]) is None
-    crop = crops.draw_crop(*shape, cfg.data, rng)
+    whole = decode.jpeg_size(record["image"]) is None
+    crop = transforms.draw_crop(*shape, cfg.data, rng)
     tick()
     if whole:
         part = crop.box.of(decode.decode_image(record, cfg.data, i))
     else:
-        part = jpeg.region(record["image"], crop.box, shape)
+        part = decode.jpeg_region(record["image"], crop.box, shape)
     tick()
-    view = crops.finished(part, crop._replace(mirrored=False), cfg.data)
+    view = transforms.finished(part, crop._replace(mirrored=False), cfg.data)
     tick()
     view = cv2.flip(view, 1) if crop.mirrored else view
     tick()
@@ -352,7 +352,7 @@ def quality(source: source_module.Records, cfg: Config, images: int) -> dict[str
     for i in range(images):
         record = source[i % len(source)]
         whole = cv2.imdecode(np.frombuffer(record["image"], np.uint8), cv2.IMREAD_COLOR_RGB)
-        crop = crops.draw_crop(*whole.shape[:2], cfg.data, generator(cfg.seed, 0, i, GEOMETRY))
+        crop = transforms.draw_crop(*whole.shape[:2], cfg.data, generator(cfg.seed, 0, i, GEOMETRY))
         expected = reference.resized(crop.box.of(whole), size, size, cfg.data.resize)
         ((ours, _),) = example.targets(0, i, record)
         found.append(reference.psnr(ours, expected[:, ::-1] if crop.mirrored else expected))

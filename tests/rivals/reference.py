@@ -1,4 +1,4 @@
-"""What `data.crops.resize` claims to compute, in float64 and with nothing of OpenCV."""
+"""What `data.transforms.resize` claims to compute, in float64 and with nothing of OpenCV."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ CUBIC = -0.75  # OpenCV's; other libraries have -0.5
 
 
 def resized(image: np.ndarray, height: int, width: int, how: str = "area") -> np.ndarray:
-    """As `crops.resize` with `how`, float64 HxWxC; sides that shrink to less than half are "area".
+    """As `resize` with `how`, float64 HxWxC; sides that shrink to less than half are "area".
 
     Nothing is rounded or clipped: where bicubic overshoots, values lie outside [0, 255].
     """
