@@ -44,7 +44,7 @@ class TrainState:
 
     step: jax.Array  # int32 scalar: steps done
     params: Any
-    moving: Any  # what the loss itself overwrites (models/variables.py); {} for most objectives
+    moving: Any  # what the loss itself overwrites (models.Moving); {} for most objectives
     opt_state: Any
     ema: Any = struct.field(default_factory=dict)  # moving average of params; {} without one
 

@@ -20,7 +20,7 @@ from supmim_jax.config import Config
 from supmim_jax.config.configdict import differences, section
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-from supmim_jax.models import kmeans, maskgit
+from supmim_jax.models import kmeans, vqgan
 from supmim_jax.train_step import TrainStep
 
 FILE = "tokenizer.npz"  # a fitted codebook, kept in the workdir and in token caches
@@ -141,7 +141,7 @@ def _trained(cfg: Config, like: dict) -> dict:
             ", or the --workdir of a run of a tokenizer (configs/vqgan_*.py)."
         )
     if not epath.Path(split_step(path)[0]).is_dir():
-        return maskgit.load(epath.Path(path), cfg.objective.token_target, like)
+        return vqgan.load_maskgit(epath.Path(path), cfg.objective.token_target, like)
     checkpoint = Checkpoint.open(path)
     objective = checkpoint.config.objective
     if objective.leaves != "tokenizer":

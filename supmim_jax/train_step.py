@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from supmim_jax import optim, sharding
 from supmim_jax.batch import Batch, Metrics, TrainState
 from supmim_jax.config import Config
-from supmim_jax.models.variables import Frozen, Moving
+from supmim_jax.models import Frozen, Moving
 from supmim_jax.objectives import OBJECTIVES
 
 INIT, STEPS = 0, 1  # folded into the seed's key: two streams that never meet

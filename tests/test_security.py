@@ -26,7 +26,7 @@ from supmim_jax.data import decode, source
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
 from supmim_jax.errors import SetupError
 from supmim_jax.formats.files import read_json, read_npz, read_safetensors
-from supmim_jax.models import kmeans, maskgit
+from supmim_jax.models import kmeans, vqgan
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
 BARRED_MODULES = {
@@ -142,7 +142,7 @@ def test_damaged_weights_are_refused_or_read_whatever_is_wrong_with_them(tmp_pat
         "x.npz": read_npz,
         "x.json": read_json,
         "x.safetensors": read_safetensors,
-        "x.msgpack": lambda path: maskgit.load(epath.Path(path), VQGANConfig(), {}),
+        "x.msgpack": lambda path: vqgan.load_maskgit(epath.Path(path), VQGANConfig(), {}),
     }
     for name, read in readers.items():
         before = (tmp_path / name).read_bytes()

@@ -13,8 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from supmim_jax import train_step
 from supmim_jax.config import VQGANConfig, changed
 from supmim_jax.errors import SetupError
-from supmim_jax.models import maskgit
-from supmim_jax.models.variables import Frozen, freeze
+from supmim_jax.models import Frozen, freeze, vqgan
 from supmim_jax.models.vqgan import VQGAN
 
 SMALL = VQGANConfig(filters=16, multipliers=(1, 2, 2), res_blocks=2, groups=8, codes=32, code_dim=8)
@@ -127,7 +126,7 @@ def test_maskgits_weights_give_maskgits_ids_and_images(published):
     images = np.random.default_rng(1).uniform(0, 1, (5, 16, 16, 3)).astype(np.float32)
     ids, again = linen_model.apply(variables, images)
     model, like = ours(SMALL, side=4, size=16)
-    nnx.update(model, maskgit.load(path, SMALL, like))
+    nnx.update(model, vqgan.load_maskgit(path, SMALL, like))
     found = model.encode(images * 2.0 - 1.0)
     assert (np.asarray(found).reshape(5, 4, 4) == ids).all() and len(np.unique(ids)) > 8
     np.testing.assert_allclose(model.decode(found), again * 2.0 - 1.0, atol=1e-4)
@@ -141,7 +140,7 @@ def test_the_published_architecture_has_the_published_tree():
     theirs = {k: x.shape for k, x in flatten_dict(theirs, sep="/").items()}
     model = jax.eval_shape(lambda: nnx.split(ours(cfg, 16, 256)[0])[1])
     mine = flatten_dict(nnx.to_pure_dict(model), sep="/")
-    assert {maskgit.their_name(k, cfg): x.shape for k, x in mine.items()} == theirs
+    assert {vqgan.maskgit_name(k, cfg): x.shape for k, x in mine.items()} == theirs
     assert theirs["encoder/ResBlock_4/Conv_2/kernel"] == (1, 1, 256, 256)
     assert theirs["quantizer/codebook"] == (1024, 256)
 
@@ -150,7 +149,7 @@ def test_a_patch_of_another_size_is_one_token_all_the_same(published):
     """ViT-B/14 at 224 px with tokens of 16 px, in small: 3 px patches with tokens of 4 px."""
     path, _, _ = published
     model, like = ours(SMALL, side=5, size=15)
-    nnx.update(model, maskgit.load(path, SMALL, like))
+    nnx.update(model, vqgan.load_maskgit(path, SMALL, like))
     images = jax.random.uniform(jax.random.key(0), (2, 15, 15, 3), minval=-1)
     ids = model.encode(images)
     enlarged, _ = ours(SMALL, side=5, size=20)
@@ -180,13 +179,13 @@ def test_a_tree_that_differs_is_refused_with_its_path(published, tmp_path, name,
     flat = {k: x for k, x in flat.items() if x is not None}
     path = written(tmp_path, {"params": unflatten_dict(flat, sep="/")})
     with pytest.raises(SetupError, match=message):
-        maskgit.load(path, SMALL, ours(SMALL, 4, 16)[1])
+        vqgan.load_maskgit(path, SMALL, ours(SMALL, 4, 16)[1])
 
 
 def test_half_precision_and_collections_beside_the_parameters_are_read(published, tmp_path):
     half = jax.tree.map(lambda x: np.asarray(x, np.float16), published[2]["params"])
     tree = {"params": half, "batch_stats": {"x": np.zeros(3, np.float32)}, "step": np.int32(7)}
-    found = maskgit.load(written(tmp_path, tree), SMALL, ours(SMALL, 4, 16)[1])
+    found = vqgan.load_maskgit(written(tmp_path, tree), SMALL, ours(SMALL, 4, 16)[1])
     expected = np.asarray(half["quantizer"]["codebook"], np.float32)
     np.testing.assert_array_equal(found["codebook"], expected)
 
@@ -198,7 +197,7 @@ def test_a_file_that_is_cut_or_no_msgpack_is_refused(published, tmp_path):
         if bad is not None:
             path.write_bytes(bad)
         with pytest.raises(SetupError, match=str(path)):
-            maskgit.load(path, SMALL, like)
+            vqgan.load_maskgit(path, SMALL, like)
 
 
 def test_a_frozen_tokenizer_is_an_argument_of_the_step_and_not_in_its_state(cfg, one_device):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.models.variables import Frozen
+from supmim_jax.models import Frozen
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.models.vqgan import VQGAN, nearest
 

@@ -13,9 +13,8 @@ from flax import nnx
 
 from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
-from supmim_jax.models import masking
+from supmim_jax.models import Moving, freeze, masking
 from supmim_jax.models.transformer import embedding, layer_norm, linear
-from supmim_jax.models.variables import Moving, freeze
 from supmim_jax.models.vit import ViT, pixels
 from supmim_jax.objectives import losses
 from supmim_jax.objectives.mae import MAE

@@ -6,9 +6,8 @@ from flax import nnx
 
 from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
-from supmim_jax.models import kmeans
+from supmim_jax.models import freeze, kmeans
 from supmim_jax.models.masking import Mask
-from supmim_jax.models.variables import freeze
 from supmim_jax.models.vit import patchify, pixels
 from supmim_jax.objectives import losses
 

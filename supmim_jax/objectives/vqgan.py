@@ -11,8 +11,7 @@ from flax import nnx
 
 from supmim_jax.batch import Batch, Metrics
 from supmim_jax.config import Config
-from supmim_jax.models import kmeans
-from supmim_jax.models.variables import Moving, freeze
+from supmim_jax.models import Moving, freeze, kmeans
 from supmim_jax.models.vit import ViT, pixels
 from supmim_jax.models.vqgan import Discriminator, nearest, squared_distances
 from supmim_jax.objectives import losses
