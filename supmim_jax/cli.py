@@ -32,7 +32,7 @@ from supmim_jax.config.configdict import section, to_configdict
 from supmim_jax.data import source
 from supmim_jax.errors import OF_THE_USER, ConfigError, SetupError
 from supmim_jax.multihost import EXIT_SETUP
-from supmim_jax.nan_guard import Diverged
+from supmim_jax.watchdog import Diverged
 
 PACKAGE = "configs"
 HERE = Path(__file__).resolve().parent

@@ -31,10 +31,9 @@ from supmim_jax.data.loader import Dataset, Training
 from supmim_jax.evals import ERRORS
 from supmim_jax.init_from import InitialState
 from supmim_jax.metrics import ROLLED_BACK, Clock, MetricsWriter, ProgressLine
-from supmim_jax.nan_guard import Diverged, NanGuard
 from supmim_jax.tokenizers import Frozen
 from supmim_jax.train_step import TrainStep
-from supmim_jax.watchdog import Watchdog
+from supmim_jax.watchdog import Diverged, NanGuard, Watchdog
 from supmim_jax.workdir import Workdir
 
 

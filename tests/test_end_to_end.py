@@ -23,8 +23,8 @@ from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data import loader
 from supmim_jax.errors import SetupError
 from supmim_jax.metrics import MetricsWriter
-from supmim_jax.nan_guard import Diverged
 from supmim_jax.train import train
+from supmim_jax.watchdog import Diverged
 
 ONE = jax.devices()[:1]
 

@@ -11,7 +11,7 @@ LAYERS = [
     {"storage"},
     {"config"},
     {"sharding", "multihost", "metrics"},
-    {"models", "data", "optim", "nan_guard", "watchdog"},
+    {"models", "data", "optim", "watchdog"},
     {"objectives", "formats", "cli"},
     {"checkpoint", "evals"},
     {"encoder"},

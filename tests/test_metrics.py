@@ -8,7 +8,7 @@ import pytest
 from conftest import make_batch
 from etils import epath
 
-from supmim_jax import metrics, nan_guard
+from supmim_jax import metrics, watchdog
 
 VALUES = {
     "loss": 1.5,
@@ -21,15 +21,15 @@ VALUES = {
 
 
 def test_a_nan_is_found_one_step_later_with_its_ids(cfg):
-    check, batch = nan_guard.NanGuard(), make_batch(cfg)
+    check, batch = watchdog.NanGuard(), make_batch(cfg)
     batch = batch.replace(id=jnp.asarray(batch.id))
     check(1, {"loss": jnp.float32(1.0)}, batch)
     check(2, {"loss": jnp.float32(jnp.nan), "ce": jnp.float32(2.0)}, batch)
-    with pytest.raises(nan_guard.Diverged, match=r"Step 2 .*loss=nan, ce=2.*batch: 0, 1, 2"):
+    with pytest.raises(watchdog.Diverged, match=r"Step 2 .*loss=nan, ce=2.*batch: 0, 1, 2"):
         check(3, {"loss": jnp.float32(1.0)}, batch)
-    check = nan_guard.NanGuard()
+    check = watchdog.NanGuard()
     check(1, {"grad_norm": jnp.float32(jnp.inf)}, batch)
-    with pytest.raises(nan_guard.Diverged, match="grad_norm=inf"):
+    with pytest.raises(watchdog.Diverged, match="grad_norm=inf"):
         check.flush()
 
 

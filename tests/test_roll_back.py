@@ -11,8 +11,8 @@ from test_end_to_end import ONE, final_state
 from supmim_jax.config import WatchConfig
 from supmim_jax.data import loader
 from supmim_jax.data.loader import Dataset
-from supmim_jax.nan_guard import Diverged
 from supmim_jax.train import train
+from supmim_jax.watchdog import Diverged
 
 
 @pytest.fixture

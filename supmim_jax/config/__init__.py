@@ -11,7 +11,6 @@ from supmim_jax.config.data import (
     MasksConfig,
     ProbeDataConfig,
 )
-from supmim_jax.config.debug import debug
 from supmim_jax.config.evaluation import (
     EvalConfig,
     FewShotConfig,
@@ -22,7 +21,7 @@ from supmim_jax.config.evaluation import (
     RetrievalConfig,
     SegmentationConfig,
 )
-from supmim_jax.config.experiment import Config, changed
+from supmim_jax.config.experiment import Config, changed, debug
 from supmim_jax.config.fields import INF, within
 from supmim_jax.config.model import (
     VARIANTS,
