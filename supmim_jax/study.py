@@ -329,6 +329,8 @@ def asked(study: Study, only: str) -> list[Cell]:
 
 def main() -> None:
     study = cli.read(STUDY.value, lambda module: module.study(), "--study")
+    if BASELINE.value:
+        study = dataclasses.replace(study, baseline=BASELINE.value)
     out = epath.Path(OUT.value)
     if CELL.value:
         (cell,) = asked(study, CELL.value)
@@ -354,6 +356,7 @@ if __name__ == "__main__":
     STUDY = flags.DEFINE_string("study", None, "A file as in configs/studies/.", required=True)
     OUT = storage.define("out", None, "Directory of the study, local.", required=True)
     ONLY = flags.DEFINE_string("only", "", "Some cells: <run> or <run>-<seed>, with commas.")
+    BASELINE = flags.DEFINE_string("baseline", "", "Run to compare with; default: the study's own.")
     JOBS = flags.DEFINE_integer("jobs", 1, "Cells at once, on shares of the cores.", lower_bound=1)
     GPUS = flags.DEFINE_list("gpus", [], "Numbers of GPUs, for a cell at once on each.")
     CELL = flags.DEFINE_string("cell", "", "Trains one cell in this process.")

@@ -176,3 +176,5 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     assert [x["metrics"] for x in again] == [x["metrics"] for x in rows]
     wrong = command("--only=nobody")
     assert wrong.returncode == 2 and "nobody" in wrong.stderr and "without, with" in wrong.stderr
+    wrong = command("--only=with-1", "--baseline=nobody")
+    assert wrong.returncode == 2 and "'nobody'; runs are without, with" in wrong.stderr

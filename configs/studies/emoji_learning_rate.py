@@ -2,7 +2,7 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_learning_rate.py --out runs/lr --jobs 2
 
-Hardware: 2 CPU cores, half an hour. Both recipes get the same rates, half of the epochs of the
+Hardware: 2 CPU cores, an hour. Both recipes get the same rates, half of the epochs of the
 headline and one seed; each keeps its best.
 """
 
@@ -10,7 +10,7 @@ from configs import emoji_supervised, emoji_supmim
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
-RATES = (2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def study() -> Study:
