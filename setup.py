@@ -56,7 +56,7 @@ setup(
         "bench": ["faiss-cpu"],
         "onnx": ["jax2onnx>=0.13", "onnxruntime"],
         "parquet": ["pyarrow"],  # for supmim_jax.embed --out=*.parquet
-        "fast": ["turbojpeg"],  # libjpeg-turbo 3, of which supmim_jax/data/decode.py uses the library
+        "fast": ["turbojpeg"],  # libjpeg-turbo 3, for supmim_jax/data/decode.py
         "designs": ["resvg-py>=0.5"],  # renders the data set emoji_designs
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
