@@ -11,7 +11,8 @@ kernels per program may still round differently).
 """
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -138,10 +139,12 @@ def _search(queries_QxD, first, bank_CxNxD, *, k: int, size: int, leave_one_out:
             if leave_one_out:
                 hidden |= index == query[:, None]
             similarity = jnp.where(hidden, -jnp.inf, similarity)
+            similarity, row = _candidates(similarity, k)
             # top_k keeps the order of equals: those so far first, they have smaller indices.
             top, where = jax.lax.top_k(jnp.concatenate([best[0], similarity], axis=1), k)
             before = jnp.take_along_axis(best[1], jnp.minimum(where, k - 1), axis=1)
-            return (top, jnp.where(where < k, before, offset + where - k)), None
+            found = offset + row(jnp.maximum(where - k, 0))
+            return (top, jnp.where(where < k, before, found)), None
 
         shape = (len(queries_QxD), k)
         none = (jnp.full(shape, -jnp.inf), jnp.full(shape, NOWHERE, jnp.int32))
@@ -160,6 +163,26 @@ def _search(queries_QxD, first, bank_CxNxD, *, k: int, size: int, leave_one_out:
         out_specs=(whole, whole),
         check_vma=False,  # it cannot see that the merged best are the same on every device
     )(queries_QxD, first, bank_CxNxD)
+
+
+def _candidates(x_QxN: jax.Array, k: int) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Entries among which the k largest of each row are, in order; and their columns by place.
+
+    Where N >> k these are few, so that top_k has less to sort: groups of neighbours are looked at,
+    and only the k whose maxima are largest, of equal maxima the first, can hold any of the k.
+    """
+    queries, entries = x_QxN.shape
+    size = min(LEAST_CHUNK, 1 << int(math.log2(max(1.0, math.sqrt(entries / k)))))
+    if size < 16:  # to gather them would cost more than it saves
+        return x_QxN, lambda place: place
+    grouped = x_QxN.reshape(queries, -1, size)
+    groups_QxK = jnp.sort(jax.lax.top_k(grouped.max(axis=2), k)[1], axis=1)
+    among = jnp.take_along_axis(grouped, groups_QxK[..., None], axis=1)
+
+    def column(place):
+        return jnp.take_along_axis(groups_QxK, place // size, axis=1) * size + place % size
+
+    return among.reshape(queries, -1), column
 
 
 def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array:
