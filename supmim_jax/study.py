@@ -210,7 +210,7 @@ def figure(study: Study, rows: list[dict]) -> bytes:
     from matplotlib.figure import Figure
 
     others = [run for run in study.runs if run != study.baseline][::-1]
-    drawing = Figure(figsize=(2.6 * len(study.metrics) + 1.5, 0.5 * len(others) + 1.2))
+    drawing = Figure(figsize=(2.6 * len(study.metrics) + 1.5, 0.5 * len(others) + 1.6))
     axes = drawing.subplots(1, len(study.metrics), sharey=True, squeeze=False)[0]
     for axis, (metric, title) in zip(axes, study.metrics.items()):
         axis.axvline(0, color="grey", linewidth=0.8)
@@ -218,12 +218,16 @@ def figure(study: Study, rows: list[dict]) -> bytes:
             found = compared(rows, study.baseline, run, metric)
             if not found or not len(found.differences):
                 continue
-            axis.plot(found.differences, [place] * len(found.differences), ".", color="silver")
+            below = [place - 0.2] * len(found.differences)
+            axis.plot(found.differences, below, ".", color="grey", markersize=4)
             margin, mean = np.nan_to_num(found.margin), found.differences.mean()
             axis.errorbar(mean, place, xerr=margin, fmt="o", capsize=3, color="C0")
         axis.set_title(title, fontsize=9)
-        axis.set_xlabel(f"difference to {study.baseline}", fontsize=8)
+        axis.set_xlabel(f"points above {study.baseline}", fontsize=8)
         axis.set_yticks(range(len(others)), others, fontsize=8)
+        axis.set_ylim(-0.6, len(others) - 0.4)
+    legend = f"Means with {CONFIDENCE:.0%} confidence intervals; small dots: seeds."
+    drawing.suptitle(f"{study.question} {legend}", fontsize=8)
     drawing.tight_layout()
     file = io.BytesIO()
     drawing.savefig(file, format="svg", metadata={"Date": None})
