@@ -3,7 +3,7 @@
   python -m supmim_jax.train --config configs/emoji_supervised.py --workdir runs/emoji
 
 Hardware: 2 CPU cores. First make the data, as docs/data.md says. It is evaluated on a designer that
-training has not seen. All values are our choices; the learning rate is the better of two
+training has not seen. All values are our choices; the learning rate is the best of four
 (configs/studies/emoji_learning_rate.py).
 """
 

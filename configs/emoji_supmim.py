@@ -2,7 +2,7 @@
 
   python -m supmim_jax.train --config configs/emoji_supmim.py --workdir runs/emoji_supmim
 
-Hardware: 2 CPU cores. All values are our choices. The learning rate is the better of two for this
+Hardware: 2 CPU cores. All values are our choices. The learning rate is the best of three for this
 recipe (configs/studies/emoji_learning_rate.py). Luminance codes, as a designer's colours say little
 of the emoji.
 """
