@@ -2,8 +2,8 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_learning_rate.py --out runs/lr --jobs 2
 
-Hardware: 2 CPU cores, an hour. Both recipes get the same rates, half of the epochs of the
-headline and one seed; each keeps its best.
+Hardware: 2 CPU cores, an estimated hour. Both recipes get the same rates, half of the epochs of the
+headline and one seed; each keeps its best. SupMIM at 8e-3 has not run.
 """
 
 from configs import emoji_supervised, emoji_supmim
