@@ -10,8 +10,10 @@ read by gcsfs, where it would load TensorFlow. gcsfs: directories are listed ane
 other processes write to them.
 """
 
+import ctypes
 import os
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +27,18 @@ if not _given.isdecimal():  # OpenCV would end the process without a word of it
 MOST_PIXELS = int(_given)
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GCS", '{"use_listings_cache": false}')
+
+# A step on a CPU asks for the same memory each time. In between, glibc would return it to Linux,
+# and every page of it would be a fault: a third of a small model's step (docs/speed.md). A command
+# that has nothing but CPUs therefore keeps what it frees, in one heap for all threads. Threads that
+# are there already would have heaps of their own, which return large blocks: hence so early.
+_asked, _plugins = os.environ.get("JAX_PLATFORMS"), ("jax_plugins", "libtpu")
+_only_cpus = _asked == "cpu" or not (_asked or any(map(find_spec, _plugins)))
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+if sys.argv[:1] == ["-m"] and _only_cpus and _mallopt:  # python -m supmim_jax.<command>
+    _mallopt(-8, 1)  # M_ARENA_MAX: heaps
+    _mallopt(-4, 0)  # M_MMAP_MAX: blocks outside of it
+    _mallopt(-1, -1)  # M_TRIM_THRESHOLD: bytes of it that may lie idle; no limit
 
 __all__ = ["Encoder", "load"]
 

@@ -173,6 +173,26 @@ def test_what_the_code_relies_on_is_so_whatever_the_environment_says(data_dir, t
     assert all(np.array_equal(x, y) for x, y in zip(plain, other, strict=True))
 
 
+def test_steps_of_a_command_on_a_cpu_reuse_memory():
+    code = (
+        "import resource, sys\n"
+        "sys.argv = ['-m']  # as while Python looks for the module of a command\n"
+        "from supmim_jax import train\n"
+        "import jax, jax.numpy as jnp\n"
+        "step = jax.jit(lambda x: jnp.sin(x @ x.T) @ x)\n"
+        "x = jnp.ones((4096, 32))\n"
+        "def faults():\n"
+        "    for _ in range(20):\n"
+        "        step(x).block_until_ready()\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "before = faults()\n"
+        "print(faults() - before)\n"
+    )
+    out = run("-c", code, JAX_PLATFORMS="cpu")
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) < 20 * 1024  # pages; a step has an array of 16,384
+
+
 @pytest.mark.parametrize("platforms", ["cuda", "tpu", "nonsense"])
 @pytest.mark.parametrize("command", ["train", "cache_tokens"])
 def test_a_device_that_is_not_there(command, platforms, tmp_path):
