@@ -44,7 +44,28 @@ def test_a_tpu_goes_by_groups_of_rows():
         assert implementation(jnp.dtype(dtype), tokens, head_dim, TPU) == "grouped"
 
 
-@pytest.mark.parametrize("objective", [{}, {"encoder_input": "visible", "mask_ratio": 0.75}])
+def stepped(cfg, mesh) -> tuple:
+    """The program of a step, its metrics, and the moments of every gradient after it."""
+    built = train_step.build(cfg, mesh)
+    state = built.init(jax.random.key(0))
+    frozen = sharding.put(make_frozen(cfg), built.frozen)
+    lowered = built.step.lower(state, make_batch(cfg), frozen)
+    state, metrics = built.step(state, make_batch(cfg), frozen)
+    return lowered.as_text(), (metrics, jax.device_get(state.opt_state))
+
+
+def assert_equal(found: tuple, expected: tuple) -> None:
+    for name in expected[0]:
+        assert float(found[0][name]) == pytest.approx(float(expected[0][name]), rel=1e-5), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[1], expected[1]
+    )
+
+
+OBJECTIVES = [{}, {"encoder_input": "visible", "mask_ratio": 0.75}]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("remat", ["none", "names"])
 def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, remat):
     """The loss and every gradient, on 4 shards of rows and 2 of heads, each in several groups."""
@@ -52,26 +73,26 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     objective = dataclasses.replace(cfg.objective, **objective)
     cfg = dataclasses.replace(cfg, model=model, mesh=mesh, objective=objective, batch_size=24)
-
-    def stepped() -> tuple:
-        built = train_step.build(cfg, sharding.run_mesh(cfg))
-        state = built.init(jax.random.key(0))
-        frozen = sharding.put(make_frozen(cfg), built.frozen)
-        lowered = built.step.lower(state, make_batch(cfg), frozen)
-        _, metrics = (state := built.step(state, make_batch(cfg), frozen))
-        return lowered.as_text(), metrics, jax.device_get(state[0].opt_state)
-
-    text, expected, moments = stepped()
+    mesh = sharding.run_mesh(cfg)
+    text, expected = stepped(cfg, mesh)
     monkeypatch.setattr(transformer, "device", lambda: TPU)
     monkeypatch.setattr(transformer, "GROUP_LOGITS", 3 * cfg.model.heads * 26**2)
-    grouped_text, found, grouped_moments = stepped()
+    grouped_text, found = stepped(cfg, mesh)
     assert grouped_text.count("stablehlo.while") > text.count("stablehlo.while")
-    for name in expected:
-        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        *(grouped_moments, moments),
-    )
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective):
+    """The loss and every gradient: attention, matmuls with and without LayerScale, GELU."""
+    model = dataclasses.replace(cfg.model, layer_scale=0.1, drop_path=0.0)
+    objective = dataclasses.replace(cfg.objective, **objective)
+    cfg = dataclasses.replace(cfg, model=model, objective=objective)
+    text, found = stepped(cfg, one_device)
+    monkeypatch.setattr(transformer, "on_one_cpu", lambda: False)
+    usual_text, expected = stepped(cfg, one_device)
+    assert "erfc" in usual_text and "erfc" not in text
+    assert_equal(found, expected)
 
 
 def test_the_device_is_the_meshs():

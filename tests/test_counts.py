@@ -21,17 +21,18 @@ from supmim_jax.config import (
     MeshConfig,
     SupervisedConfig,
 )
+from supmim_jax.models import transformer
 from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import flops, hlo
 
 MIB = 2**20
 # Of this code with jax 0.10.2: MiB of temporaries, instructions in all computations, loops.
 PROGRAMS = {
-    "supervised": (55.9, 4572, 2),
-    "masked": (112.5, 12976, 6),
-    "visible": (74.4, 9931, 7),
-    "names": (55.3, 9890, 8),
-    "full": (37.7, 10090, 8),
+    "supervised": (42.1, 5960, 0),
+    "masked": (93.3, 10263, 6),
+    "visible": (63.0, 11144, 7),
+    "names": (48.9, 8388, 8),
+    "full": (26.9, 8305, 8),
 }
 
 
@@ -79,6 +80,8 @@ def test_a_step_costs_what_the_arithmetic_says(name, one_device):
     opcodes = Counter(x.opcode for x in all_of_it)
     # It is 65 where each layer computes the gradients of all later ones anew (`own_gradient`).
     assert max(len(x.operands) for x in all_of_it if x.opcode == "fusion") < 50
+    # No gradient is copied transposed for that of a kernel (`cpu_matmul`).
+    assert "lhs_contracting_dims={0}, rhs_contracting_dims={1}" not in step.as_text()
     assert 0.6 < opcodes.total() / instructions < 1.6, opcodes.total()
     assert opcodes["while"] <= loops and opcodes["custom-call"] == 0
 
@@ -139,8 +142,11 @@ def test_a_step_repeats_no_work_and_sends_parameters_and_gradients_alone(cfg, br
 
 
 @pytest.mark.parametrize("name", ["masked", "visible"])
-def test_logits_are_of_masked_patches_alone_and_all_but_the_head_is_in_bfloat16(one_device, name):
+def test_logits_are_of_masked_patches_alone_and_all_but_the_head_is_in_bfloat16(
+    one_device, name, monkeypatch
+):
     """Forward and backward; and no gather or scatter, which XLA does not fuse, makes others."""
+    monkeypatch.setattr(transformer, "on_one_cpu", lambda: False)  # which has flat rows
     cfg, codes = config(name), 40  # no other array has 40 columns
     target = dataclasses.replace(cfg.objective.target, codes=codes)
     cfg = dataclasses.replace(

@@ -3,8 +3,9 @@
 XLA's attention writes the logits of every head and pair of tokens to memory and reads them again.
 On a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On a TPU, XLA
 does so itself if they are few: there attention goes by groups of rows, and the gradient computes
-each group's logits anew. Which of the three runs is chosen as the step is traced, by platform,
-dtype and shape.
+each group's logits anew. Which of them runs is chosen as the step is traced, by platform, dtype and
+shape. On one CPU device attention and matmuls have gradients of their own: those that JAX derives
+take longer there (docs/speed.md).
 """
 
 import functools
@@ -59,18 +60,29 @@ def device() -> tuple[str, str]:
     return (found.platform, found.device_kind) if found else ("", "")
 
 
+def on_one_cpu() -> bool:
+    """Whether this is traced for a single CPU device."""
+    return device()[0] == "cpu" and jax.sharding.get_abstract_mesh().size == 1
+
+
 def attention(qkv_BxNxE, segments: tuple[int, ...], heads: int, forms=None) -> jax.Array:
     """Multi-head attention within each segment, BxNxD; E is 3 D, queries, keys and values.
 
     `forms` has one for each segment, as `implementation` gives them; None is XLA's for all.
     """
+    shape, cpu = qkv_BxNxE.shape[:2], on_one_cpu()
+    if cpu and len(set(segments)) == 1:  # as rows of their own there is nothing to take apart
+        qkv_BxNxE, segments = qkv_BxNxE.reshape(-1, segments[0], qkv_BxNxE.shape[2]), segments[:1]
     qkv = qkv_BxNxE.reshape(*qkv_BxNxE.shape[:2], 3, heads, -1)
     parts = []
     forms = forms or ["xla"] * len(segments)
     for form, part in zip(forms, jnp.split(qkv, np.cumsum(segments)[:-1], axis=1)):
+        if cpu:
+            parts.append(cpu_attention(part))
+            continue
         q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
         parts.append(jax.nn.dot_product_attention(q, k, v, implementation=form))
-    return jnp.concatenate(parts, axis=1).reshape(*qkv.shape[:2], -1)
+    return jnp.concatenate(parts, axis=1).reshape(*shape, -1)
 
 
 def grouped_attention(qkv_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
@@ -114,6 +126,33 @@ def _by_groups_backward(segments, heads, qkv, gradient):
 _by_groups.defvjp(_by_groups_forward, _by_groups_backward)
 
 
+@jax.custom_vjp
+def cpu_attention(qkv_BxNx3xHxD) -> jax.Array:
+    """Multi-head attention, BxNxHxD, as JAX's to rounding; the gradient reads no logits."""
+    return _cpu_attention_forward(qkv_BxNx3xHxD)[0]
+
+
+def _cpu_attention_forward(qkv):
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    q = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits).astype(qkv.dtype)
+    return (weights @ v).transpose(0, 2, 1, 3), (q, k, v, weights)
+
+
+def _cpu_attention_backward(saved, gradient):
+    q, k, v, weights = saved
+    gradient = gradient.transpose(0, 2, 1, 3)
+    of_weights = gradient @ v.swapaxes(2, 3)
+    of_logits = weights * (of_weights - (of_weights * weights).sum(-1, keepdims=True))
+    of_q = of_logits @ k * q.shape[-1] ** -0.5
+    of_k, of_v = of_logits.swapaxes(2, 3) @ q, weights.swapaxes(2, 3) @ gradient
+    return (jnp.stack([of_q, of_k, of_v]).transpose(1, 3, 0, 2, 4),)
+
+
+cpu_attention.defvjp(_cpu_attention_forward, _cpu_attention_backward)
+
+
 def keeps_kernel(primitive, *_, **__) -> bool:
     """A policy of jax.checkpoint: keep the kernel's output and its sums of each row's softmax."""
     return primitive.name == KERNEL
@@ -132,7 +171,46 @@ REMAT_POLICIES = {
 
 def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, init=XAVIER) -> nnx.Linear:
     """Linear layer with float32 parameters, Xavier-uniform and zero as in ViT's and MAE's codes."""
-    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs, dot_general=dot_general
+    )
+
+
+def dot_general(x, kernel, dimensions, **options) -> jax.Array:
+    """That of a linear layer, whose last axis meets the kernel's first."""
+    if not on_one_cpu():
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    return cpu_matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def cpu_matmul(x_NxI, kernel_IxO) -> jax.Array:
+    """Their product. The gradient of the kernel has the form that XLA's CPU backend is fastest at.
+
+    If `x` had more axes, it would copy an operand transposed. A result of fewer rows than columns
+    takes it half as long as the transposed one.
+    """
+    return x_NxI @ kernel_IxO
+
+
+def _cpu_matmul_backward(operands, gradient):
+    (x, kernel), over_rows = operands, (((0,), (0,)), ((), ()))
+    if x.shape[1] > gradient.shape[1]:
+        transposed = jax.lax.dot_general(gradient, x, over_rows)
+        of_kernel = jax.lax.optimization_barrier(transposed).T  # or XLA merges the two
+    else:
+        of_kernel = jax.lax.dot_general(x, gradient, over_rows)
+    return gradient @ kernel.T, of_kernel
+
+
+cpu_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_matmul_backward)
+
+
+def gelu(x, form: str) -> jax.Array:
+    """The exact one or by tanh. JAX's exact one, by erfc, takes longer on a CPU than by erf."""
+    if form == "tanh" or x.dtype != jnp.float32 or not on_one_cpu():
+        return jax.nn.gelu(x, approximate=form == "tanh")
+    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
 
 
 def embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
@@ -219,7 +297,7 @@ class Block(nnx.Module):
         x = x + kept(dropped(self.attend(self.norm1(x), segments), 0), 0)
         x = checkpoint_name(x, "mid")
         hidden = checkpoint_name(self.fc1(self.norm2(x)), "fc1")
-        hidden = dropped(jax.nn.gelu(hidden, approximate=self.gelu == "tanh"), 1)
+        hidden = dropped(gelu(hidden, self.gelu), 1)
         return x + kept(dropped(self.project(self.fc2, hidden, self.scale2), 2), 1)
 
     @jax.named_scope("attention")
@@ -245,7 +323,8 @@ class Block(nnx.Module):
         if scale is None:
             return layer(x)
         kernel, bias = layer.kernel[...] * scale[...], layer.bias[...] * scale[...]  # float32
-        return x @ kernel.astype(layer.dtype) + bias.astype(layer.dtype)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        return dot_general(x, kernel.astype(layer.dtype), dimensions) + bias.astype(layer.dtype)
 
 
 class Transformer(nnx.Module):
@@ -286,9 +365,7 @@ class Transformer(nnx.Module):
 
         # A loop on a CPU copies what each layer leaves for its gradient (docs/speed.md). With remat
         # nothing would keep XLA from merging what is to be computed again.
-        platform, one = device()[0], jax.sharding.get_abstract_mesh().size == 1
-        few = self.depth <= UNROLLED_ON_CPU and self.remat == "none"
-        unroll = platform == "cpu" and one and few
+        unroll = on_one_cpu() and self.depth <= UNROLLED_ON_CPU and self.remat == "none"
 
         def body(x, layer):
             params, rate, key, number = layer
