@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from feed_host import BATCH, config
+from loader_host import BATCH, config
 
 from supmim_jax.data import fractals
 from supmim_jax.data.loader import Dataset
@@ -25,7 +25,7 @@ class Part:
         self.hosts, self.first_step = hosts, first_step
         self.outs = [directory / f"{first_step}-{host}" for host in range(hosts)]
         asked = asked | {"hosts": hosts, "first_step": first_step}
-        command = (sys.executable, f"{REPOSITORY}/tests/feed_host.py")
+        command = (sys.executable, f"{REPOSITORY}/tests/loader_host.py")
         env = {"PYTHONPATH": REPOSITORY, "PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu"}
         self.processes = [
             subprocess.Popen(

@@ -1,6 +1,6 @@
 """One of several hosts that read a run's data: writes the step and the ids of each batch it is fed.
 
-python tests/feed_host.py '{"data_dir": ..., "out": ..., "first_step": 0, "hosts": 2, "host": 1,
+python tests/loader_host.py '{"data_dir": ..., "out": ..., "first_step": 0, "hosts": 2, "host": 1,
                             "workers": 0, "epochs": 8}'
 """
 
