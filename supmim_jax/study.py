@@ -35,6 +35,7 @@ from supmim_jax.config import Config, ProbeConfig
 from supmim_jax.config.configdict import section
 from supmim_jax.errors import SetupError, first_few
 from supmim_jax.rehearse import flops
+from supmim_jax.report.files import environments
 from supmim_jax.train import train
 
 CONFIDENCE = 0.95
@@ -76,6 +77,7 @@ class Cell(NamedTuple):
 def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
     """Trains and probes one cell; what was measured is a file of its workdir, written last."""
     cfg = study.config(cell)
+    probed = environment.collect(jax.devices())  # now: later the files of this code may be others
     if not train(cfg, directory):
         cli.fail(*multihost.stopped())
     report = probe.probe(Checkpoint.open(str(directory)), study.probe)
@@ -90,7 +92,8 @@ def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
             "seconds": report.checkpoint.run["seconds"],
             "compute": compute(cfg),
             "config_sha256": digest(cfg),
-            "environment": environment.collect(jax.devices()),
+            "trained": environments(directory),
+            "probed": probed,
         },
     )
 

@@ -165,7 +165,8 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     assert done.returncode == 0, done.stderr + done.stdout
     rows = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(x["run"], x["seed"], x["steps"]) for x in rows] == [("without", 0, 2), ("with", 1, 2)]
-    assert all(x["environment"]["devices"] and len(x["config_sha256"]) == 64 for x in rows)
+    assert all(x["probed"]["devices"] and len(x["config_sha256"]) == 64 for x in rows)
+    assert all(x["trained"][-1]["devices"] == x["probed"]["devices"] for x in rows)
     shutil.rmtree(tmp_path / "out" / "without-0")  # results.jsonl has it still
     shutil.rmtree(tmp_path / "out" / "with-1")
     kept = (tmp_path / "out" / "results.jsonl").read_text().splitlines()[0]
