@@ -12,7 +12,21 @@ from conftest import REPOSITORY
 
 from supmim_jax import metrics
 
-TRAIN = ["-m", "supmim_jax.train", "--config=configs/debug_supervised.py", "--config.epochs=1"]
+# `train`, which also says what was compiled before the first step.
+PROGRAM = """
+import runpy, sys, jax
+from supmim_jax import metrics
+compiled, started = [], metrics.ProgressLine.started
+def listen(event, seconds, **about):
+    if event.endswith("backend_compile_duration"):
+        compiled.append(about["fun_name"])
+def first(*arguments):
+    print("compiled:", *compiled, file=sys.stderr)
+    started(*arguments)
+jax.monitoring.register_event_duration_secs_listener(listen)
+metrics.ProgressLine.started = first
+runpy.run_module("supmim_jax.train", run_name="__main__")
+"""
 
 
 def test_seconds_since_the_process_began():
@@ -43,7 +57,8 @@ def test_the_first_step_is_said_once(cfg):
 def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
     compiled = tmp_path / "compiled"
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
-    command = [sys.executable, *TRAIN, "--config.model.width=16", "--config.model.depth=1"]
+    command = [sys.executable, "-c", PROGRAM, "--config=configs/debug.py", "--config.epochs=1"]
+    command += ["--config.model.width=16", "--config.model.depth=1"]
     command += ["--config.eval.which=('top1',)", f"--config.data.data_dir={data_dir}", "--workdir"]
 
     def run(name: str) -> str:
@@ -61,6 +76,9 @@ def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
     entries = {path.name for path in compiled.glob("jit_step*-cache")}
     assert len(entries) == 1  # the second run added none
     assert all(len(re.findall(r"Step 1 is done .* after this process", x)) == 1 for x in said)
+    for text in said:  # a key, the batch's way to the devices, the first state, the step
+        (programs,) = re.findall(r"^compiled: (.*)$", text, re.MULTILINE)
+        assert len(programs.split()) <= 4, programs
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) 
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    images = pixels(jnp.asarray(images_uint8))
-    patches = np.asarray(described(images, patch, cfg.normalize))
+    # By NumPy, which compiles nothing, where `normalize` is "raw".
+    patches = np.asarray(described(pixels(images_uint8), patch, cfg.normalize))
     patches = patches.reshape(-1, patches.shape[-1])
     distinct = len(np.unique(patches, axis=0))
     if distinct < cfg.codes:
