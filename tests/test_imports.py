@@ -27,8 +27,8 @@ LAYERS = [
         "data.prepare",
         "rehearse",
     },
-    {"report", "bench", "inference", "study"},
-    {"embed", "model_card"},
+    {"report", "bench", "inference"},
+    {"embed", "model_card", "study"},
     {"export"},
 ]
 APART = {("evals", "objectives"), ("evals", "encoder")}
