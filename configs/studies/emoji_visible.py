@@ -2,8 +2,8 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_visible.py --out runs/visible --jobs 2
 
-Hardware: 2 CPU cores, an estimated two hours. The `masked` form and its equal in compute are in
-configs/studies/emoji_headline.py. Not run yet.
+Hardware: 2 CPU cores. The `masked` form and its equal in compute are in
+configs/studies/emoji_headline.py. Two of three seeds: docs/study.md.
 """
 
 from configs.studies.emoji import SUPERVISED, compared, supmim
