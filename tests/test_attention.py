@@ -83,9 +83,10 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective):
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective, remat):
     """The loss and every gradient: attention, matmuls with and without LayerScale, GELU."""
-    model = dataclasses.replace(cfg.model, layer_scale=0.1, drop_path=0.0)
+    model = dataclasses.replace(cfg.model, layer_scale=0.1, drop_path=0.0, remat=remat)
     objective = dataclasses.replace(cfg.objective, **objective)
     cfg = dataclasses.replace(cfg, model=model, objective=objective)
     text, found = stepped(cfg, one_device)
@@ -95,11 +96,14 @@ def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch,
     assert_equal(found, expected)
 
 
-def test_the_device_is_the_meshs():
+def test_the_device_is_the_meshs(one_device):
     assert device() == ("", "")
     mesh = sharding.make_mesh(MeshConfig())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert device() == ("cpu", "cpu")
+        assert implementation(jnp.dtype("float32"), 25, 32, device()) == "xla"
+    with jax.sharding.use_abstract_mesh(one_device.abstract_mesh):
+        assert implementation(jnp.dtype("float32"), 25, 32, device()) == "cpu"
     elsewhere = AbstractDevice(device_kind=H100[1], num_cores=None, platform=H100[0])
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=elsewhere)):
         assert device() == H100

@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 
 from supmim_jax import metrics
 
-# `train`, which also says what was compiled before the first step.
+# This runs `train`, and prints what was compiled before the first step.
 PROGRAM = """
 import runpy, sys, jax
 from supmim_jax import metrics
@@ -76,7 +76,7 @@ def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
     entries = {path.name for path in compiled.glob("jit_step*-cache")}
     assert len(entries) == 1  # the second run added none
     assert all(len(re.findall(r"Step 1 is done .* after this process", x)) == 1 for x in said)
-    for text in said:  # a key, the batch's way to the devices, the first state, the step
+    for text in said:  # two for a key, the first state, the step
         (programs,) = re.findall(r"^compiled: (.*)$", text, re.MULTILINE)
         assert len(programs.split()) <= 4, programs
 

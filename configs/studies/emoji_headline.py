@@ -2,7 +2,7 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_headline.py --out runs/emoji --jobs 2
 
-Hardware: 2 CPU cores; five seeds took some three hours. Results: docs/study.md.
+Hardware: 2 CPU cores. Results, and the time of a cell: docs/study.md.
 """
 
 from configs.studies.emoji import SUPERVISED, SUPMIM, compared

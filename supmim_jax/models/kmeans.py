@@ -98,7 +98,7 @@ def fit(cfg: PatchCodesConfig, patch: int, images_uint8: np.ndarray, seed: int) 
     """
     from sklearn.cluster import MiniBatchKMeans
 
-    # By NumPy, which compiles nothing, where `normalize` is "raw".
+    # NumPy does this where `normalize` is "raw": JAX would compile a program for each operation.
     patches = np.asarray(described(pixels(images_uint8), patch, cfg.normalize))
     patches = patches.reshape(-1, patches.shape[-1])
     distinct = len(np.unique(patches, axis=0))

@@ -34,7 +34,7 @@ EMBEDDED = 2**16  # folded into the key for dropout of the input: above the numb
 
 def implementation(
     dtype, tokens: int, head_dim: int, kind: tuple[str, str]
-) -> Literal["cudnn", "grouped", "xla"]:
+) -> Literal["cudnn", "grouped", "cpu", "xla"]:
     """The form for `tokens` activations of `dtype` on a device of `kind`, as `device` gives it.
 
     JAX refuses the gradient of cuDNN's for an odd number of tokens, such as 256 and a CLS token.
@@ -44,6 +44,8 @@ def implementation(
     platform, name = kind
     if platform == "tpu":
         return "grouped"
+    if platform == "cpu" and on_one_cpu():
+        return "cpu"
     nvidia = platform == "gpu" and name.startswith("NVIDIA")
     fits = head_dim <= MAX_HEAD_DIM and head_dim % HEAD_DIM_STEP == 0
     fits = fits and tokens % 2 == 0 and jnp.dtype(dtype) in FUSED_DTYPES
@@ -70,14 +72,13 @@ def attention(qkv_BxNxE, segments: tuple[int, ...], heads: int, forms=None) -> j
 
     `forms` has one for each segment, as `implementation` gives them; None is XLA's for all.
     """
-    shape, cpu = qkv_BxNxE.shape[:2], on_one_cpu()
-    if cpu and len(set(segments)) == 1:  # as rows of their own there is nothing to take apart
+    shape, parts = qkv_BxNxE.shape[:2], []
+    forms = forms or ["xla"] * len(segments)
+    if set(forms) == {"cpu"} and len(set(segments)) == 1:  # rows need no split and concatenation
         qkv_BxNxE, segments = qkv_BxNxE.reshape(-1, segments[0], qkv_BxNxE.shape[2]), segments[:1]
     qkv = qkv_BxNxE.reshape(*qkv_BxNxE.shape[:2], 3, heads, -1)
-    parts = []
-    forms = forms or ["xla"] * len(segments)
     for form, part in zip(forms, jnp.split(qkv, np.cumsum(segments)[:-1], axis=1)):
-        if cpu:
+        if form == "cpu":
             parts.append(cpu_attention(part))
             continue
         q, k, v = part[:, :, 0], part[:, :, 1], part[:, :, 2]
@@ -177,7 +178,7 @@ def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs, init=XAV
 
 
 def dot_general(x, kernel, dimensions, **options) -> jax.Array:
-    """That of a linear layer, whose last axis meets the kernel's first."""
+    """The product of a linear layer, over the last axis of `x` and the first of the kernel."""
     if not on_one_cpu():
         return jax.lax.dot_general(x, kernel, dimensions, **options)
     return cpu_matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
@@ -185,10 +186,10 @@ def dot_general(x, kernel, dimensions, **options) -> jax.Array:
 
 @jax.custom_vjp
 def cpu_matmul(x_NxI, kernel_IxO) -> jax.Array:
-    """Their product. The gradient of the kernel has the form that XLA's CPU backend is fastest at.
+    """Their product. The kernel's gradient has the form that XLA's CPU backend is fastest at.
 
-    If `x` had more axes, it would copy an operand transposed. A result of fewer rows than columns
-    takes it half as long as the transposed one.
+    Where `x` has more than two axes, XLA makes a transposed copy for it. Where that gradient has
+    more rows than columns, its transpose takes half the time.
     """
     return x_NxI @ kernel_IxO
 
@@ -207,7 +208,7 @@ cpu_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_matmul_backw
 
 
 def gelu(x, form: str) -> jax.Array:
-    """The exact one or by tanh. JAX's exact one, by erfc, takes longer on a CPU than by erf."""
+    """GELU, exact or by tanh. On a CPU, erf is faster than erfc, which JAX has in the exact one."""
     if form == "tanh" or x.dtype != jnp.float32 or not on_one_cpu():
         return jax.nn.gelu(x, approximate=form == "tanh")
     return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
