@@ -3,7 +3,7 @@
   python -m supmim_jax.study --study configs/studies/emoji_visible.py --out runs/visible --jobs 2
 
 Hardware: 2 CPU cores. The `masked` form and its equal in compute are in
-configs/studies/emoji_headline.py. Two of three seeds: docs/study.md.
+configs/studies/emoji_headline.py. Results: docs/study.md.
 """
 
 from configs.studies.emoji import SUPERVISED, compared, supmim
