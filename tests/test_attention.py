@@ -79,6 +79,7 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
     monkeypatch.setattr(transformer, "GROUP_LOGITS", 3 * cfg.model.heads * 26**2)
     grouped_text, found = stepped(cfg, mesh)
     assert grouped_text.count("stablehlo.while") > text.count("stablehlo.while")
+    assert "LayoutConstraint" in grouped_text and "LayoutConstraint" not in text
     assert_equal(found, expected)
 
 

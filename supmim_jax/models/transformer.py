@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from supmim_jax.config import DecoderConfig, ViTConfig
@@ -98,9 +99,19 @@ def grouped_attention(qkv_BxNxE, segments: tuple[int, ...], heads: int) -> jax.A
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _by_groups(segments: tuple[int, ...], heads: int, qkv_BxNxE) -> jax.Array:
     grouped = jax.lax.map(
-        lambda x: attention(x, segments, heads), _groups(qkv_BxNxE, segments, heads)
+        lambda x: _row_major(attention(_row_major(x), segments, heads)),
+        _groups(qkv_BxNxE, segments, heads),
     )
     return grouped.reshape(*qkv_BxNxE.shape[:2], -1)
+
+
+def _row_major(x_BxNxE) -> jax.Array:
+    """`x` with its last axis contiguous, as the matmuls around attention leave and read it.
+
+    Attention itself prefers tokens contiguous. Without this, XLA would turn the arrays of all
+    groups, in HBM; so it turns one group's, in VMEM.
+    """
+    return with_layout_constraint(x_BxNxE, Layout((0, 1, 2)))
 
 
 def _groups(x_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
@@ -117,8 +128,9 @@ def _by_groups_forward(segments, heads, qkv):
 
 def _by_groups_backward(segments, heads, qkv, gradient):
     def of_group(x):
-        _, pull_back = jax.vjp(lambda y: attention(y, segments, heads), x[0])
-        return pull_back(x[1])[0]
+        qkv, gradient = map(_row_major, x)
+        _, pull_back = jax.vjp(lambda qkv: attention(qkv, segments, heads), qkv)
+        return _row_major(pull_back(gradient)[0])
 
     both = tuple(_groups(x, segments, heads) for x in (qkv, gradient))
     return (jax.lax.map(of_group, both).reshape(qkv.shape),)
