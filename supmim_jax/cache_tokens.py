@@ -1,11 +1,11 @@
-"""Computes a run's image tokens once, before it: a cache that training reads.
+"""Computes a run's image tokens once, before training: a cache that training reads.
 
   python -m supmim_jax.cache_tokens --config configs/supmim_b14_imagenet1k.py --epochs 300 \\
       --cache /data/tokens --config.objective.target.path=tokenizer_imagenet256_checkpoint
 
 Then train with --config.tokens.cache=/data/tokens; a run of more epochs cycles through the views
-with --config.tokens.views=300. Run again, it goes on with the shards that are missing. Several
-processes (--distributed) share the shards.
+with --config.tokens.views=300. Run again, the command continues with the missing shards. Several
+processes (--distributed) share them.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""How the commands start, read --config, talk and fail.
+"""How commands start, read --config, print and fail.
 
-A config file is Python: its `experiment()` returns a Config or ProbeConfig, or its
-`get_config(argument)` a ConfigDict. Such files import each other as parts of `configs`: the
-directory of this name above the file, wherever the command runs and whatever else is called so
-there; what that lacks is looked for in the working directory's and in that of the checkout which
-this package is part of.
+A config file is Python. Its `experiment()` returns a Config or a ProbeConfig, or its
+`get_config(argument)` returns a ConfigDict. Config files import each other as `configs.<name>`.
+That package is the directory named `configs` above the file, from whatever directory the command
+runs; what is missing there is looked up in the working directory's `configs`, then in the one of
+the checkout that this package belongs to.
 
-A fault of the terminal, pipe or file that a person watches never ends the work: the reader of
-`2>&1 | head` goes away, a terminal hangs up, the disk of a log fills, a shell closes stderr (2>&-),
-an encoding lacks a letter. What cannot be shown is left out, and the work goes on.
+Output never ends a run: the reader of `2>&1 | head` may exit, a terminal may close, the disk of a
+log may fill up, a shell may close stderr (2>&-), an encoding may lack a letter. Whatever cannot be
+written is dropped.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
-"""The boxes that ContrastiveCrop crops by: one pass of the encoder over the training images.
+"""The boxes of ContrastiveCrop, from one pass of the encoder over the training images.
 
-A heat map says where in an image the encoder sees something, and the box is around what is warm.
+A heat map shows where in an image the encoder responds; the box surrounds its warm part.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """What a training run leaves for use, an encoder or a tokenizer, as jitted functions.
 
-Built from the run's config alone, whatever its objective; weights are bound to it afterwards.
+They are built from the run's config alone, whatever its objective, and weights are bound to them
+afterwards.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a person who launched a run can fix, as exceptions; commands print it and exit with 2."""
+"""Exceptions for what the person who launched a run can fix; commands print them and exit 2."""
 
 import errno
 from collections.abc import Sequence

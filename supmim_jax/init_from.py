@@ -1,7 +1,7 @@
-"""What a run's first step starts from: parameters drawn anew, or the encoder of another run.
+"""What a run's first step starts from: new random parameters, or the encoder of another run.
 
-The encoder that is brought in must be the same function of an image, only its size may change:
-learned positions are then resized, fixed ones keep their places by config.model.position_grid.
+The other encoder must be the same function of an image, except for the image's size. For another
+size learned positions are resized, and config.model.position_grid keeps fixed ones in their places.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard if asked for, and a line on the terminal."""
+"""What a run reports: metrics.jsonl, TensorBoard if asked for, and a line on the terminal."""
 
 import contextlib
 import io

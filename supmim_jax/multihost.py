@@ -1,16 +1,16 @@
 """Several processes as one run: how they find each other, agree, end and fail together.
 
-What must be the same everywhere is compared before the first collective: one that only some
-processes reach hangs. A process that fails says so by `leave`, and each of the others watches for
-that, as one that waits in a collective cannot be told in any other way. They talk through the
-key-value store of JAX's coordination service, which process 0 keeps. It has no public API; this
-module is the one place that uses it.
+Whatever must be the same everywhere is compared before the first collective, because a collective
+that only some processes reach hangs. A process that fails says so through `leave`, and all others
+watch for that: a process that waits in a collective can be told in no other way. They communicate
+through the key-value store of JAX's coordination service, which lives in process 0. It has no
+public API, and no other module uses it.
 
-SIGTERM, Ctrl-C and SIGHUP end a command, one process or many, once nothing would be lost: steps
-that no checkpoint holds are saved first, see `told_to_stop`. At any other moment (start-up,
-compilation, evaluation, a command that keeps its work in complete files) the process ends at once,
-from a thread: Python alone would run a signal's handler only when the compilation or collective
-that the main thread is in returns.
+SIGTERM, Ctrl-C and SIGHUP end a command, of one process or many, as soon as nothing would be lost.
+Steps that no checkpoint holds are saved first (see `told_to_stop`). At any other time (start-up,
+compilation, evaluation, a command whose work is in complete files) the process ends at once. A
+thread does this, because Python runs a signal's handler only when the main thread's current
+compilation or collective returns.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
-"""Where arrays live: one mesh, one table from parameter path to mesh axes.
+"""Where arrays live: one mesh, and one table from parameter paths to mesh axes.
 
-Axes: `data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers. Of
-several slices `data` alone crosses from one to another. Activations stay with their examples: the
-models ask for that by `by_rows`, as each device holds whole examples.
+`data` replicates parameters, `fsdp` shards them and the batch, `tensor` splits layers. With several
+slices only `data` crosses from one to another. Each device holds whole examples; `by_rows`, which
+the models call, keeps their activations with them.
 """
 
 import re

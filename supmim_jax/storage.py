@@ -1,9 +1,10 @@
 """Where runs, data sets and caches are: directories of this machine, or of a bucket (gs://).
 
-Every path that a user gives enters by `location`, as a flag (`define`) or as a field of the config.
-gs:// is read and written by gcsfs, through epath; arrays by TensorStore, records by ArrayRecord.
+Every path that a user gives passes through `location`, either as a flag (`define`) or as a config
+field. gcsfs reads and writes gs:// through epath, TensorStore the arrays, ArrayRecord the records.
 An object appears at once with all its bytes, but a bucket has no directories, no rename and no
-append: what must become visible at once there is committed by a file that is written last.
+append. What must become visible at once is therefore committed there by a file that is written
+last.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
 """Paired runs over seeds: python -m supmim_jax.study --study configs/studies/x.py --out runs/x.
 
-A study file's `study()` returns a Study: runs that differ in what is asked, each with every seed.
-Runs of one seed see the same images in the same order, and their encoders begin alike. A cell is
-one of them with one seed, trained and probed by a process of its own in <out>/<name>-<seed>. The
-same command goes on where it was ended; --only trains some cells. What is there is tabulated.
+A study file's `study()` returns a Study: the runs to compare, each to be trained with every seed.
+Runs with the same seed see the same images in the same order, and their encoders start alike. A
+cell is one run with one seed; a process of its own trains and probes it in <out>/<name>-<seed>. Run
+again, the command continues where it stopped; --only trains some cells. It tabulates the cells that
+are done.
 
-<out> is given results.jsonl (a line for each cell), table.md and figure.svg.
+<out> gets results.jsonl (a line for each cell), table.md and figure.svg.
 """
 
 import contextlib

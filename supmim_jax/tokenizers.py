@@ -1,4 +1,4 @@
-"""The frozen arrays of a run: its tokenizer's, and those of an encoder that the loss compares by.
+"""The frozen arrays of a run: those of its tokenizer, and of the encoder in a perceptual loss.
 
 A tokenizer comes from a file, from the checkpoint of a run that trained it, or from a fit on the
 training split, which is kept in the workdir and in token caches.

@@ -2,9 +2,9 @@
 
 `TrainStep.build` touches neither data nor device memory: `train` runs its step, `rehearse` compiles
 it for hardware that isn't there. With config.optim.accumulate a step sums the gradients of several
-micro-batches: the large batch's, with the memory of a small one. The sum runs over examples, so
-what is drawn by an example's id (crops, masks), and mixing, give what they give in the large batch;
-only DropPath is drawn anew for each micro-batch.
+micro-batches: the gradient of the large batch, with the memory of a small one. Mixing, and whatever
+is drawn by an example's id (crops, masks), are the same as in the large batch. Only DropPath is
+drawn anew for each micro-batch.
 """
 
 import dataclasses

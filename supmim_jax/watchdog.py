@@ -1,4 +1,4 @@
-"""Ends a run that makes no more steps (a dead file system, a hung collective), or only NaN."""
+"""Ends a run that makes no progress (a dead file system, a hung collective), or only NaN."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""A run's directory: what it must hold before a run begins or goes on, and who else sees it."""
+"""A run's directory: what it must hold before a run starts or resumes, and who else uses it."""
 
 import contextlib
 import errno

@@ -1,9 +1,9 @@
-"""The train step on this machine: speed, share of its matmul peak, memory, where time goes.
+"""The train step on this machine: speed, share of its matmul peak, memory, and a profile.
 
-Times are of rounds of steps on one random batch that stays on the devices; with --data also of
-steps that the run's own input pipeline feeds. Where a step's time goes is from a profile
-(jax.profiler, read without TensorFlow). It names operations as the compiled program does, whose
-text has the jax.named_scope of each.
+Steps are timed in rounds, on one random batch that stays on the devices; with --data also as the
+run's own input pipeline feeds them. The profile (jax.profiler, read without TensorFlow) says where
+a step's time goes. It names operations as the compiled program does, whose text has the
+jax.named_scope of each.
 """
 
 import contextlib

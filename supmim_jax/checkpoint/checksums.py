@@ -1,8 +1,8 @@
 """SHA256SUMS: which files a checkpoint has and their hashes, as `sha256sum -c` reads them.
 
 The list is written into the temporary directory of a save, so that one rename (on gs://, one file)
-commits it with all that it lists. `verify` compares it before anything is read: orbax restores
-nearly every checkpoint with a flipped bit without an error.
+commits it together with the files that it lists. `verify` compares them before anything is read:
+orbax restores nearly every checkpoint with a flipped bit without an error.
 """
 
 import asyncio

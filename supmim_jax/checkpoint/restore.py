@@ -1,8 +1,8 @@
-"""Checkpoints as they are read: found, verified once, and restored strictly.
+"""Reads checkpoints: finds them, verifies them once, and restores them strictly.
 
-`workdir/checkpoints/<step>` holds the state, the run's numbers, the config and, where crops follow
-boxes, these. Paths, shapes and dtypes are compared with what is on disk, both ways, before an array
-is read: orbax alone accepts a misspelt subtree or another depth.
+`workdir/checkpoints/<step>` holds the state, the run's numbers, the config and, if crops follow
+boxes, the boxes. Paths, shapes and dtypes are compared with the disk, both ways, before an array is
+read: orbax alone accepts a misspelt subtree or another depth.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, one every so many steps, and the best one."""
+"""Which checkpoints are kept: the newest, one every so many steps, and the best one."""
 
 import json
 import math

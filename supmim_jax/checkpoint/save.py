@@ -1,4 +1,4 @@
-"""The checkpoints of a run that trains: saved in the background, kept by rules."""
+"""The checkpoints of a run in training: saved in the background, kept by rules."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""A whole experiment, what its sections must have in common, and the same job in small."""
+"""A whole experiment: rules that its sections must satisfy together, and its debug version."""
 
 import math
 from dataclasses import dataclass, replace

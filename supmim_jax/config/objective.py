@@ -1,7 +1,7 @@
-"""The training methods, one section each, picked by `name`.
+"""The training methods, one section each, selected by `name`.
 
-What the rest of the code must know of a method it reads from its section, as attributes of
-`Objective`: no other file mentions a method by name.
+Whatever the rest of the code must know about a method, it reads from the section, as attributes of
+`Objective`. No other file mentions a method by name.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How a run is carried out: from what it starts, optimizer, devices, logging, checkpoints."""
+"""How a run is carried out: starting point, optimizer, devices, logging, checkpoints."""
 
 from dataclasses import dataclass
 from typing import Literal

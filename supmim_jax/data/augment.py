@@ -1,16 +1,16 @@
-"""Augmentations of uint8 HxWx3 images beside crop and flip.
+"""Augmentations of uint8 HxWx3 images, other than crop and flip.
 
-Where nothing else is said, operations are Pillow's, to the bit or to one step of 255 where floats
-are rounded.
+Unless a docstring says otherwise, operations match Pillow's exactly, or within one step of 255
+where floats are rounded.
 
-RandAugment (arXiv 1909.13719) is here as two code bases have it. "rand_augment" is AugReg's
-(big_vision's pp/autoaugment.py, also in scenic): 16 operations on TensorFlow's arithmetic, every
-operation that is drawn is done. "timm_rand_augment" is timm's rand-m9-mstd0.5-inc1, which DeiT and
-MAE fine-tune with: 15 operations of Pillow, each done with probability 0.5 at a magnitude with
-noise, stronger where the magnitude is larger.
+There are two versions of RandAugment (arXiv 1909.13719). "rand_augment" is AugReg's (big_vision's
+pp/autoaugment.py, also in scenic): 16 operations with TensorFlow's arithmetic, and every operation
+that is drawn is applied. "timm_rand_augment" is timm's rand-m9-mstd0.5-inc1, with which DeiT and
+MAE fine-tune: 15 of Pillow's operations, each applied with probability 0.5, at a random magnitude,
+and stronger where the magnitude is larger.
 
-The originals do what they drew in the order in which they drew it. Here the operations that move
-pixels come first, so that an image has one geometry whatever its colours and its tokens can be
+The originals apply operations in the order in which they drew them. Here those that move pixels
+come first, so that an image's geometry does not depend on its colours and its tokens can be
 computed before training. Which operations an image gets has the original's distribution.
 """
 

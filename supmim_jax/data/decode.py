@@ -1,10 +1,11 @@
-"""From the bytes of a record to an image and the classes of its pixels.
+"""Decodes the bytes of a record to an image, or to the class of each pixel.
 
-OpenCV decodes; what a file says of itself (size, depth, alpha, orientation) is read from its header
-first. OpenCV tells none of it and drops some: by the header it is asked for plain colour, or for
-all that there is. Where it decodes nothing, the header tells what is wrong with the file.
+OpenCV does the decoding, but it reports neither size, depth, alpha nor orientation, and silently
+drops some of them. So we read a file's header first, and from it decide whether to ask OpenCV for
+plain colour or for everything in the file. If OpenCV decodes nothing, the header tells what is
+wrong with the file.
 
-The headers are parsed here, and not by Pillow: that hides the depth of colour PNGs, decodes a whole
+Pillow does not read the headers for us because it hides the depth of colour PNGs, decodes a whole
 PNG to look for EXIF, and refuses TIFFs that OpenCV reads.
 """
 

@@ -1,8 +1,8 @@
-"""The order of training and evaluation, as worker processes follow it.
+"""The order of training and evaluation, as worker processes compute it.
 
-The training sequence is one infinite list, epoch after epoch, each a permutation of all ids. A
+The training sequence is one infinite list: epoch after epoch, each a permutation of all ids. A
 position in it is one number, and nothing in it depends on hosts, devices or workers. The classes
-below are transforms of Grain: they are called with an element, and travel to workers.
+below are Grain transforms: they are called with an element, and are pickled to workers.
 """
 
 from collections.abc import Callable, Sequence

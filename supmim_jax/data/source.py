@@ -1,16 +1,18 @@
 """The records of tfds data sets: found, checked against the config, and read at random.
 
-Of a data set from elsewhere, its name may lead to no other place, and its features.json may name
-classes of tfds alone, as tfds imports the modules of what is named there.
+Someone else's data set may be hostile: tfds imports the modules that features.json names. So a
+features.json may name only tfds's own classes, and a data set's name may not lead to another
+directory.
 
-`data.prepare` leaves seals.json beside a data set: of each shard its size and a checksum of both
-ends, of the small files one of all their bytes. So shards that were swapped, replaced, cut or
-appended to are found when the data set is opened. Bytes between the ends are in ArrayRecord's own
-checksums, which are verified as records are read. Checksums are no signatures: they find accidents.
+`data.prepare` writes seals.json beside a data set. For each shard it has the size and a checksum of
+both ends, for each small file a checksum of all bytes. Swapped, replaced, truncated or extended
+shards are therefore noticed when the data set is opened. ArrayRecord's own checksums cover the
+bytes between the ends, and are verified as records are read. Checksums detect accidents, not
+attacks.
 
-A process may often have 1,024 files open, and a data set may have more shards: few are open at a
-time. A read that the system refuses (a disk or a server that fails) says nothing of the record, and
-ends the run; a record that is broken does not.
+A process may often have only 1,024 files open, and a data set may have more shards, so few are open
+at a time. A failing read (of a disk or a server) says nothing about the record and ends the run; a
+broken record does not.
 """
 
 import bisect

@@ -1,10 +1,10 @@
 """Tokens of every view of every training image, computed once: ArrayRecord shards of uint16 ids.
 
-A cache is a directory with `manifest.json` (what the tokens are of: its fingerprint) and
-`tokens-00000-of-00012.arrayrecord` ... Record v * examples + i holds view v of example i: uint16
-ids in row order and a CRC-32, little-endian. The checksum is of the ids and of what they belong to:
-this cache, this record and the file of this image. So tokens that were swapped, or are of images
-that changed since, are found when they are read. A shard has its name when it is complete.
+A cache is a directory with `manifest.json`, the fingerprint of what the tokens belong to, and
+`tokens-00000-of-00012.arrayrecord` and so on. Record v * examples + i holds view v of example i:
+uint16 ids in row order and a CRC-32, little-endian. The checksum covers the ids, the cache, the
+number of the record and the image's file. So tokens that were swapped, or whose images changed, are
+noticed when they are read. A shard gets its name once it is complete.
 """
 
 import dataclasses

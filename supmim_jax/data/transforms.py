@@ -1,15 +1,15 @@
-"""From a record to the uint8 image that the encoder sees: numpy and OpenCV only.
+"""From a record to the uint8 image that the encoder sees, with numpy and OpenCV only.
 
-An example's image is a function of (seed, view, epoch, id): its geometry of (seed, view, id), its
-colours of (seed, epoch, id); where a step sees two crops of an image, also of which of them it is.
-Contrastive crops follow a table of boxes, too. A masked-token target is of the geometry alone, so
-that the tokens of a view can be computed once, before training.
+An example's image is a function of (seed, view, epoch, id): its geometry depends on (seed, view,
+id) and its colours on (seed, epoch, id). If a step sees two crops of an image, both also depend on
+which of the two it is. Contrastive crops follow a table of boxes as well. A masked-token target
+depends on the geometry alone, so a view's tokens can be computed once, before training.
 
-The centre of a crop may be drawn in a box (ContrastiveCrop, arXiv 2202.03278, section 3). The box
-is around what the image shows, so that crops hold some of it. With alpha < 1 the density of
-Beta(alpha, alpha) is U-shaped, so that two crops of one image seldom lie on each other. A table of
-boxes is uint8 Nx4: top, left, bottom and right of each record's box, in 255ths of its image's
-height or width; (0, 0, 255, 255) is the whole image.
+ContrastiveCrop (arXiv 2202.03278, section 3) draws a crop's centre inside a box around what the
+image shows, so that every crop holds some of it. With alpha < 1 the density of Beta(alpha, alpha)
+is U-shaped, so two crops of one image seldom overlap fully. A table of boxes is uint8 Nx4: top,
+left, bottom and right of each record's box, in 255ths of its image's height or width; (0, 0, 255,
+255) is the whole image.
 """
 
 import contextlib

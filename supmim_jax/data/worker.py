@@ -1,12 +1,10 @@
 """Threads that read ahead, and the processes that decode images.
 
-The processes are without JAX, end with their parent, and are explained when they die.
-
-A spawned process first imports, under the name __mp_main__, the module that its parent ran as a
-script: `supmim_jax.train`, and so all of JAX, Flax and Orbax. Here it imports this one, which bars
-JAX, as Grain works without it: a worker is smaller and starts sooner (docs/data.md). TensorFlow is
-not imported by anything that a worker needs. And it ends the process with its parent: Grain's
-workers would outlive one that was killed.
+A spawned process first imports, as __mp_main__, the module that its parent ran as a script. With
+`supmim_jax.train` that would be all of JAX, Flax and Orbax. Our workers import this module instead,
+which keeps JAX out (Grain works without it), so that they are smaller and start sooner
+(docs/data.md). Nothing that a worker needs imports TensorFlow. This module also ends a worker when
+its parent dies, which Grain does not do if the parent was killed, and explains why a worker died.
 """
 
 import concurrent.futures

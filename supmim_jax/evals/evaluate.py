@@ -1,9 +1,9 @@
-"""The evaluations of config.eval.which, and what each needs of the data.
+"""The evaluations of config.eval.which, and what each of them needs of the data.
 
-Each takes the subject and gives its metrics in per cent, with what else is worth keeping. kNN, the
-linear probe and few-shot learn from the training split; retrieval knows the evaluation split alone.
-A tokenizer is judged by how well images come back from their tokens. `check` looks at the data
-before a run's first step, so that no run ends in an evaluation that could never be made.
+Each returns its metrics in per cent, and whatever else is worth keeping. kNN, the linear probe and
+few-shot learn from the training split; retrieval uses only the evaluation split. A tokenizer is
+judged by how well images are reconstructed from their tokens. `check` looks at the data before a
+run's first step, so that no run ends in an evaluation that was impossible from the start.
 """
 
 import functools

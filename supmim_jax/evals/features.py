@@ -1,7 +1,7 @@
 """Features of a whole split on the host, and host arrays spread over all devices of a mesh.
 
-Evaluators take host arrays and spread their rows again, each device with the same number of them,
-so that a result does not depend on the mesh that the features came from.
+Evaluators take host arrays and spread their rows over the devices again, the same number on each,
+so that a result does not depend on the mesh that computed the features.
 """
 
 from collections.abc import Iterable

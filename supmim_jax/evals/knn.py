@@ -1,13 +1,13 @@
-"""Exact nearest neighbours by cosine, sharded over a mesh, and the votes of the nearest k.
+"""Exact nearest neighbours by cosine, sharded over a mesh, and the vote of the nearest k.
 
 The bank is normalised once and stays on the devices, split by rows: 1.28 M x 768 float32 are
-3.9 GB in all, while sending them from the host for each chunk of queries would take longer than
-the products. One program searches a chunk of queries: a scan over chunks of the bank keeps the
-best k so far, and the best k of every device are merged.
+3.9 GB in all, and sending them from the host for each chunk of queries would take longer than the
+products. One program searches for a chunk of queries: a scan over chunks of the bank keeps the best
+k so far, and then the best k of all devices are merged.
 
-All products are of one shape, query chunk x bank chunk, and a row of the bank always has the same
-place in its chunk, so 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its
-kernels per program may still round differently).
+All products have one shape, query chunk x bank chunk, and a row of the bank always has the same
+place in its chunk. So 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its
+kernels for each program may still round differently).
 """
 
 import functools

@@ -1,16 +1,17 @@
 """Linear probe: multinomial logistic regression with L2 on frozen features, by Newton's method.
 
-The features are standardised by the training set's mean and deviation, so the penalty sees every
-dimension alike. The optimisation is full-batch, and its rows are split over the mesh. What is
-minimised, scaled by 1 / (c n), is scikit-learn's LogisticRegression(C=c):
+The features are standardised by the training set's mean and deviation, so that the penalty treats
+all dimensions alike. The optimisation is full-batch, with rows split over the mesh. Scaled by
+1 / (c n), it minimises what scikit-learn's LogisticRegression(C=c) does:
 
   c * sum of cross-entropies + 0.5 * |kernel|^2       (the bias is free)
 
-The minimum is one point, whatever the mesh. It is found in float64, as with a weak penalty the
-gradient near it is lost in float32's rounding, and on the axes of the features' covariance, each
-scaled by about the root of the curvature along it: correlated features would take conjugate
-gradients, which solve for Newton's step, thousands of products. (L-BFGS, on the same axes, does not
-reach it in 3,000 steps where the penalty is weak and the classes are nearly separable.)
+The minimum is a single point, whatever the mesh. We look for it in float64, because with a weak
+penalty float32 rounds away the gradient near the minimum. We work on the axes of the features'
+covariance, each scaled by about the root of the curvature along it: on correlated features,
+conjugate gradients, which solve for Newton's step, would need thousands of products. (L-BFGS on the
+same axes does not converge in 3,000 steps if the penalty is weak and the classes are nearly
+separable.)
 """
 
 import functools

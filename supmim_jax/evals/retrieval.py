@@ -1,8 +1,8 @@
-"""Image retrieval from nearest neighbours: Recall@k and mAP@R.
+"""Image retrieval by nearest neighbours: Recall@k and mAP@R.
 
 As in Musgrave et al., "A Metric Learning Reality Check" (arXiv 2003.08505, section 2.1 and its
-appendix): every example searches all others, and its R is the number of them that are of its class.
-One with R = 0, the only example of its class, has nothing to find and counts in no mean.
+appendix): every example searches all others, and its R is the number of others of its class. An
+example with R = 0, the only one of its class, has nothing to find and is left out of the means.
 """
 
 from collections.abc import Sequence

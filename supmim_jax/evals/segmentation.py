@@ -1,9 +1,9 @@
-"""Semantic segmentation of frozen encoder tokens: a linear or a light convolutional head.
+"""Semantic segmentation on frozen encoder tokens: a linear or a light convolutional head.
 
-A head sees the grid of tokens BxHxWxD; its logits are upsampled bilinearly to the size of the
-masks, and trained there by pixel-wise cross-entropy. Heads are trained on cached tokens, which
-stay on the host: a batch at a time goes to the devices, its rows split over the mesh. Scores (mIoU,
-pixel accuracy) come from a confusion matrix of all pixels.
+A head sees the grid of tokens BxHxWxD. Its logits are upsampled bilinearly to the size of the masks
+and trained there with pixel-wise cross-entropy. Heads are trained on cached tokens, which stay on
+the host; one batch at a time goes to the devices, split over the mesh by rows. Scores (mIoU, pixel
+accuracy) come from a confusion matrix over all pixels.
 """
 
 from collections.abc import Callable

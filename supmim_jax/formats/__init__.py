@@ -1,4 +1,4 @@
-"""What other libraries' ViT files hold, in terms of our parameters and config.
+"""The ViT files of other libraries, in terms of our parameters and config.
 
-Everything here but `files` is pure: tables from names to names, and JSON documents.
+Everything here except `files` is pure: tables that map names to names, and JSON documents.
 """

@@ -1,7 +1,7 @@
 """The .npz files of Google's ViTs: AugReg's (vision_transformer, arXiv 2106.10270), big_vision's.
 
-They have no config: everything follows from names and shapes, which are first made AugReg's own.
-Their GELU is flax's default, the tanh form. They are read only.
+They carry no config: everything follows from names and shapes, and big_vision's names are converted
+to AugReg's first. Their GELU is flax's default, the tanh form. We only read them.
 """
 
 import re

@@ -1,7 +1,7 @@
 """The files of other libraries: arrays and JSON, read strictly, written whole or not at all.
 
-Nothing is unpickled. A value in a JSON file is asked for by name and type, so that what an encoder
-cannot express is refused with the name of its field.
+Nothing is unpickled. JSON values are read by name and type, so that whatever an encoder cannot
+express is refused with the name of its field.
 """
 
 import json

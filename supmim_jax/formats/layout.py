@@ -1,7 +1,8 @@
 """Our nested parameters as the flat, named arrays of another library's file, and back.
 
-A format is a table of rows, one for each of our arrays. What a library cannot express is rewritten
-first, so that the function stays the same: fixed positions, LayerScale, another scale of pixels.
+A format is a table with one row for each of our arrays. What a library cannot express (fixed
+positions, LayerScale, another scale of pixels) is rewritten first, so that the function stays the
+same.
 """
 
 import math

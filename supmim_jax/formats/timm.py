@@ -1,7 +1,7 @@
-"""timm's VisionTransformer, in the form of its hub: config.json and model.safetensors.
+"""timm's VisionTransformer as its hub stores it: config.json and model.safetensors.
 
-It expresses every model of ours: without a CLS token, with the last norm before the pooling
-(fc_norm=False), a CLS token without a position (no_embed_class), LayerScale, either GELU.
+It can express every model of ours: no CLS token, the last norm before the pooling (fc_norm=False),
+a CLS token without a position (no_embed_class), LayerScale, and both forms of GELU.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""The ViTs of transformers that are ours: model types `vit` and `ijepa`, and to read `vit_mae`.
+"""The ViTs of transformers that match ours: model types `vit`, `ijepa`, and `vit_mae` to read.
 
-`vit` always has a CLS token and classifies from it. `ijepa` has none, and classifies from the mean
-of its normalised tokens: our average pooling. Neither has LayerScale, which is multiplied into the
-layers before it. Names are those that save_pretrained writes; transformers 5 renames them on load.
-The encoder by itself (ViTModel, IJepaModel, ViTMAEModel) has no prefix before its names. `vit_mae`
-is a `vit` that MAE has trained; it has no classifier, and its decoder is left out.
+`vit` always has a CLS token and classifies from it. `ijepa` has none and classifies from the mean
+of its normalised tokens, which is our average pooling. Neither has LayerScale, so it is multiplied
+into the layers before it. We write the names that save_pretrained writes; transformers 5 renames
+them when it loads. An encoder by itself (ViTModel, IJepaModel, ViTMAEModel) has no prefix in its
+names. `vit_mae` is a `vit` trained by MAE, without a classifier; we leave out its decoder.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,9 @@
 """Image tokens without a network: the nearest of k k-means centres of raw patches.
 
-The tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids`,
-`decode(ids) -> images` and `num_codes`, and it is frozen: its arrays are `Frozen` variables, which
-the train step takes as an argument and neither optimises nor checkpoints. `make` builds this one or
-a VQGAN, as the config names it.
+This is the tokenizer of small runs. Like every tokenizer it has `encode(images) -> ids`,
+`decode(ids) -> images` and `num_codes`. It is frozen: its arrays are `Frozen` variables, which the
+train step takes as an argument and neither optimises nor saves. `make` builds this tokenizer or a
+VQGAN, whichever the config names.
 """
 
 import os

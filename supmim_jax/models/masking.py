@@ -1,7 +1,7 @@
-"""Which patches are masked, as many of every image: random (MAE) and block-wise (BEiT).
+"""Chooses the masked patches, equally many in every image: random (MAE) or block-wise (BEiT).
 
-Both give the patches of an image scores and mask those ranked last, so shapes are static.
-Every example's mask is a function of (key, id) alone, whatever batch or device it is on.
+Both forms score the patches of an image and mask those ranked last, so shapes are static. Every
+example's mask is a function of (key, id) alone, whatever batch or device it is on.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""From the grid of an encoder's tokens to a class per pixel, by a linear or a light conv head.
+"""Classifies each pixel from the grid of an encoder's tokens, by a linear or light conv head.
 
-Logits are upsampled bilinearly to the size of the masks, and learn there from every pixel.
+The logits are upsampled bilinearly to the size of the masks, where every pixel counts in the loss.
 """
 
 import jax

@@ -1,11 +1,11 @@
-"""The pre-norm transformer that encoder and decoder share, its layers stacked and scanned.
+"""The pre-norm transformer that encoder and decoder share, with stacked, scanned layers.
 
-XLA's attention writes the logits of every head and pair of tokens to memory and reads them again.
-On a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On a TPU, XLA
-does so itself if they are few: there attention goes by groups of rows, and the gradient computes
-each group's logits anew. Which of them runs is chosen as the step is traced, by platform, dtype and
-shape. On one CPU device attention and matmuls have gradients of their own: those that JAX derives
-take longer there (docs/speed.md).
+XLA's attention writes the logits of every head and pair of tokens to memory and reads them back. On
+a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On a TPU, XLA
+keeps them there only if there are few, so attention takes one group of rows at a time, and the
+gradient recomputes each group's logits. Tracing the step chooses the form by platform, dtype and
+shape. On one CPU device, attention and matmuls have hand-written gradients, because those that JAX
+derives take longer there (docs/speed.md).
 """
 
 import functools

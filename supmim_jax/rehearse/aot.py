@@ -1,4 +1,4 @@
-"""TPU chips, the slices of them that exist, and the train step compiled by libtpu for one."""
+"""TPU chips, the slices of them that exist, and the train step compiled for one by libtpu."""
 
 import math
 import os

@@ -1,7 +1,7 @@
-"""From a compiled step to what it costs and which mesh to take: memory, time, chip-hours.
+"""What a compiled step costs (memory, time, chip-hours), and which mesh to choose.
 
-Seconds are lower bounds: of computing by a roofline over every instruction, and of traffic between
-chips by the links that a collective keeps busy.
+Seconds are lower bounds. Computing is bounded by a roofline over every instruction, traffic between
+chips by how long a collective keeps its links busy.
 """
 
 import dataclasses

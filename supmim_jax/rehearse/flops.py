@@ -1,11 +1,11 @@
 """FLOPs of the real train step: by arithmetic on the config, and counted in its compiled program.
 
-Nothing is allocated and no data are read, so a full-size step can be compiled on a laptop. By
-arithmetic, per image: a multiply-add is 2, and a matmul of the forward pass costs its double in the
-backward pass, one matmul for the gradient of each factor. The patch embedding costs itself, as
-pixels need no gradient, and the tokenizer nothing, as it is frozen. Without mixup and CutMix both
-branches of the `masked` form embed the same patches; XLA then does so once, and this counts it
-twice.
+Nothing is allocated and no data are read, so a laptop can compile a full-size step. The arithmetic
+is per image. A multiply-add counts 2. A matmul of the forward pass costs twice as much in the
+backward pass, one matmul for the gradient of each factor. The patch embedding costs only once as
+much there, because pixels need no gradient, and the tokenizer nothing, because it is frozen.
+Without mixup and CutMix both branches of the `masked` form embed the same patches; XLA then does so
+once, while this counts it twice.
 """
 
 import json

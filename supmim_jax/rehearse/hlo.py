@@ -1,24 +1,24 @@
 """The HLO text of a compiled program as data, and what it costs: FLOPs, collectives, HBM traffic.
 
-`cost_analysis()` counts the body of a loop once, whatever its trip count; this walks the program
-from its entry and multiplies. The text of a partitioned program is that of one device.
+`cost_analysis()` counts the body of a loop once, however often it runs. This module walks the
+program from its entry and multiplies. The text of a partitioned program is that of one device.
 
-FLOPs are of matmuls and convolutions; a multiply-add is 2. In convolutions only multiply-adds with
-an element of the input count, not those with padding or with the holes of a dilated input: so a
-strided convolution and its gradients cost the same, and so do TPU's matmuls written as
-convolutions.
+FLOPs are those of matmuls and convolutions; a multiply-add counts 2. In a convolution only
+multiply-adds with an element of the input count, not those with padding or with the holes of a
+dilated input. So a strided convolution and its gradients cost the same, and so do matmuls that TPU
+programs write as convolutions.
 
-Collectives: TPU runs most of them asynchronously. One all-gather is then spread over a chain of
-fusions that compute meanwhile, each of which repeats it with the same channel_id; it counts once,
-also where the chain goes through loops inside the loop that it began in.
-Outside fusions a channel_id may be shared and each instruction counts. TPU also writes
-reduce-scatter as a fusion `all-reduce-scatter` of an all-reduce and a slice, and gives these all
-one channel_id; each counts, as a reduce-scatter.
+Collectives: TPU runs most of them asynchronously, and may spread one all-gather over a chain of
+fusions that compute meanwhile. Each of them repeats the all-gather with the same channel_id, so it
+counts once, even if the chain continues in loops inside the loop where it began. Outside of fusions
+several instructions may share a channel_id, and each counts. TPU also writes a reduce-scatter as a
+fusion `all-reduce-scatter` of an all-reduce and a slice. All of these share one channel_id, and
+each counts as a reduce-scatter.
 
-Traffic is what the operands and results of each scheduled instruction move, once each; of those
-inside a fusion nothing, as they stay on the chip. An operand of which only slices are used counts
-as these, a result that updates an operand in place as the update. What the layout puts into another
-memory space (VMEM on TPU) costs nothing, but the copies that bring it there do.
+Traffic is what the operands and results of each scheduled instruction move, once each. Instructions
+inside a fusion move nothing, because they stay on the chip. An operand of which only slices are
+used counts as those slices, and a result that updates an operand in place counts as the update.
+Arrays in another memory space (VMEM on TPU) cost nothing, but the copies into it do.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a run left in its workdir, as plain values, each file checked as it is read."""
+"""The files of a workdir as plain values, each checked as it is read."""
 
 import json
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of images: the arrays that the page shows."""
+"""The arrays that a report shows: what a checkpoint makes of images."""
 
 import dataclasses
 import math

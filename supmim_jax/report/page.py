@@ -1,7 +1,7 @@
-"""The page of a run, from plain values and arrays: template.html filled in by jinja2.
+"""The report's page, made from plain values and arrays: template.html filled in by jinja2.
 
-Everything is escaped on its way into the page. Charts are matplotlib's SVG, inside the page as
-images, so that one policy without scripts or foreign sources holds for all of it.
+jinja2 escapes everything. Charts are matplotlib's SVG, embedded as images, so that one policy
+without scripts or foreign sources covers the whole page.
 """
 
 import base64

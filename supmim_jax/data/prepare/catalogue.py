@@ -1,8 +1,8 @@
-"""A data set of tfds's catalogue, made by its own builder, as ArrayRecord.
+"""Makes a data set of tfds's catalogue as ArrayRecord, with its own builder.
 
-ImageNet's official archives are looked at before hours are spent on them: tfds's imagenet2012
-leaves out, with a warning, a split whose archive is missing, and finds a cut one when it reaches
-the end. https://image-net.org gives the archives to those who register.
+ImageNet's official archives are checked first, before hours are spent on them: tfds's imagenet2012
+only warns about a missing archive and leaves out its split, and it notices a truncated one at the
+end. https://image-net.org gives the archives to those who register.
 """
 
 import difflib

@@ -1,13 +1,13 @@
-"""A data set of a folder of images: features image, label and file_name, version 1.0.0.
+"""Makes a data set of a folder of images: features image, label, file_name; version 1.0.0.
 
-  train/<class>/**/*.jpg      and val/<class>/ or validation/<class>/, perhaps test/<class>/
+  train/<class>/**/*.jpg      and val/<class>/ or validation/<class>/, optionally test/<class>/
   train/<wnid>/images/*.JPEG  and val/images/, val/val_annotations.txt, wnids.txt: the published
-                              Tiny-ImageNet, whose test split has no labels and is left out
+                              Tiny-ImageNet, whose unlabelled test split is left out
 
-A class has one name, in whichever of Unicode's forms a system wrote it (macOS takes letters with
-accents apart). Classes are sorted by name, and within a split files by class, then path: neighbours
-are of one class. That is no harm in training, which shuffles all records anew in each epoch; a part
-of a split such as train[:1000] has the first classes alone.
+Class names that differ only in their Unicode form are one class (macOS decomposes accented
+letters). Classes are sorted by name, and the files of a split by class and then path, so
+neighbouring records are of one class. Training shuffles all records anew in each epoch and does not
+mind, but a part of a split such as train[:1000] has only the first classes.
 """
 
 import errno

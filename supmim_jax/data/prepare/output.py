@@ -1,12 +1,13 @@
 """Where a data set goes, how its shards are written, and what the command prints.
 
-A data set grows in <version>.incomplete.prepare beside its final place <data_dir>/<name>/<version>;
-tfds takes that for no version. A shard gets its name when it is complete, so a command that was
-killed goes on with the shards that are missing. The last step is one rename. A bucket has none: its
-objects are copied, dataset_info.json after all others, and nothing opens a data set without that.
+A data set grows in <version>.incomplete.prepare, beside its final place
+<data_dir>/<name>/<version>; tfds does not take that name for a version. A shard gets its name once
+it is complete, so a command that was killed continues with the missing shards. The last step is one
+rename. A bucket cannot rename: there the files are copied, and last of all dataset_info.json,
+without which nothing opens a data set.
 
-tfds's own writer would not do for folders: it keeps nothing of an interrupted run, and where the
-order of records is to stay it sorts a whole split in memory.
+tfds's own writer does not suit folders: it keeps nothing of an interrupted run, and to preserve the
+order of records it sorts a whole split in memory.
 """
 
 import contextlib

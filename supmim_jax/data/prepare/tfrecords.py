@@ -1,7 +1,7 @@
-"""A prepared TFRecord data set of tfds as ArrayRecord: the same records in the same order.
+"""Copies a prepared TFRecord data set of tfds to ArrayRecord: same records, same order.
 
-tfds has a converter of its own (`tfds convert_format`); it needs Beam even where it does not run
-it, keeps nothing of a shard that was interrupted, and leaves the class names behind.
+tfds's own converter (`tfds convert_format`) needs Beam even where it does not use it, keeps
+nothing of an interrupted shard, and loses the class names.
 """
 
 import functools
