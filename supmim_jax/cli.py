@@ -52,7 +52,7 @@ MISTAKES = (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueE
 
 
 def start(run: Callable[[], None]) -> None:
-    """Parses the flags and runs; what the user can fix is a paragraph on stderr, no traceback."""
+    """Parses the flags and runs; errors that the user can fix print a paragraph, no traceback."""
 
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -99,7 +99,7 @@ def start(run: Callable[[], None]) -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's flags; a mistake in one (also in --config.<key>) is a paragraph too."""
+    """Parses absl's flags; a mistake in one (also in --config.<key>) prints a paragraph, too."""
     try:
         return flags.FLAGS(argv)
     except SetupError as error:  # of the config file
@@ -124,7 +124,7 @@ def define_process_flags() -> None:
 
 
 def join() -> None:
-    """Joins the other processes of this run, if the flags say that there are any.
+    """Joins the other processes of this run, if the flags name any.
 
     Raises:
       SetupError: nothing tells which process this is.
@@ -137,7 +137,7 @@ def join() -> None:
 
 
 def agree(cfg: Config, command: dict) -> None:
-    """Returns if all processes run the same config, command, code, versions and devices.
+    """Checks that all processes have the same config, command, code, versions and devices.
 
     Raises:
       SetupError: on every process, naming those that differ from process 0, and in what.
@@ -156,7 +156,7 @@ def agree(cfg: Config, command: dict) -> None:
 
 
 def fail(message: str, code: int):
-    """Ends the command; of several processes, all of them."""
+    """Ends the command, in all of its processes."""
     if multihost.active():
         multihost.leave(message, code)
     print(f"\nerror: {message}", file=sys.stderr)
@@ -174,7 +174,7 @@ def define(text: str) -> flags.FlagHolder:
 
 
 def load(given: str) -> ConfigDict:
-    """The ConfigDict of `path` or `path:argument`: see the module.
+    """The ConfigDict of `path` or `path:argument`; see the module's docstring.
 
     Raises:
       SetupError: as `read`, or the file gives something else.
@@ -190,7 +190,7 @@ def load(given: str) -> ConfigDict:
 
 
 def read(given: str, use: Callable[..., Any], flag: str = "--config") -> Any:
-    """What `use` makes of the module at `path`, or of that and the argument of `path:argument`.
+    """Returns `use(module)` of the module at `path`, or `use(module, argument)`.
 
     Raises:
       SetupError: the file is missing or cannot be run, or `use` fails; the message names it and
@@ -225,7 +225,7 @@ def _config(module: ModuleType, *argument: str) -> ConfigDict:
 
 
 def _finished(config: Config | ProbeConfig, argument: str = "") -> ConfigDict:
-    """What experiment() of a file gives, in small with the argument "debug"."""
+    """The config of a file's experiment(), shrunk if the argument is "debug"."""
     known = ("", "debug") if isinstance(config, Config) else ("",)
     if argument not in known:
         raise ConfigError(
@@ -235,7 +235,7 @@ def _finished(config: Config | ProbeConfig, argument: str = "") -> ConfigDict:
 
 
 class _Parser(flags.ArgumentParser):
-    """In place of ml_collections' own, which lets most of what a file raises through."""
+    """Replaces ml_collections' parser, which lets most exceptions of a config file through."""
 
     def parse(self, argument: str) -> ConfigDict:
         return load(argument).lock()
@@ -304,7 +304,7 @@ class _Stream:
 
 
 def _guard_output() -> None:
-    """From now on stdout and stderr drop what they cannot write.
+    """Makes stdout and stderr drop what they cannot write.
 
     Where they are closed, they become /dev/null: the next file that is opened would get their
     number, and be written to by whatever prints.
@@ -320,14 +320,14 @@ def _guard_output() -> None:
 
 
 def _lost_output() -> OSError | None:
-    """Why what was printed on stdout is not complete; not that its reader went, who had enough."""
+    """Why stdout is incomplete; None if only its reader left, who had read enough."""
     sys.stdout.flush()
     fault = getattr(sys.stdout, "fault", None)
     return fault if isinstance(fault, OSError) and fault.errno in OF_THE_USER else None
 
 
 def _end_output() -> None:
-    """What could not be written is given up, or Python would complain of it as it ends."""
+    """Gives up what could not be written, or Python would complain about it at exit."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         if getattr(stream, "fault", None):

@@ -39,7 +39,7 @@ def rows_of_parts(x_PxBxN) -> jax.Array:
 
 
 def everywhere(x_BxN) -> jax.Array:
-    """`x` whole on every device that shares the batch: what all examples are compared with."""
+    """`x` whole on every device that shares the batch, to compare all examples with."""
     return _constrained(x_BxN, PartitionSpec())
 
 
@@ -98,7 +98,7 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def run_mesh(cfg: Config, devices: list | None = None) -> Mesh:
-    """The mesh of a run of `cfg`, on whose devices each step's batch falls evenly.
+    """The mesh of a run of `cfg`; each step's batch divides evenly over its devices.
 
     Raises:
       ConfigError: as `make_mesh`, or it does not, also in config.optim.accumulate micro-batches.
@@ -129,7 +129,7 @@ def by_slice(devices: list, slices: int) -> list[list]:
 
 
 def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
-    """The devices of a slice, neighbours on an axis of the mesh close to each other."""
+    """The devices of a slice, arranged so that neighbours on a mesh axis are close."""
     try:
         types = (jax.sharding.AxisType.Auto,) * len(shape)
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
@@ -138,7 +138,7 @@ def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:
-    """Returns if the global batch falls evenly on the devices, also in `parts` micro-batches.
+    """Checks that the global batch, also in `parts` micro-batches, divides over the devices.
 
     Raises:
       ConfigError: it does not.
@@ -172,7 +172,7 @@ def image_batch(cfg: Config, batch_size: int, mesh: Mesh) -> jax.ShapeDtypeStruc
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the array at `path` is laid out.
+    """The layout of the array at `path`.
 
     Raises:
       ConfigError: no rule names the path, or a mesh axis does not divide the array.

@@ -110,12 +110,12 @@ def define_multi(name: str, text: str) -> flags.FlagHolder:
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Whether the operating system knows the path: not gs://."""
+    """Whether the operating system can open the path, which it cannot if it is gs://."""
     return "://" not in str(path)
 
 
 def make_directory(path: epath.Path) -> None:
-    """Makes it with its parents; in a bucket, which has none, sees that there is the bucket.
+    """Makes a directory and its parents; for gs://, checks that the bucket exists.
 
     Raises:
       OSError: it cannot be made.
@@ -137,7 +137,7 @@ def _exists(bucket: str) -> bool:
 
 
 def children(directory: epath.Path) -> list[epath.Path]:
-    """What is directly in it; nothing where it is not there, as a bucket has no empty ones.
+    """The entries of a directory; none if it does not exist (a bucket has no empty ones).
 
     Not by is_dir(): to gcsfs a directory that it may not see, or not now, is none, and a run would
     begin anew.
@@ -172,7 +172,7 @@ class Stat(NamedTuple):
 
 
 def stat(path: epath.Path) -> Stat:
-    """Size and time of a file; epath's own looks for its owner's name, which may have none."""
+    """Size and time of a file; epath's own stat fails where the owner has no name."""
     if is_local(path):
         found = os.stat(path)
         return Stat(found.st_size, found.st_mtime)
@@ -181,7 +181,7 @@ def stat(path: epath.Path) -> Stat:
 
 
 def write(path: epath.Path, data: str | bytes) -> None:
-    """Writes a file so that a reader, also one after a power failure, sees all of it or none."""
+    """Writes a file atomically: readers see all of it or none, also after a power failure."""
     data = data.encode() if isinstance(data, str) else data
     if not is_local(path):
         path.write_bytes(data)
@@ -195,13 +195,13 @@ def write(path: epath.Path, data: str | bytes) -> None:
 
 
 def write_json(path: epath.Path, values: dict | list) -> None:
-    """As `write`, of what `read_json` gives again."""
+    """Writes JSON as `write` does; `read_json` reads it."""
     write(path, json.dumps(values, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def written(path: epath.Path) -> Iterator[epath.Path]:
-    """A local file to write in, which is at `path` when the context ends without an error.
+    """A local file to write to; it moves to `path` if the context ends without an error.
 
     For libraries that write local files alone. What a bucket is to hold grows in TMPDIR and is
     compared, once it is there, by its MD5.
@@ -234,7 +234,7 @@ def upload(source: epath.Path, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def made(directory: epath.Path, last: str) -> Iterator[epath.Path]:
-    """A local directory to write in, which is at `directory` once the context ends well.
+    """A local directory to write to; it moves to `directory` if the context ends well.
 
     In a bucket the file of the name `last` appears after all others.
     """
@@ -265,7 +265,7 @@ def upload_all(source: epath.Path, target: epath.Path, last: str) -> None:
 
 @contextlib.contextmanager
 def fetched(path: epath.Path) -> Iterator[Path]:
-    """The file or directory itself, or of one in a bucket a local copy: for local readers."""
+    """The file or directory itself, or a local copy of one in a bucket."""
     if is_local(path):
         yield Path(path)
         return
@@ -278,7 +278,7 @@ def fetched(path: epath.Path) -> Iterator[Path]:
 
 
 def rename(source: epath.Path, target: epath.Path, last: str) -> None:
-    """Gives a complete directory its name: at once; in a bucket file by file, `last` after all."""
+    """Renames a complete directory: atomically, or in a bucket file by file, `last` at the end."""
     if is_local(source):
         source.rename(target)
         return
@@ -291,13 +291,13 @@ def rename(source: epath.Path, target: epath.Path, last: str) -> None:
 
 
 def _copy(source: epath.Path, target: epath.Path, name: str) -> None:
-    """Within buckets: no byte of it passes through this machine."""
+    """Copies within buckets; no byte passes through this machine."""
     system, path = fsspec.core.url_to_fs(str(source / name))
     system.cp_file(path, fsspec.core.url_to_fs(str(target / name))[1])
 
 
 def free_bytes(path: str | os.PathLike) -> int | None:
-    """Of the disk that the path is on or will be on; None for a bucket."""
+    """Free space of the disk that the path is on, or will be on; None for a bucket."""
     if not is_local(path):
         return None
     local = Path(path).absolute()
@@ -305,7 +305,7 @@ def free_bytes(path: str | os.PathLike) -> int | None:
 
 
 def check_disk_space(path: str | os.PathLike, needed: int, what: str, cure: str) -> None:
-    """Returns if the disk of the path, where it has one, has this many bytes free.
+    """Raises SetupError unless the path's disk, if it has one, has this many bytes free.
 
     What a quota leaves is not known, nor of gs:// anything.
 
@@ -321,7 +321,7 @@ def check_disk_space(path: str | os.PathLike, needed: int, what: str, cure: str)
 
 
 def read_json(path: epath.Path, cure: str) -> Any:
-    """What a JSON file holds.
+    """The contents of a JSON file.
 
     Raises:
       SetupError: it cannot be read; `cure` says what to do.
@@ -333,14 +333,14 @@ def read_json(path: epath.Path, cure: str) -> Any:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether it is of a disk, server or network, and may be gone on another try."""
+    """Whether an error of a disk, server or network may be gone on another try."""
     if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
         return False
     return error.errno in PASSING if error.errno else not denied(error)
 
 
 def denied(error: BaseException) -> str:
-    """What a bucket refuses for good, of an error that one of the libraries raised; else ""."""
+    """The message, if an error means that a bucket refuses access permanently; else ""."""
     code = getattr(error, "code", None)  # gcsfs's and google.cloud's errors of HTTP have it
     text = ": ".join(str(error).strip().splitlines()[:2])  # what was refused, and why
     refused = code in DENIED or re.search(DENIAL, str(error))

@@ -44,7 +44,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, and by what."""
+    """The runs to compare, and the metrics to compare them by."""
 
     question: str
     runs: dict[str, Config]  # by name; their seed is set by the study
@@ -63,7 +63,7 @@ class Study:
             )
 
     def config(self, cell: "Cell") -> Config:
-        """What the cell trains."""
+        """The config that the cell trains."""
         return dataclasses.replace(self.runs[cell.run], seed=cell.seed)
 
 
@@ -76,7 +76,7 @@ class Cell(NamedTuple):
 
 
 def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
-    """Trains and probes one cell; what was measured is a file of its workdir, written last."""
+    """Trains and probes one cell; the results are a file in its workdir, written last."""
     cfg = study.config(cell)
     probed = environment.collect(jax.devices())  # now: later the files of this code may be others
     if not train(cfg, directory):
@@ -100,12 +100,12 @@ def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
 
 
 def compute(cfg: Config) -> int:
-    """FLOPs of the whole run, by arithmetic; 0 where there is none for the objective."""
+    """FLOPs of the whole run by arithmetic; 0 if the objective has no formula."""
     return flops.total(cfg).model * cfg.batch_size * cfg.total_steps
 
 
 def as_costly(cfg: Config, other: Config) -> Config:
-    """`cfg` for as many epochs as cost what the run `other` does.
+    """`cfg` with as many epochs as cost the FLOPs of the run `other`.
 
     Raises:
       SetupError: there is no arithmetic for the objective of one.
@@ -121,7 +121,7 @@ def digest(cfg: Config) -> str:
 
 
 def recorded(out: epath.Path) -> dict[Cell, dict]:
-    """What results.jsonl holds, by cell.
+    """The rows of results.jsonl, by cell.
 
     Raises:
       SetupError: a line is damaged.
@@ -140,7 +140,7 @@ def recorded(out: epath.Path) -> dict[Cell, dict]:
 
 
 def measured(study: Study, out: epath.Path) -> list[dict]:
-    """What is known of each cell so far, in the order of runs and seeds.
+    """The row of each cell that is done, in the order of runs and seeds.
 
     Raises:
       SetupError: a cell was trained with another config than the study now has.
@@ -170,7 +170,7 @@ class Compared(NamedTuple):
 
 
 def compared(rows: list[dict], baseline: str, run: str, metric: str) -> Compared | None:
-    """`run` beside the baseline, seed by seed; None where nothing was measured."""
+    """Compares `run` with the baseline, seed by seed; None if nothing was measured."""
 
     def values(name: str) -> dict[int, float]:
         found = {row["seed"]: row["metrics"] for row in rows if row["run"] == name}
@@ -239,7 +239,7 @@ def figure(study: Study, rows: list[dict]) -> bytes:
 
 
 def write(study: Study, out: epath.Path) -> list[dict]:
-    """The three files, of what is there so far, which is returned."""
+    """Writes the three files from the cells that are done; returns their rows."""
     rows = measured(study, out)
     cells = recorded(out) | {Cell(row["run"], row["seed"]): row for row in rows}
     lines = "".join(json.dumps(row) + "\n" for row in cells.values())
@@ -252,7 +252,7 @@ def write(study: Study, out: epath.Path) -> list[dict]:
 
 @dataclass
 class Pool:
-    """Cells under way, each in a process with its share of the cores, or a GPU of its own."""
+    """Cells in progress, each in a process with its share of the cores, or its own GPU."""
 
     command: list[str]
     out: epath.Path
@@ -262,7 +262,7 @@ class Pool:
     starting: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def start(self, cell: Cell) -> None:
-        """Starts a cell in a slot that is free; its output goes to a file beside its workdir."""
+        """Starts a cell in a free slot; its output goes to a file beside its workdir."""
         slot = min(set(range(len(self.slots))) - self.running.keys())
         env = dict(os.environ)
         if self.slots[slot]:
@@ -274,7 +274,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _cores(self, slot: int) -> Iterator[None]:
-        """What starts inside keeps to this slot's share of the cores."""
+        """Processes started in this context keep to this slot's share of the cores."""
         if not hasattr(os, "sched_setaffinity"):  # macOS
             yield
             return
@@ -286,14 +286,14 @@ class Pool:
             os.sched_setaffinity(0, cores)
 
     def ended(self) -> Iterator[tuple[Cell, int]]:
-        """The cells that have ended since, with their exit codes."""
+        """The cells that have ended since the last call, with their exit codes."""
         for slot, (cell, process) in list(self.running.items()):
             if process.poll() is not None:
                 del self.running[slot]
                 yield cell, process.returncode
 
     def stop(self) -> None:
-        """Tells all to save what they have done, and waits for that; no other can start then."""
+        """Tells all cells to save and end, and waits for them; no other cell starts after that."""
         self.starting.acquire()
         running = [process for _, process in self.running.values()]
         for process in running:
@@ -303,7 +303,7 @@ class Pool:
 
 
 def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
-    """Trains the cells that are not done; exit codes of those that failed."""
+    """Trains the cells that are not done; returns the exit codes of those that failed."""
     done = {Cell(row["run"], row["seed"]) for row in measured(study, pool.out)}
     waiting = [cell for cell in cells if cell not in done]
     failed: dict[Cell, int] = {}
@@ -320,7 +320,7 @@ def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
 
 
 def asked(study: Study, only: str) -> list[Cell]:
-    """The cells of --only, names or names-seeds; all of them if it is empty.
+    """The cells that --only names, as run or run-seed; all of them if it is empty.
 
     Raises:
       SetupError: it names none.

@@ -30,7 +30,7 @@ IN_FILE_ONLY = ("config.objective.target.path", "config.objective.target.precisi
 
 @dataclass(frozen=True)
 class Frozen:
-    """Host arrays that the train step takes beside its state, never changed by it."""
+    """Host arrays that the train step takes beside its state and never changes."""
 
     arrays: dict  # the `frozen` argument of the step; {} where nothing is frozen
     identity: str  # SHA-256 of the tokenizer whose tokens are the target; "" without one
@@ -39,7 +39,7 @@ class Frozen:
     def open(
         cls, cfg: Config, dataset: Dataset, workdir: epath.Path, step_fn: TrainStep
     ) -> "Frozen":
-        """The arrays that `step_fn.frozen` has, as the config names them, fitted now if need be.
+        """The arrays for `step_fn.frozen` that the config names, fitted now if necessary.
 
         Raises:
           SetupError: a file that the config names is missing or doesn't fit, or the run in the
@@ -68,7 +68,7 @@ class Frozen:
         return {name: digest(part) for name, part in self.arrays.items()}
 
     def save(self, cfg: Config, workdir: epath.Path) -> None:
-        """Keeps with the run which tokenizer it has, and a codebook that was fitted."""
+        """Records in the workdir which tokenizer the run has, and saves a fitted codebook."""
         if "target" in self.arrays:
             save_fitted(cfg, self.arrays["target"]["tokenizer"], workdir)
         if self.identity:
@@ -94,7 +94,7 @@ class Frozen:
 
 
 def open_tokenizer(cfg: Config, dataset: Dataset, directory: epath.Path, like: dict) -> dict:
-    """The arrays of the target's tokenizer, as `like` has them.
+    """The arrays of the target's tokenizer, with the structure of `like`.
 
     A codebook without a file is fitted on the training split alone, once: it is looked for in the
     token cache and in `directory` first.
@@ -125,7 +125,7 @@ def open_tokenizer(cfg: Config, dataset: Dataset, directory: epath.Path, like: d
 
 
 def save_fitted(cfg: Config, arrays: dict, directory: epath.Path) -> None:
-    """Keeps a codebook in `directory`; tokenizers that were trained stay where they are."""
+    """Saves a fitted codebook in `directory`; trained tokenizers stay where they are."""
     if kmeans.is_fitted(cfg.objective.token_target):
         file = io.BytesIO()
         np.savez(file, **arrays)

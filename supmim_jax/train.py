@@ -161,7 +161,7 @@ def train_steps(run: "Run", last: int, state: TrainState, fixed: dict) -> tuple[
 
 
 class Run:
-    """What a run that goes on holds beside its state, and what it does between its steps."""
+    """What a run in progress holds beside its state, and what it does between steps."""
 
     def __init__(
         self,
@@ -178,11 +178,11 @@ class Run:
         self.changes: dict[str, int] = {}  # of the numbers, by going back after NaN
 
     def begin(self, initial: InitialState) -> TrainState:
-        """The state of step 0."""
+        """Starts the run; returns the state of step 0."""
         return self._start(0, initial.make(), dict(checkpoint.BEGIN), None)
 
     def resume(self, saved: checkpoint.Checkpoint) -> TrainState:
-        """The state of a checkpoint of this run."""
+        """Resumes the run; returns the state of one of its checkpoints."""
         state = saved.restore_state(self.step_fn.state)
         return self._start(saved.step, state, dict(saved.run), saved)
 
@@ -221,7 +221,7 @@ class Run:
         self.line.show(step, values)
 
     def save(self, step: int, state: TrainState, batches: Training) -> None:
-        """Begins to save the state, with the numbers that a resumed run needs."""
+        """Starts to save the state, with the numbers that a resumed run needs."""
         self.numbers |= {
             "position": (step + self.numbers["skipped_batches"]) * self.cfg.batch_size,
             "seconds": self.clock.seconds,
@@ -232,7 +232,7 @@ class Run:
             self.checkpoints.save(state, self.cfg, self.numbers, self.boxes)
 
     def between_steps(self, step: int, state: TrainState, batches: Training) -> None:
-        """What is due after a step that is saved; a run that is told to stop ends in it."""
+        """Does what is due after a saved step; a run that is told to stop ends here."""
         with self.clock.stopped(), self.watchdog.paused():
             with multihost.released():
                 self.evaluate_if_due(step, state)
@@ -241,12 +241,12 @@ class Run:
                 batches.restart(step, self.boxes)
 
     def evaluate_if_due(self, step: int, state: TrainState) -> None:
-        """Evaluates after `step`, where the schedule says so and it is not done."""
+        """Evaluates after `step`, if the schedule says so and it has not been done."""
         if self.cfg.evaluates_after(step) and step != self.evaluated:
             self.evaluate(step, state)
 
     def evaluate(self, step: int, state: TrainState) -> evals.Results:
-        """All evaluations of the encoder, or of the tokenizer, as it is; written and shown."""
+        """Runs all evaluations of the encoder or tokenizer; writes and prints the results."""
         split = self.cfg.data.eval_split
         bound = self.model.bind(state.judged)
         results = evals.run_all(bound, self.dataset, split, self.step_fn.mesh)
@@ -260,7 +260,7 @@ class Run:
         return results
 
     def find_boxes_if_due(self, step: int, state: TrainState) -> None:
-        """The boxes to crop by after `step`: found now, or before this process began."""
+        """Sets the boxes to crop by after `step`, found now or before this process started."""
         if self.cfg.finds_boxes_after(step):
             bound = self.model.bind(state.judged)
             self.boxes = contrastive_boxes.boxes(bound, self.dataset, self.step_fn.mesh)
@@ -268,7 +268,7 @@ class Run:
             self.boxes = self.saved.restore_boxes()
 
     def roll_back(self, error: Diverged) -> checkpoint.Checkpoint | None:
-        """The newest scheduled checkpoint, to go on from without the batches since then.
+        """The newest scheduled checkpoint, to continue from without the batches since.
 
         Not one that a signal brought about: which batches are left out depends on the schedule
         alone, and a run that is ended before or after goes the same way.

@@ -41,7 +41,7 @@ class Restored:
 
 
 def shows(cfg: Config) -> bool:
-    """Whether there is something to see of a run: predictions, or a tokenizer of its own."""
+    """Whether a run has something to show: predictions, or a tokenizer of its own."""
     return cfg.objective.masks_patches or cfg.objective.leaves == "tokenizer"
 
 
@@ -120,12 +120,12 @@ def restore(checkpoint: Checkpoint) -> Restored:
 
 
 def one_device() -> Mesh:
-    """A picture needs no more, whatever mesh the run had."""
+    """A mesh of one device, which a picture needs, whatever mesh the run had."""
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def draw(rows: dict[str, np.ndarray]) -> bytes:
-    """The panels as a PNG, an image a column."""
+    """The panels as a PNG, one column per image."""
     from matplotlib.figure import Figure
 
     count = len(rows["image"])

@@ -22,7 +22,7 @@ LOOK = 0.5  # seconds between looks
 
 
 class Watchdog:
-    """Looks from a thread whether steps go on; a context, of which one is open at a time.
+    """A thread that checks if steps are still being made; one context is open at a time.
 
     A process whose last step is longer ago than config.watch allows dumps the stacks of all its
     threads to stderr, says which process is behind, and ends with EXIT_TRY_AGAIN; so do the
@@ -47,7 +47,7 @@ class Watchdog:
         self.ending.set()
 
     def beat(self, step: int) -> None:
-        """A step was dispatched; with a device's short queue, one was done not long ago."""
+        """Records that a step was dispatched; a device's queue is short, so one ended recently."""
         now = time.monotonic()
         with self.lock:
             if self.last is not None:
@@ -57,7 +57,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside belongs to no step."""
+        """Time spent inside the context belongs to no step."""
         with self.lock:
             self.last = None
         yield
@@ -65,7 +65,7 @@ class Watchdog:
             self.last = time.monotonic()
 
     def limit(self) -> float | None:
-        """Seconds without a step that are a stall; None while it cannot be known."""
+        """Seconds without a step that count as a stall; None while that is not yet known."""
         if len(self.intervals) < FIRST:
             return None
         return max(
@@ -73,7 +73,7 @@ class Watchdog:
         )
 
     def stalled(self) -> float | None:
-        """Seconds since the last step, where that is a stall."""
+        """Seconds since the last step, if they are a stall."""
         with self.lock:
             limit = self.limit()
             if limit is None or self.last is None:
@@ -109,7 +109,7 @@ class Watchdog:
 
 
 class Diverged(Exception):
-    """A loss term or the gradient is no longer finite, in `step`."""
+    """In `step`, a loss term or the gradient was no longer finite."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
@@ -117,7 +117,7 @@ class Diverged(Exception):
 
 
 class NanGuard:
-    """Looks at each step's metrics one step late, so that the device is never kept waiting."""
+    """Checks each step's metrics one step late, so that the device never waits for it."""
 
     def __init__(self):
         self.pending: tuple[int, Metrics, jax.Array] | None = None

@@ -42,7 +42,7 @@ SHARED_WITHIN = 20  # seconds after which every host must see a file that anothe
 
 @dataclass(frozen=True)
 class Workdir:
-    """The directory of a run of `cfg`, checked; `claimed` makes it this run's alone."""
+    """The directory of a run of `cfg`, checked; `claimed` locks it for this run."""
 
     path: epath.Path
     cfg: Config
@@ -63,7 +63,7 @@ class Workdir:
         return workdir
 
     def results(self) -> dict | None:
-        """What the run measured at its end; None while it is not complete.
+        """The final results of the run; None until it is complete.
 
         Raises:
           SetupError: the file cannot be read.
@@ -73,7 +73,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def claimed(self, frozen: Frozen, class_names: Sequence[str] = ()) -> Iterator[None]:
-        """The workdir, made if need be, belongs to this run alone as long as the context is open.
+        """Makes the workdir if needed, and locks it for this run while the context is open.
 
         A new one is given what the run begins from: the config, the tokenizer, and the names of the
         classes, which are needed where the encoder is used and the data set is not. The kernel
@@ -110,7 +110,7 @@ class Workdir:
             yield
 
     def record_environment(self, step: int, mesh: Mesh) -> None:
-        """Notes in environment.json what the steps after `step` run on.
+        """Records in environment.json what the steps after `step` run on.
 
         Raises:
           SetupError: it cannot be read, or the steps before ran with other settings of JAX.
@@ -173,7 +173,7 @@ class Workdir:
             time.sleep(0.5)
 
     def _check_flags(self, parts: list[dict], step: int, now: dict) -> None:
-        """Raises SetupError if the steps until `step` were drawn or rounded in another way."""
+        """Raises SetupError if earlier steps drew or rounded numbers in another way."""
         before = ([part for part in parts if part[environment.FROM_STEP] < step] or [now])[-1]
         changed = [x for x in environment.FLAGS if x in before and before[x] != now[x]]
         if changed:
@@ -186,7 +186,7 @@ class Workdir:
 
 
 def class_names(path: epath.Path) -> list[str]:
-    """The names of a classifier's outputs, in order; [] where the run did not note them.
+    """The names of a classifier's outputs, in order; [] if the run did not record them.
 
     Raises:
       SetupError: the file cannot be read.

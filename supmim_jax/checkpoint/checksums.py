@@ -39,7 +39,7 @@ _calls = itertools.count()  # names of exchanges between processes are used once
 
 
 class Damaged(SetupError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 def write(directory: epath.Path) -> None:
@@ -95,7 +95,7 @@ def digest(path: epath.Path, sync: bool = False) -> str:
 
 
 def verify(directory: epath.Path) -> None:
-    """Returns if the checkpoint is whole and in its place.
+    """Verifies that the checkpoint is whole and in its place.
 
     Of several processes each reads a share of the files; all must call it alike, and all raise if
     one found damage.
@@ -120,7 +120,7 @@ def verify(directory: epath.Path) -> None:
 
 
 def _problem(directory: epath.Path) -> str:
-    """What is wrong with this process's share; empty if nothing is."""
+    """What is wrong with this process's share of the files; "" if nothing is."""
     try:
         listed = read(directory)
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _problem(directory: epath.Path) -> str:
 
 
 def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[str]:
-    """Files of this process's share that are not those that were listed."""
+    """Files of this process's share that differ from the list."""
     names = sorted(listed)
     if multihost.active():
         names = names[jax.process_index() :: jax.process_count()]
@@ -155,7 +155,7 @@ def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[s
 
 
 def _misplaced(directory: epath.Path) -> list[str]:
-    """Whether the position in the data is that of the step that the directory is named by."""
+    """Whether the position in the data belongs to the step in the directory's name."""
     if not directory.name.isdigit():
         return []
     run, config = (
@@ -171,7 +171,7 @@ def _misplaced(directory: epath.Path) -> list[str]:
 
 
 def check_arrays(directory: epath.Path) -> None:
-    """Returns if every array that a save lists can be found as restoring finds it.
+    """Checks that restoring would find every array that the save lists.
 
     orbax takes a save whose arrays it lost track of for a good one.
 
@@ -195,7 +195,7 @@ def check_arrays(directory: epath.Path) -> None:
 
 
 class Summed:
-    """Adds the sums as the directory of a step is committed.
+    """Adds the checksums when the directory of a step is committed.
 
     orbax commits the items inside in the same way, each before; they are files of the step. It does
     so in one process, after all processes have written.
@@ -210,15 +210,15 @@ class Summed:
 
 
 class SummedRename(Summed, ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Committed by the rename of a directory."""
+    """Commits by renaming a directory."""
 
 
 class SummedCommitFile(Summed, ocp.path.atomicity.CommitFileTemporaryPath):
-    """Committed by a file that says so, where directories cannot be renamed at once."""
+    """Commits by writing a file, where directories cannot be renamed atomically."""
 
 
 def temporary_path_class(root: epath.Path) -> type:
-    """How a checkpoint below `root` is committed: as orbax would, with the sums."""
+    """The class that commits checkpoints below `root`: as orbax would, plus checksums."""
     default = ocp.path.atomicity_defaults.get_default_temporary_path_class(root)
     return {base: kind for kind in (SummedRename, SummedCommitFile) for base in kind.__bases__}[
         default

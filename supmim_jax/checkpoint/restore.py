@@ -48,7 +48,7 @@ BEGIN = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One saved step of a run, verified as it was opened.
+    """One saved step of a run, verified when it was opened.
 
     `config` is that of the run, `run` its numbers under the names of BEGIN.
     """
@@ -100,7 +100,7 @@ class Checkpoint:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training split that lie behind it."""
+        """Epochs that were trained when it was saved."""
         return self.run["position"] / self.config.data.train_examples
 
     def tree(self, item: str = "state") -> dict:
@@ -110,7 +110,7 @@ class Checkpoint:
             return dict(metadata.item_metadata.tree)
 
     def check_params(self, like: dict) -> str:
-        """Where the parameters are that `restore_params` takes: `ema` or `params`.
+        """Where `restore_params` finds the parameters: `ema` or `params`.
 
         Raises:
           SetupError: a subtree of `like` is missing or differs in paths, shapes or dtypes.
@@ -169,7 +169,7 @@ class Checkpoint:
         return self._restore("boxes", like)["boxes"]
 
     def _restore(self, item: str, like: Any) -> Any:
-        """A saved tree of arrays, laid out like the abstract `like`, which is all of it."""
+        """A whole saved tree of arrays, laid out like the abstract `like`."""
         self._check_same(self.tree(item), like)
         restorer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         with self._readable(item):
@@ -193,7 +193,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _readable(self, item: str) -> Iterator[None]:
-        """The files are those that were saved; still, the disk may fail, or they be of no use."""
+        """Explains errors of reading files that are whole: the disk fails, or they are unusable."""
         try:
             yield
         except jax.errors.JaxRuntimeError:  # memory, or another process
@@ -215,12 +215,12 @@ def plain(state: TrainState) -> dict:
 
 
 def steps(workdir: str | epath.Path) -> list[int]:
-    """The complete checkpoints of a run, oldest first; not what was set aside or never finished."""
+    """Steps of a run's complete checkpoints, oldest first; not those that were set aside."""
     return sorted(x.step for x in Names().find_all(storage.location(workdir) / "checkpoints"))
 
 
 def unfinished(directory: epath.Path) -> list[epath.Path]:
-    """What saves that were killed have left."""
+    """The directories that killed saves left behind."""
     complete = {x.path.name for x in Names().find_all(directory)}
     return [
         path
@@ -239,7 +239,7 @@ def split_step(location: str) -> tuple[str, int | str | None]:
 
 
 def locate(location: str) -> epath.Path:
-    """The directory of the step that `Checkpoint.open` opens; nothing in it is read.
+    """The directory that `Checkpoint.open` would open; nothing in it is read.
 
     Raises:
       SetupError: there is no such workdir, checkpoint or step, or none is known to be the best.
@@ -277,12 +277,12 @@ class Step(ocp.path.step.Metadata):
 
     @property
     def commit_timestamp(self) -> datetime.datetime:
-        """That of the directory: orbax would read it from a file that the sums leave out."""
+        """The directory's; orbax would read it from a file that has no checksum."""
         return datetime.datetime.fromtimestamp(storage.stat(self.path).mtime, tz=datetime.UTC)
 
 
 class Names(ocp.path.step.NameFormat):
-    """A step's directory has its number as its name, and nothing more."""
+    """A step's directory is named by its number and nothing else."""
 
     def build_name(self, step: int) -> str:
         return str(step)

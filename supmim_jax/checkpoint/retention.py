@@ -14,7 +14,7 @@ policies = ocp.checkpoint_managers
 
 
 class Best(policies.PreservationPolicy):
-    """Keeps the checkpoint of the step at which an evaluation's metric was the highest.
+    """Keeps the checkpoint with the highest value of an evaluation's metric.
 
     What was measured before this process is read from metrics.jsonl.
     """
@@ -24,7 +24,7 @@ class Best(policies.PreservationPolicy):
         self.values = _measured(workdir / "metrics.jsonl", metric) if metric else {}
 
     def measured(self, step: int, metrics: dict[str, float]) -> None:
-        """Notes what the evaluation of `step` gave.
+        """Records the results of the evaluation after `step`.
 
         Raises:
           SetupError: the metric is not among it.
@@ -39,7 +39,7 @@ class Best(policies.PreservationPolicy):
         self.values[step] = metrics[self.metric]
 
     def step(self, among: list[int]) -> int | None:
-        """The best of these steps, the newest if equal; None if nothing is known of them."""
+        """The best of these steps, the newest of equals; None if none was evaluated."""
         # Of all metrics of an evaluation more is better: shares that are right, dB, codes in use.
         known = [(self.values[s], s) for s in among if math.isfinite(self.values.get(s, math.nan))]
         return max(known)[1] if known else None
@@ -51,7 +51,7 @@ class Best(policies.PreservationPolicy):
 
 
 class NewestScheduled(policies.PreservationPolicy):
-    """Keeps what a run goes back to: SIGTERM, again and again, would push it out."""
+    """Keeps what a run rolls back to; otherwise repeated SIGTERMs would push it out."""
 
     def __init__(self, scheduled: Callable[[int], bool]):
         self.scheduled = scheduled
@@ -65,7 +65,7 @@ class NewestScheduled(policies.PreservationPolicy):
 def policy(
     cfg: CheckpointConfig, best: Best, scheduled: Callable[[int], bool]
 ) -> policies.PreservationPolicy:
-    """What stays by any of the rules of `cfg`, and the newest scheduled one."""
+    """Keeps what any rule of `cfg` keeps, and the newest scheduled checkpoint."""
     rules = [policies.LatestN(cfg.keep), best, NewestScheduled(scheduled)]
     if cfg.keep_every:
         rules.append(policies.EveryNSteps(cfg.keep_every))
@@ -73,7 +73,7 @@ def policy(
 
 
 def _measured(path: epath.Path, metric: str) -> dict[int, float]:
-    """Values of an evaluation's metric by step; a line that was cut off counts for nothing."""
+    """Values of an evaluation's metric by step; truncated lines are ignored."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -43,7 +43,7 @@ class Checkpoints:
         cfg: CheckpointConfig,
         scheduled: Callable[[int], bool] | None = None,
     ):
-        """Opens or makes them.
+        """Opens the directory, or makes it.
 
         Args:
           workdir: of the run.
@@ -65,7 +65,7 @@ class Checkpoints:
 
     @classmethod
     def open(cls, workdir: str | os.PathLike, cfg: Config, state: TrainState) -> "Checkpoints":
-        """Those of a run of `cfg`, due by its schedule, each of a (perhaps abstract) `state`.
+        """The checkpoints of a run of `cfg`, whose `state` may be abstract.
 
         Raises:
           SetupError: the directory cannot be made, or the disk has no room for another one.
@@ -97,11 +97,11 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options, item_names=NAMES)
 
     def latest(self) -> int | None:
-        """The newest complete step; whether its files are whole is not looked at."""
+        """The newest complete step; its files are not verified."""
         return self.manager.latest_step()
 
     def newest(self, use_older: bool = False) -> Checkpoint | None:
-        """What to go on from; None: there is no checkpoint.
+        """The checkpoint to continue from; None if there is none.
 
         Args:
           use_older: sets damaged ones aside, as `checkpoints/<step>.damaged`, until one is whole.
@@ -135,7 +135,7 @@ class Checkpoints:
         self.manager = self._open_manager()
 
     def check_disk_space(self, *arrays: Any) -> None:
-        """Raises SetupError if the disk has no room for a checkpoint of these trees, or shapes.
+        """Raises SetupError if a checkpoint of these trees (or shapes) does not fit on the disk.
 
         All hosts write into the one directory, so one process asks, for all of them.
         """
@@ -150,7 +150,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, cfg: Config, run: dict, boxes: np.ndarray | None = None
     ) -> None:
-        """Starts to save the state, once the save before has ended; nothing if the step is saved.
+        """Starts to save the state once the previous save has ended; does nothing if it is saved.
 
         Args:
           state: on the devices.
@@ -178,7 +178,7 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items))
 
     def back_to_scheduled(self) -> int:
-        """Removes the checkpoints after the newest scheduled one, whose step it returns; or 0.
+        """Removes all checkpoints after the newest scheduled one; returns its step, or 0.
 
         One rename takes each out of the steps, so that none is seen half removed. All processes
         must call it.
@@ -201,7 +201,7 @@ class Checkpoints:
         return newest
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint: first its name, for one that is left of a save that was killed."""
+        """Removes a checkpoint; it first gets the name of what a killed save leaves."""
         directory = self.directory / str(step)
         removed = self.directory / f"{step}.removed.orbax-checkpoint-tmp"
         with self._explained("removed"):
@@ -213,7 +213,7 @@ class Checkpoints:
                 directory.rmtree()
 
     def measured(self, step: int, metrics: dict[str, float]) -> None:
-        """Tells what the evaluation of `step` gave, for config.checkpoint.keep_best.
+        """Records the results of the evaluation after `step`, for config.checkpoint.keep_best.
 
         Raises:
           SetupError: that metric is not among it.
@@ -227,7 +227,7 @@ class Checkpoints:
                 raise self.failure
 
     def wait(self) -> None:
-        """Returns when no save is under way: all that were begun are complete.
+        """Waits until all saves are complete.
 
         Raises:
           SetupError: one of them failed.
@@ -237,7 +237,7 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """As `wait`; nothing can be saved after it."""
+        """As `wait`; afterwards nothing can be saved."""
         self.wait()
         multihost.finish_first(None)
         self.manager.close()
@@ -253,7 +253,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self, done: str) -> Iterator[None]:
-        """Explains an error of the file system that a person must fix (OF_THE_USER).
+        """Explains a file system error that a person must fix (OF_THE_USER).
 
         Any other error passes unchanged: it may be gone on the next try. `done` is what was being
         done to the checkpoint, as a past participle.
@@ -272,7 +272,7 @@ class Checkpoints:
             ) from error
 
     def _state(self) -> str:
-        """What is left when a checkpoint cannot be saved."""
+        """What remains when a checkpoint cannot be saved."""
         intact = steps(self.workdir)
         if not intact:
             return "There is none before it."
@@ -280,7 +280,7 @@ class Checkpoints:
 
 
 def bytes_on_disk(arrays: Any) -> int:
-    """Bytes of a tree of arrays, or of their shapes, as all hosts together write it.
+    """Bytes of a tree of arrays, or of their shapes, as all hosts together write them.
 
     orbax compresses, by a few per cent for trained weights: this much is not relied on.
     """
@@ -290,7 +290,7 @@ def bytes_on_disk(arrays: Any) -> int:
 
 
 def _errno(error: Exception) -> int | None:
-    """What the system said; TensorStore has its number at the end of a long text."""
+    """The system's error number, which TensorStore puts at the end of a long text."""
     if isinstance(error, OSError):
         return error.errno
     code = re.search(r"os_error_code='(\d+)'", str(error))

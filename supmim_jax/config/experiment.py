@@ -173,7 +173,7 @@ class Config:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of what this run's evaluations give; more is better of each."""
+        """Names of the metrics of this run's evaluations; for each, higher is better."""
         if self.objective.leaves == "tokenizer":
             return ("psnr", "codes_used", "perplexity")
         classifies = self.objective.leaves == "classifier"
@@ -186,7 +186,7 @@ class Config:
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the step learns from a class per pixel; it then needs no class per image."""
+        """Whether the step learns from a class per pixel, and so needs no class per image."""
         return self.objective.leaves == "segmenter"
 
     @property
@@ -202,19 +202,19 @@ class Config:
 
     @property
     def steps_per_boxes(self) -> int:
-        """Steps between two passes that find the boxes to crop by; 0: there are none."""
+        """Steps between two passes that find the boxes to crop by; 0 if there are none."""
         if not self.data.learns_boxes:
             return 0
         every = self.data.contrastive_crop.every_epochs
         return max(1, round(every * self.data.train_examples / self.batch_size))
 
     def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`: one is, before all that takes long."""
+        """Whether a checkpoint is due after `step`; one precedes anything that takes long."""
         due = step % self.checkpoint.every == 0
         return due or self.evaluates_after(step) or self.finds_boxes_after(step)
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation is due after `step`; after the last step one follows anyway."""
+        """Whether an evaluation is due after `step`; the last step always has one."""
         return bool(self.eval.every) and 0 < step < self.total_steps and not step % self.eval.every
 
     def finds_boxes_after(self, step: int) -> bool:
@@ -257,7 +257,7 @@ def changed(config: Any, **fields: Any) -> Any:
 
 
 def debug(config: Config) -> Config:
-    """The same job in small, on built-in images: for one GPU, or minutes on a CPU.
+    """A small version of the job on built-in images: for one GPU, or minutes on a CPU.
 
     `:debug` behind the name of a config file asks for it.
 
