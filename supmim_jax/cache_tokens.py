@@ -81,7 +81,7 @@ def tokenize(
     layout = jax.NamedSharding(mesh, sharding.BATCH)
 
     def encoded(batch: dict[str, np.ndarray]) -> tuple[jax.Array, np.ndarray]:
-        """Ids of a batch, which are under way, padding included; and the marks of its images."""
+        """The ids of a batch, padding included, still being computed; and its images' marks."""
         padding = batch_size - len(batch["mark"])
         images = np.pad(batch["image"], ((0, padding), (0, 0), (0, 0), (0, 0)))
         return bound.encode(jax.device_put(images, layout)), batch["mark"]
@@ -108,7 +108,7 @@ def _rows(
 
 
 def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: dict) -> None:
-    """Makes the directory with its manifest, or checks that it is this plan's."""
+    """Makes the directory with its manifest, or checks that it belongs to this plan."""
     manifest = directory / token_cache.MANIFEST
     if manifest.exists():
         found = token_cache.read_plan(directory)

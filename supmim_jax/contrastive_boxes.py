@@ -18,14 +18,14 @@ from supmim_jax.evals import features
 
 @jax.jit
 def emptied(images_BxHxWxC) -> jax.Array:
-    """Images of the same shape and dtype that show nothing: each of its own median colour."""
+    """Empty images of the same shape and dtype: each is filled with its median colour."""
     colour = jnp.median(images_BxHxWxC, axis=(1, 2), keepdims=True)
     return jnp.broadcast_to(colour, images_BxHxWxC.shape).astype(images_BxHxWxC.dtype)
 
 
 @jax.jit
 def heat_map(tokens_BxHxWxD, empty_BxHxWxD) -> jax.Array:
-    """How far each token is from what the encoder makes of an empty image there, float32 BxHxW.
+    """Distance of each token from that of an empty image in the same place, float32 BxHxW.
 
     ContrastiveCrop (arXiv 2202.03278, section 3.2) sums the channels of the last convolution. A
     ViT's tokens come out of a LayerNorm, so that their channels sum to next to nothing, and they
@@ -37,7 +37,7 @@ def heat_map(tokens_BxHxWxD, empty_BxHxWxD) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def bounds(heat_BxHxW, size: int, threshold: float) -> jax.Array:
-    """Boxes around all that is warm: uint8 Bx4, top, left, bottom, right in 255ths of the image.
+    """Boxes around everything warm: uint8 Bx4, top, left, bottom, right in 255ths of the image.
 
     The map is enlarged to `size` x `size` and scaled to [0, 1], then cut at the threshold (arXiv
     2202.03278, section 3.2). The box of a map without differences is the whole image.

@@ -79,7 +79,7 @@ def embed(
     dtype: str = "float32",
     shard: int = 2**14,
 ) -> dict[str, int]:
-    """Writes the embeddings; of several processes each its share, and the first one the whole.
+    """Writes the embeddings; each process writes its share, and the first one joins them.
 
     Args:
       encoder: on this process's devices.
@@ -131,7 +131,7 @@ def embed(
 
 
 def _begin(parts: epath.Path, plan: dict) -> None:
-    """Makes the directory of the shards, or sees that the shards in it are of the same plan."""
+    """Makes the directory of the shards, or checks that its shards follow the same plan."""
     path = parts / PLAN
     if path.exists():
         found = storage.read_json(path, "Remove the directory to begin anew.")
@@ -187,7 +187,7 @@ def _embedded(
 
 
 def _finish(out: epath.Path, parts: epath.Path, paths: list[epath.Path], single: bool) -> int:
-    """Joins the shards where one file is asked for, and lists what is broken."""
+    """Joins the shards if one file was asked for, and lists the broken images."""
     shards = []
     for path in paths:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:

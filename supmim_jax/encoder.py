@@ -120,7 +120,7 @@ def build_tokenizer(cfg: Config, batch_size: int, mesh: Mesh) -> TokenizerProgra
 
 
 def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict]:
-    """The graph of a module, and its variables, with no memory for any."""
+    """The graph of a module and its abstract variables."""
 
     def split():
         with nnx.use_eager_sharding(False):
@@ -131,7 +131,7 @@ def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, dict]:
 
 
 def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram | TokenizerProgram:
-    """What evaluations of a run of `cfg` need: its encoder, or the tokenizer that it trains."""
+    """The program that evaluations of `cfg` need: its encoder, or the tokenizer it trains."""
     build_it = build_tokenizer if cfg.objective.leaves == "tokenizer" else build_encoder
     return build_it(cfg, batch_size, mesh)
 
@@ -139,7 +139,7 @@ def build_evaluation(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram
 def restore(
     checkpoint: Checkpoint, mesh: Mesh, batch_size: int | None = None
 ) -> BoundEncoder | BoundTokenizer:
-    """What the run of a checkpoint, of any objective and mesh, leaves with its weights on `mesh`.
+    """What a checkpoint's run leaves, with its weights on `mesh`, whatever its own mesh was.
 
     `batch_size` is that of the global batches of images; default: of the run's evaluations.
 

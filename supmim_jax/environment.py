@@ -62,13 +62,13 @@ def flags() -> dict[str, str]:
 
 
 def rely() -> None:
-    """From now on JAX's settings are those of RELIED_ON, whatever variables say."""
+    """Sets JAX's settings to RELIED_ON, whatever the environment variables say."""
     for name, value in RELIED_ON.items():
         jax.config.update(name, value)
 
 
 def no_device(error: Exception) -> str | None:
-    """What to do about an error that JAX raised as it looked for devices; None of any other."""
+    """What to do about an error that JAX raised while looking for devices; None for others."""
     frames = [
         frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
@@ -111,7 +111,7 @@ def commit(file: Path) -> str:
 
 
 def continued(parts: list[dict], step: int, now: dict) -> list[dict]:
-    """The environments of a run that goes on after `step` in the environment `now`.
+    """The environments of a run that is resumed after `step` in the environment `now`.
 
     Each begins with the step after which it was in use; one that did not change (but for the
     date) is kept as it was. Those of steps that are done again are dropped.
@@ -123,7 +123,7 @@ def continued(parts: list[dict], step: int, now: dict) -> list[dict]:
 
 
 def same(a: dict, b: dict) -> bool:
-    """Whether two environments differ by nothing but the date."""
+    """Whether two environments differ in nothing but the date."""
     return all(a.get(k) == b.get(k) for k in (a.keys() | b.keys()) - {DATE, FROM_STEP})
 
 

@@ -38,25 +38,25 @@ class Objective:
 
     @property
     def normalizes_patches(self) -> bool:
-        """Whether the target is each patch's pixels, by their own deviation."""
+        """Whether the target is each patch's pixels, divided by their own deviation."""
         return False
 
     @property
     def frozen_encoder(self) -> str:
-        """A checkpoint whose encoder the loss uses as it is; "": none."""
+        """The checkpoint whose frozen encoder the loss uses; "" for none."""
         return ""
 
     @property
     def projector(self) -> "ContrastiveConfig | None":
-        """The sizes of the projector and predictor by which views are compared, if they are."""
+        """The sizes of the projector and predictor that compare views; None without them."""
         return None
 
     def asked_places(self, kept: int) -> int:
-        """How many of so many visible patches the encoder is asked to place."""
+        """Of this many visible patches, the number that the encoder is asked to place."""
         return 0
 
     def tokenizer_for(self, patch: int) -> "tuple[PatchCodesConfig | VQGANConfig, int]":
-        """The section of the tokenizer that is trained or predicted, and a token's pixels."""
+        """The section of the tokenizer that is trained or predicted, and the size of a token."""
         return self.token_target, patch
 
 
@@ -175,7 +175,7 @@ class PositionConfig:
     unplaced: float = within(0.75, 0.01, 1.0)  # that share, with leak_free
 
     def asked(self, kept: int) -> int:
-        """How many of so many visible patches are asked for their places."""
+        """Of this many visible patches, the number that are asked for their places."""
         return max(round(self.unplaced * kept), 1) if self.leak_free else kept
 
 

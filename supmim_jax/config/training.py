@@ -9,7 +9,7 @@ from supmim_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What the first step starts from; a run that has a checkpoint of its own goes on from that."""
+    """What the first step starts from; a run with a checkpoint of its own resumes from that."""
 
     checkpoint: str = path_field()  # workdir[@step] of a run whose encoder to take; "" draws one
     head: Literal["new", "keep"] = "new"  # keep: the checkpoint's head too, of as many classes
@@ -84,7 +84,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """What ends a run that goes wrong, or lets it go back."""
+    """What ends a run that goes wrong, or lets it roll back."""
 
     stall_factor: float = within(50.0, 0.0, INF)  # no step in so many medians of a step's time: end
     stall_seconds: float = within(300.0, 0.0, INF)  # but never before; stall_factor 0: never

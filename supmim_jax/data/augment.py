@@ -91,7 +91,7 @@ def saturated(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def sharpened(image: np.ndarray, factor: float, rounding: float = 0.5) -> np.ndarray:
-    """Away from each pixel's average with its neighbours, which is rounded to the nearest.
+    """Moves pixels away from their average with their neighbours, which is rounded to nearest.
 
     The outermost rows and columns, which lack neighbours, stay as they are.
     """
@@ -108,7 +108,7 @@ def grey(image: np.ndarray) -> np.ndarray:
 
 
 def equalized(image: np.ndarray) -> np.ndarray:
-    """Each channel by the sums of its histogram; a channel of one value stays as it is."""
+    """Equalises the histogram of each channel; a channel of one value does not change."""
     tables = []
     for channel in np.moveaxis(image, -1, 0):
         counts = np.bincount(channel.ravel(), minlength=256)
@@ -119,7 +119,7 @@ def equalized(image: np.ndarray) -> np.ndarray:
 
 
 def autocontrasted(image: np.ndarray) -> np.ndarray:
-    """Each channel stretched to 0 to 255; one of a single value stays as it is."""
+    """Stretches each channel to 0 to 255; a channel of one value does not change."""
     channels = np.moveaxis(image, -1, 0)
     low, high = np.array([(float(c.min()), float(c.max())) for c in channels]).T
     scale = 255.0 / np.maximum(high - low, 1.0)
@@ -132,7 +132,7 @@ def solarized(image: np.ndarray, threshold: int) -> np.ndarray:
 
 
 def mapped(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Each value by a table of 256, or of 256x3 for each channel; what is outside is cut."""
+    """Maps values by a table of 256, or of 256x3 by channel; the table is clipped to uint8."""
     table = np.clip(table, 0, 255).astype(np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[None])
 
@@ -265,7 +265,7 @@ def _grey(image: np.ndarray) -> np.ndarray:
 
 
 def _cutout(image: np.ndarray, half: int, rng: Generator) -> np.ndarray:
-    """A grey square around any pixel, as far as it is inside of the image."""
+    """A grey square around a random pixel, cut off at the edges of the image."""
     y, x = (rng.integers(size) for size in image.shape[:2])
     image = image.copy()
     image[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = 128
@@ -273,7 +273,7 @@ def _cutout(image: np.ndarray, half: int, rng: Generator) -> np.ndarray:
 
 
 def _contrasted(image: np.ndarray, factor: float) -> np.ndarray:
-    """About the number of pixels / 256, which is 196 at 224 px, and not about their mean.
+    """Contrast about the number of pixels / 256 (196 at 224 px) rather than about the mean.
 
     A slip of the original (google-research/big_vision#109) that AugReg's models have seen.
     """
@@ -286,7 +286,7 @@ def _enhanced(change: Callable[[np.ndarray, float], np.ndarray]) -> Operation:
 
 
 def _enhanced_more(change: Callable[[np.ndarray, float], np.ndarray]) -> Operation:
-    """timm's "increasing" form: away from 1, which changes nothing, in either direction."""
+    """timm's "increasing" form: a factor below or above 1, where 1 changes nothing."""
     return lambda image, level, rng: change(image, max(1.0 + _signed(0.9 * level, rng), 0.1))
 
 

@@ -46,7 +46,7 @@ class BrokenRecord(Exception):
 
 
 class Unclear(Exception):
-    """An image whose values mean what it does not say: what it has, and what to do about it."""
+    """An image that does not say what its values mean; holds what was found and the cure."""
 
     def __init__(self, found: str, cure: str):
         super().__init__(f"{found}. {cure}")
@@ -55,7 +55,7 @@ class Unclear(Exception):
 
 @dataclass(frozen=True)
 class Shown:
-    """How images are shown, where a file leaves it open."""
+    """How to show images where a file does not say so."""
 
     background: Sequence[int] = (255, 255, 255)  # what is seen where it is transparent, RGB
     max_value: float = 0.0  # white, where a channel has more than 8 bits; 0: nobody said
@@ -65,7 +65,7 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself; the defaults are those of a damaged header."""
+    """What a file's header says; the defaults stand for a damaged header."""
 
     kind: str = ""  # a name in FORMATS
     height: int = 0  # pixels as they are stored
@@ -89,13 +89,13 @@ class Header:
 
 
 def kind(encoded: bytes) -> str:
-    """The format of a file, by its first bytes; "" for one that is none of ours."""
+    """The format of a file, by its first bytes; "" for an unknown one."""
     matches = (name for name, (magic, _) in FORMATS.items() if re.match(magic, encoded, re.DOTALL))
     return next(matches, "")
 
 
 def read(encoded: bytes) -> Header:
-    """The header of a file, or of its beginning; `Header()` if it is damaged, or of no format."""
+    """The header of a file or of its beginning; `Header()` if it is damaged or unknown."""
     try:
         return FORMATS[kind(encoded)][1](encoded)
     except (LookupError, ValueError, struct.error):
@@ -103,7 +103,7 @@ def read(encoded: bytes) -> Header:
 
 
 def fault(encoded: bytes) -> str:
-    """What is wrong with a file that is not decoded, as its header tells."""
+    """What is wrong with a file that cannot be decoded, as far as its header tells."""
     if not encoded:
         return "is empty"
     if not kind(encoded):
@@ -233,7 +233,7 @@ FORMATS = {  # by name: how a file begins, and what parses its header
 
 
 def _orientation(exif: bytes) -> int:
-    """How the image is to be turned, as its EXIF says; 1, not at all, where that is damaged."""
+    """The orientation in an image's EXIF; 1, not rotated, if the EXIF is damaged."""
     try:
         (orientation, *_) = _tags(exif)[ORIENTATION]
     except (LookupError, ValueError, struct.error):
@@ -242,7 +242,7 @@ def _orientation(exif: bytes) -> int:
 
 
 def _tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
-    """The whole numbers in the first directory of a TIFF file, which EXIF is too, by tag."""
+    """The integers in the first directory of a TIFF file, by tag; EXIF is such a file."""
     order = {b"II": "<", b"MM": ">"}[encoded[:2]]
     (start,) = struct.unpack_from(f"{order}I", encoded, 4)
     (count,) = struct.unpack_from(f"{order}H", encoded, start)
@@ -340,7 +340,7 @@ def _decoded(encoded: bytes, flag: int) -> np.ndarray | None:
 
 
 def turned(image: np.ndarray, orientation: int) -> np.ndarray:
-    """HxW or HxWxC as stored, the way it is shown by EXIF's orientation, 1 to 8."""
+    """Rotates HxW or HxWxC as stored, to EXIF's orientation 1 to 8."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -79,13 +79,13 @@ class Dataset:
         return self.opened[split, beside]
 
     def class_names(self, split: str = "") -> list[str]:
-        """Those of the labels, in order; a class that is only a number is called "class 7"."""
+        """Names of the labels, in order; a name that is only a number becomes "class 7"."""
         records = self.records(split or self.cfg.data.train_split)
         names = records.features[self.cfg.data.label_field].names
         return [f"class {name}" if name.isdecimal() else name for name in names]
 
     def training_records(self) -> Records:
-        """Those of the training split, with what the objective learns from.
+        """The records of the training split, with what the objective learns from.
 
         Raises:
           SetupError: as `records`, or their number is not config.data.train_examples.
@@ -158,7 +158,7 @@ class Dataset:
         return HostBatches(examples, len(rows), *where, later=later, beside=bool(cfg.eval.every))
 
     def train_example(self, boxes: np.ndarray | None = None) -> Callable[[tuple], dict]:
-        """What makes an example of a training record, tokens of the cache included."""
+        """The function that turns a training record into an example, with tokens of the cache."""
         cfg = self.cfg
         if cfg.needs_masks:
             return transforms.MaskedTrainExample(cfg.data, cfg.seed)
@@ -266,7 +266,7 @@ class Training(Iterator[Batch]):
         self.batches = Prefetch(((batch, before + host.broken) for batch in batches), ON_DEVICES)
 
     def restart(self, step: int, boxes: np.ndarray | None) -> None:
-        """Goes on after `step` steps with other boxes, as `Dataset.train` would from there.
+        """Continues after `step` steps with other boxes, as `Dataset.train` would from there.
 
         Batches that were made ahead are dropped, and broken records in them do not count. Raises
         SetupError as `Dataset.train` does; there are no more batches then.
@@ -359,7 +359,7 @@ class HostBatches(Iterator[Arrays]):
 
 
 class Prefetch(Iterator[Item], Generic[Item]):
-    """`items`, of which a thread keeps up to `most` ready; an exception comes at its item's place.
+    """`items`, up to `most` of them prepared by a thread; exceptions come in the item's place.
 
     Not Grain's own prefetching: that is for Grain's data sets, whose iterators have a state to
     save, and these items are on devices.
@@ -385,7 +385,7 @@ class Prefetch(Iterator[Item], Generic[Item]):
         return item
 
     def close(self) -> None:
-        """Ends the thread; an item that it has begun is made and dropped. May be repeated."""
+        """Ends the thread, which still finishes and drops the current item. May be repeated."""
         self.pool.shutdown(cancel_futures=True)
         self.pending.clear()
 

@@ -157,7 +157,7 @@ def open_source(cfg: DataConfig, split: str) -> "Records":
 
 
 def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
-    """tfds's view of the data set, which is there."""
+    """tfds's builder of the data set, which exists."""
     check_name(cfg.name, "config.data.name")
     name, _, variant = cfg.name.partition("/")
     where = cfg.data_dir or "the default directory of tfds"
@@ -203,7 +203,7 @@ def _versions(name: str, data_dir: str) -> Iterable[epath.Path]:
 
 
 def check_name(name: str, field: str) -> None:
-    """Raises SetupError unless it is a name as tfds gives them, which leads to no other place."""
+    """Raises SetupError unless tfds could have given the name; it may not be a path."""
     if not NAME.fullmatch(name):
         raise SetupError(
             f"{field} is {name!r}, which is no name of a data set: give <name>, <name>/<config> or "
@@ -212,7 +212,7 @@ def check_name(name: str, field: str) -> None:
 
 
 def check_classes(path: epath.Path) -> None:
-    """Raises SetupError if a features.json names classes of others than tfds, or is unreadable.
+    """Raises SetupError if a features.json is unreadable or names classes from outside tfds.
 
     tfds would import the module of any class: a data set from elsewhere could run code.
 
@@ -249,7 +249,7 @@ def check_image(features: Mapping[str, tfds.features.FeatureConnector], name: st
 
 
 def _shown(feature: tfds.features.FeatureConnector) -> str:
-    """A feature as a message repeats it, in one line."""
+    """A feature in one line, for messages."""
     return " ".join(repr(feature).split())[:120]
 
 
@@ -286,7 +286,7 @@ class Records(Sequence):
 
 
 class Shards(Sequence):
-    """The encoded records of a split, in order; which of them its parts are, tfds says."""
+    """The encoded records of a split, in order, as tfds describes its parts."""
 
     def __init__(self, parts: Sequence):
         self.starts = list(itertools.accumulate((part.take for part in parts), initial=0))
@@ -302,7 +302,7 @@ class Shards(Sequence):
 
 
 class Readers:
-    """Reads records of many files, of which it holds most_open(); travels to worker processes."""
+    """Reads records of many files, at most most_open() open at once; can be pickled."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = paths
@@ -337,7 +337,7 @@ class Readers:
 
 
 def allow_many_files() -> None:
-    """Raises this process's limit to open files to what the system lets it have."""
+    """Raises this process's limit of open files as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -352,7 +352,7 @@ def most_open() -> int:
 
 
 def _check_system(error: Exception, path: str) -> None:
-    """Raises SetupError or OSError if it was a system call that failed, and not what it read."""
+    """Raises SetupError or OSError if a system call failed, rather than the data being wrong."""
     failed = FAILED_CALL.search(str(error))
     if not failed:
         return
@@ -368,7 +368,7 @@ def _check_system(error: Exception, path: str) -> None:
 
 
 def count(path: str) -> int:
-    """The records of a file, of which only the end is read.
+    """The number of records in a file; reads only its end.
 
     Raises:
       ValueError: it is cut, or of another form.
@@ -385,7 +385,7 @@ def count(path: str) -> int:
 
 
 def damage(directory: epath.Path, shards: Mapping[str, int]) -> str:
-    """What is wrong with files that should have so many records each; "" for nothing."""
+    """What is wrong with files that should have these numbers of records; "" if nothing is."""
     there = {path.name for path in directory.iterdir()}
 
     def fault(name: str) -> str:
@@ -408,7 +408,7 @@ def _of_each(function: Callable, items: Iterable) -> list:
 
 
 def mark(encoded: bytes) -> int:
-    """CRC-32 of an image's length and of its ends, and so of all of a small one."""
+    """CRC-32 of an image's length and both ends (the whole of a small image)."""
     checksum = zlib.crc32(len(encoded).to_bytes(8, "little"))
     if len(encoded) <= 2 * IMAGE_END:
         return zlib.crc32(encoded, checksum)
@@ -416,7 +416,7 @@ def mark(encoded: bytes) -> int:
 
 
 def _checksum(path: epath.Path) -> str | None:
-    """Size and CRC-32 of a file, of a shard those of its ends; None if it is not there."""
+    """Size and CRC-32 of a file (of a shard, of its ends); None if it does not exist."""
     try:
         size = storage.stat(path).size
         with path.open("rb") as file:
@@ -430,7 +430,7 @@ def _checksum(path: epath.Path) -> str | None:
 
 
 def write_checksums(directory: epath.Path) -> None:
-    """Writes seals.json, of all files of a data set that is complete."""
+    """Writes seals.json with all files of a complete data set."""
     paths = [p for p in sorted(directory.iterdir()) if p.name not in (CHECKSUMS, "lock")]
     paths = [path for path in paths if not path.name.endswith(".part")]
     checksums = dict(zip((path.name for path in paths), _of_each(_checksum, paths)))
@@ -438,7 +438,7 @@ def write_checksums(directory: epath.Path) -> None:
 
 
 def check_checksums(directory: epath.Path) -> None:
-    """Raises SetupError if a file that seals.json names, where there is one, is not as it was."""
+    """Raises SetupError if there is a seals.json and a file in it has changed."""
     path = directory / CHECKSUMS
     if not path.exists():
         return

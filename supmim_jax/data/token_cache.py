@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all this: what tells one cache from another."""
+        """SHA-256 of the whole plan, which identifies the cache."""
         return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -96,7 +96,7 @@ def read_plan(directory: epath.Path) -> Plan:
 
 
 def fingerprint(cfg: Config, tokenizer_digest: str, data_version: str) -> dict:
-    """All that tokens depend on, as nested plain values; two runs may share a cache if equal."""
+    """Everything that tokens depend on, as plain values; runs with equal ones share a cache."""
     data = section(cfg.data)
     moves = cfg.data.moves_pixels
     geometry = {name: data[name] for name in GEOMETRY + (RANDOM_GEOMETRY if moves else ())}
@@ -144,13 +144,13 @@ def write_shard(
 
 
 def _checksum(digest: bytes, record: int, mark: int, ids: bytes) -> bytes:
-    """CRC-32 of a record's ids and of what they belong to."""
+    """CRC-32 of a record's ids and of what they belong to: cache, record, image."""
     of = zlib.crc32(digest + struct.pack("<QI", record, mark))
     return struct.pack("<I", zlib.crc32(ids, of))
 
 
 class TokenCache:
-    """Reads ids; travels to worker processes, which open their own readers."""
+    """Reads ids; can be pickled to worker processes, which open their own readers."""
 
     def __init__(self, directory: epath.Path, plan: Plan):
         self.directory, self.plan, self.digest = directory, plan, bytes.fromhex(plan.digest)

@@ -43,7 +43,7 @@ cv2.setNumThreads(0)  # parallelism is over images
 
 
 class Crop(NamedTuple):
-    """An image is brought to `extent`; `box` of that to image_size, and perhaps mirrored."""
+    """Resizes an image to `extent`, then `box` of that to image_size, and may mirror it."""
 
     extent: tuple[int, int]  # height, width
     box: Box
@@ -154,7 +154,7 @@ def cropped(image: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
 
 
 def finished(part: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
-    """The crop, given what its box holds."""
+    """The finished crop, from the pixels in its box."""
     part = whole_image(part, cfg)
     if crop.mirrored:
         part = cv2.flip(part, 1).reshape(part.shape)
@@ -321,7 +321,7 @@ class TrainExample:
         return fields
 
     def targets(self, view: int, example: int, record: dict) -> list[tuple[np.ndarray, int]]:
-        """Of each crop, what tokens are computed of, and the colour operations that follow."""
+        """For each crop, the image that tokens are computed of, and the later colour operations."""
         rngs = [generator(self.seed, view, example, GEOMETRY, i) for i in range(self.crops)]
         bounds = None if self.boxes is None else self.boxes[example]
         crops = decoded_crops(record, self.cfg, example, rngs, bounds)
@@ -397,12 +397,12 @@ class MaskedExample:
 
 
 def grey_image(cfg: DataConfig) -> np.ndarray:
-    """What stands for an image that cannot be decoded, where another may not."""
+    """The stand-in for an undecodable image where no other image may replace it."""
     return np.full((cfg.image_size, cfg.image_size, cfg.channels), 128, np.uint8)
 
 
 def packed(image: np.ndarray, label: int, example: int, weight: float) -> dict:
-    """The fields of a Batch, of one example."""
+    """The fields of a Batch for one example."""
     return {
         "image": image,
         "label": np.int32(label),

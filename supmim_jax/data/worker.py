@@ -38,7 +38,7 @@ def prefetched(
     items: Iterable[Item],
     pool: concurrent.futures.Executor | None = None,
 ) -> Iterator[Result]:
-    """make(item) of each item, in order, by a few threads or a pool, which is never far ahead."""
+    """Yields make(item) in order, from a few threads or a pool that never runs far ahead."""
     workers = os.cpu_count() or 1
     if pool is None:
         workers = min(8, workers)
@@ -56,7 +56,7 @@ def prefetched(
 
 
 def keep_light() -> None:
-    """From now on, processes that this one spawns import this module in place of its script.
+    """Makes spawned processes import this module instead of the parent's script.
 
     Grain starts its workers whenever it needs them, so this holds until the end.
     """
@@ -68,7 +68,7 @@ def keep_light() -> None:
 
 
 def check_room(workers: int, size: float) -> None:
-    """Raises SetupError if finished batches of `size` bytes each have no room."""
+    """Raises SetupError if shared memory has no room for finished batches of `size` bytes."""
     needed = MARGIN * (OF_A_WORKER * workers + TAKEN) * size
     free, room = _room(needed)
     if needed > free:
@@ -79,7 +79,7 @@ def check_room(workers: int, size: float) -> None:
 
 
 def _room(needed: float = 0) -> tuple[float, str]:
-    """Bytes of SHARED that are free (infinite if it is not there), and in words, with a cure."""
+    """Free bytes of SHARED (infinite if it does not exist), and the same in words, with a cure."""
     try:
         status = os.statvfs(SHARED)
     except OSError:
@@ -95,7 +95,7 @@ def _room(needed: float = 0) -> tuple[float, str]:
 
 
 def ended(error: RuntimeError) -> Exception:
-    """What is to be done about an error of Grain's: if a worker died, why."""
+    """The error to raise for one of Grain's; says why, if a worker died."""
     died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
     if not died:
         return error
@@ -117,7 +117,7 @@ def ended(error: RuntimeError) -> Exception:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has died, which may have had no time to say so."""
+    """Ends this process when its parent has died, perhaps without a chance to say so."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -75,7 +75,7 @@ class DownloadConfig(tfds.download.DownloadConfig):
 def prepare(
     name: str, data_dir: str, manual_dir: str, verify: bool = False, dry_run: bool = False
 ) -> str:
-    """Downloads and writes the data set; what to say at the end.
+    """Downloads and writes the data set; returns the final message.
 
     A builder of tfds begins anew after an interruption, but for its downloads; what it had written
     is in a directory that begins with "incomplete.", which nothing opens. What a bucket is to hold
@@ -191,7 +191,7 @@ def _build(
 
 
 def check_archives(manual_dir: epath.Path, verify: bool) -> None:
-    """Looks at name, size and first headers of both archives; with `verify` at all bytes.
+    """Checks name, size and first headers of both archives; with `verify` all bytes.
 
     Raises:
       SetupError: naming all that is wrong with either.

@@ -65,7 +65,7 @@ def prepare(
     follow_links: bool = False,
     max_value: float = 0.0,
 ) -> str:
-    """Writes the data set, going on where an earlier run stopped; what to say at the end.
+    """Writes the data set, continuing where an earlier run stopped; returns the final message.
 
     Args:
       root: the folder, in one of the layouts above.
@@ -129,7 +129,7 @@ def check_free_name(name: str) -> str:
 
 
 def check_name(name: str, what: str, is_class: bool = True) -> None:
-    """Returns if a class, or any file or directory, may have the name; `what` says whose it is.
+    """Checks the name of a class, or of any file or directory; `what` says whose it is.
 
     Raises:
       SetupError: it has a control character or is not Unicode; or is that of a class and has a
@@ -233,7 +233,7 @@ class Folder:
             )
 
     def _entries(self, directory: epath.Path, may_be_broken: bool = True) -> list[epath.Path]:
-        """What is in a directory, checked, sorted by name; hidden files are left out."""
+        """The checked entries of a directory, sorted by name, without hidden files."""
         paths = [path for path in directory.iterdir() if not path.name.startswith(".")]
         for path in paths:
             check_name(path.name, f"A file or directory in {directory}", is_class=False)
@@ -337,7 +337,7 @@ class Folder:
 
 
 def _composed(name: str) -> str:
-    """A name in the one of its Unicode forms that names are compared in."""
+    """A name in the Unicode form in which names are compared."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -410,7 +410,7 @@ def fault(path: epath.Path, no_decode: bool, shown: Shown) -> str:
 
 
 def find_broken(folder: Folder, no_decode: bool, skip: bool, shown: Shown) -> dict[str, str]:
-    """What is wrong with which files, by name.
+    """The broken files by name, with what is wrong with each.
 
     Raises:
       SetupError: something is, and they are not to be skipped; or too much would be; or what is

@@ -113,7 +113,7 @@ def unfinished(final: epath.Path) -> epath.Path:
 
 
 def manifest(directory: epath.Path) -> dict:
-    """What prepared.json in the directory says; {} if there is none, or half of one."""
+    """The contents of prepared.json in the directory; {} if it is missing or truncated."""
     try:
         values = storage.read_json(directory / MANIFEST, "")
     except SetupError:
@@ -122,7 +122,7 @@ def manifest(directory: epath.Path) -> dict:
 
 
 def is_done(final: epath.Path, made_of: dict) -> bool:
-    """Whether the data set is there and was made of this.
+    """Whether the data set exists and was made of this.
 
     Raises:
       SetupError: something else is there.
@@ -149,7 +149,7 @@ def write(
     write_others: Callable[[epath.Path], None],
     dry_run: bool,
 ) -> str:
-    """Writes a data set, going on where an earlier run stopped; with `dry_run`, returns the plan.
+    """Writes a data set, continuing where an earlier run stopped; `dry_run` returns the plan.
 
     Args:
       final: where it is to be.
@@ -199,7 +199,7 @@ def write(
 
 @contextlib.contextmanager
 def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
-    """The unfinished directory is this process's; it becomes `final` if all goes well.
+    """Locks the unfinished directory, which becomes `final` if the context ends well.
 
     Shards of an earlier run stay if they were made of the same.
 
@@ -234,7 +234,7 @@ def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
 
 
 class _Lines:
-    """stderr of a log file: each state of a bar on a line of its own."""
+    """stderr in a log file: prints each state of a progress bar on its own line."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -260,7 +260,7 @@ def progress(what: str, total: int, unit: str) -> tqdm:
 
 
 def say(line: str) -> None:
-    """Prints a line while the command works; stdout is for what it says at the end."""
+    """Prints a line during the work; stdout is for the final message."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -275,7 +275,7 @@ def listed(rows: Sequence[str]) -> str:
 
 
 def ignored(names: Sequence[str]) -> str:
-    """What is left out by the endings of its names, in a line."""
+    """One line about the files that are ignored by their extensions."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
     counts = ", ".join(f"{ending} {count}" for ending, count in endings.most_common(8))
     return f"Ignored by their names' endings: {len(names)} files ({counts}), as {names[0]}."
@@ -286,7 +286,7 @@ def split_row(name: str, records: int, size: int, shards: int) -> str:
 
 
 def _white(features: tfds.features.FeaturesDict) -> list[str]:
-    """The override that images need which are no bytes: no file says which value is white."""
+    """The override that non-uint8 images need: no file says which value is white."""
     dtype = np.dtype(features["image"].np_dtype)
     return [] if dtype == np.uint8 else [f"max_value=<which value of {dtype.name} is white>"]
 
@@ -297,7 +297,7 @@ def plan(
     needed: int | None,
     features: tfds.features.FeaturesDict,
 ) -> str:
-    """What --dry_run prints; `needed` is in bytes, None where nobody knows it beforehand."""
+    """What --dry_run prints; `needed` is in bytes, or None if it cannot be known in advance."""
     free = storage.free_bytes(final)
     size, room = ("unknown" if x is None else format_bytes(x) for x in (needed, free))
     enough = "" if None in (needed, free) else f" ({'enough' if needed <= free else 'NOT ENOUGH'})"
@@ -310,7 +310,7 @@ def plan(
 def report(
     builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
 ) -> str:
-    """The last words: what is there now, and the overrides to train on it.
+    """The final message: what was written, and the overrides to train on it.
 
     Args:
       builder: of the data set.

@@ -22,7 +22,7 @@ from supmim_jax.errors import SetupError
 
 
 def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
-    """Writes the data set, going on where an earlier run stopped; what to say at the end.
+    """Writes the data set, continuing where an earlier run stopped; returns the final message.
 
     A source shard becomes one shard, or several of output.RECORDS_PER_SHARD records.
 
@@ -64,7 +64,7 @@ def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
 
 
 def _read_info(source: epath.Path) -> dataset_info_pb2.DatasetInfo:
-    """Of a data set that can be converted."""
+    """The metadata of a data set, if it can be converted."""
     if not (source / INFO).exists():
         levels = ("*", "*/*", "*/*/*") if source.is_dir() else ()
         below = [path for level in levels for path in source.glob(f"{level}/{INFO}")][:5]
