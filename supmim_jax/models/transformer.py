@@ -108,8 +108,8 @@ def _by_groups(segments: tuple[int, ...], heads: int, qkv_BxNxE) -> jax.Array:
 def _row_major(x_BxNxE) -> jax.Array:
     """`x` with its last axis contiguous, as the matmuls around attention leave and read it.
 
-    Attention itself prefers tokens contiguous. Without this, XLA would turn the arrays of all
-    groups, in HBM; so it turns one group's, in VMEM.
+    Attention itself prefers contiguous tokens. Without this constraint XLA would transpose the
+    arrays of all groups in HBM; with it, it transposes one group's in VMEM.
     """
     return with_layout_constraint(x_BxNxE, Layout((0, 1, 2)))
 
