@@ -22,7 +22,7 @@ LOOK = 0.5  # seconds between looks
 
 
 class Watchdog:
-    """A thread that checks if steps are still being made; one context is open at a time.
+    """Checks from a thread if steps are still made; a context, of which one is open at a time.
 
     A process whose last step is longer ago than config.watch allows dumps the stacks of all its
     threads to stderr, says which process is behind, and ends with EXIT_TRY_AGAIN; so do the

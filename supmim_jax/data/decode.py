@@ -1,6 +1,6 @@
 """Decodes the bytes of a record to an image, or to the class of each pixel.
 
-OpenCV does the decoding, but it reports neither size, depth, alpha nor orientation, and silently
+OpenCV does the decoding, but it reports none of size, depth, alpha and orientation, and silently
 drops some of them. So we read a file's header first, and from it decide whether to ask OpenCV for
 plain colour or for everything in the file. If OpenCV decodes nothing, the header tells what is
 wrong with the file.

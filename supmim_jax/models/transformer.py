@@ -109,7 +109,8 @@ def _row_major(x_BxNxE) -> jax.Array:
     """`x` with its last axis contiguous, as the matmuls around attention leave and read it.
 
     Attention itself prefers contiguous tokens. Without this constraint XLA would transpose the
-    arrays of all groups in HBM; with it, it transposes one group's in VMEM.
+    arrays of all groups in HBM. With it, each group is transposed by itself: in VMEM on a v5e or
+    v6e.
     """
     return with_layout_constraint(x_BxNxE, Layout((0, 1, 2)))
 
