@@ -1,8 +1,10 @@
 """Which form of attention is traced for which device; CUDA programs are lowered, not run."""
 
 import dataclasses
+import functools
 import re
 from collections import Counter
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.sharding import AbstractDevice, AbstractMesh
+from scipy import stats
 
 from supmim_jax import sharding, train_step
 from supmim_jax.config import MeshConfig
@@ -18,7 +22,7 @@ from supmim_jax.models import transformer
 from supmim_jax.models.transformer import device, implementation
 
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
-TPU = ("tpu", "TPU v5 lite")
+TPU, V5P = ("tpu", "TPU v5 lite"), ("tpu", "TPU v5")
 CASES = [
     (H100, "bfloat16", 64, "cudnn"),
     (H100, "bfloat16", 128, "cudnn"),
@@ -42,6 +46,15 @@ def test_cudnn_where_it_can(kind, dtype, head_dim, expected):
 def test_a_tpu_goes_by_groups_of_rows():
     for dtype, tokens, head_dim in (("bfloat16", 257, 64), ("float32", 256, 44)):
         assert implementation(jnp.dtype(dtype), tokens, head_dim, TPU) == "grouped"
+
+
+def test_a_v5p_has_a_kernel_for_multiples_of_128_tokens_and_whole_heads():
+    def chosen(tokens: int) -> str:
+        return implementation(jnp.dtype("bfloat16"), tokens, 64, V5P)
+
+    assert [chosen(256), chosen(257), chosen(64)] == ["splash", "grouped", "grouped"]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("tensor",))):
+        assert chosen(256) == "grouped"
 
 
 def stepped(cfg, mesh) -> tuple:
@@ -83,18 +96,50 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
     assert_equal(found, expected)
 
 
+def test_splash_gives_what_xlas_form_gives(cfg, monkeypatch):
+    """The loss and every gradient, of 256 tokens in the encoder and the decoder, on 8 shards."""
+    model = dataclasses.replace(cfg.model, remat="names", patch=2, drop_path=0.0)
+    data = dataclasses.replace(cfg.data, image_size=32, eval_resize=32)
+    mesh = MeshConfig(data=4, fsdp=2)
+    cfg = dataclasses.replace(cfg, model=model, data=data, mesh=mesh, batch_size=8)
+    mesh = sharding.run_mesh(cfg)
+    _, expected = stepped(cfg, mesh)
+    monkeypatch.setattr(transformer, "device", lambda: V5P)
+    interpreted = mock.Mock(
+        side_effect=functools.partial(splash.make_splash_mha_single_device, interpret=True)
+    )
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", interpreted)
+    _, found = stepped(cfg, mesh)
+    assert interpreted.called
+    assert_equal(found, expected)
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("remat", ["none", "names"])
 def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective, remat):
-    """The loss and every gradient: attention, matmuls with and without LayerScale, GELU."""
+    """The loss and every gradient: attention, and matmuls with and without LayerScale."""
     model = dataclasses.replace(cfg.model, layer_scale=0.1, drop_path=0.0, remat=remat)
     objective = dataclasses.replace(cfg.objective, **objective)
     cfg = dataclasses.replace(cfg, model=model, objective=objective)
     text, found = stepped(cfg, one_device)
     monkeypatch.setattr(transformer, "on_one_cpu", lambda: False)
     usual_text, expected = stepped(cfg, one_device)
-    assert "erfc" in usual_text and "erfc" not in text
+    assert text != usual_text
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 2**-8)])
+def test_exact_gelu_and_its_gradient_keep_the_input_alone(dtype, rtol):
+    x = jnp.linspace(-8, 8, 999).astype(dtype)
+    found, pull_back = jax.vjp(lambda x: transformer.gelu(x, "exact"), x)
+    (gradient,) = pull_back(jnp.ones_like(x))
+    wide = np.asarray(x, np.float64)
+    cdf = stats.norm.cdf(wide)
+    expected = wide * cdf, cdf + wide * stats.norm.pdf(wide)
+    for ours, theirs in zip((found, gradient), expected):
+        assert ours.dtype == x.dtype
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol, 1e-6)
+    assert [kept.dtype for kept in jax.tree.leaves(pull_back)] == [x.dtype]
 
 
 def test_the_device_is_the_meshs(one_device):

@@ -1,11 +1,12 @@
 """The pre-norm transformer that encoder and decoder share, with stacked, scanned layers.
 
 XLA's attention writes the logits of every head and pair of tokens to memory and reads them back. On
-a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On a TPU, XLA
+a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On most TPUs, XLA
 keeps them there only if there are few, so attention takes one group of rows at a time, and the
-gradient recomputes each group's logits. Tracing the step chooses the form by platform, dtype and
-shape. On one CPU device, attention and matmuls have hand-written gradients, because those that JAX
-derives take longer there (docs/speed.md).
+gradient recomputes each group's logits. On a v5p XLA never does, so JAX's own kernel (splash
+attention) does it. Tracing the step chooses the form by platform, dtype and shape. On one CPU
+device, attention and matmuls have hand-written gradients, because those that JAX derives take
+longer there (docs/speed.md).
 """
 
 import functools
@@ -29,13 +30,16 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
+# The two cores of a v5p run one program and share nothing but HBM: XLA keeps no logits on the chip.
+V5P = ("TPU v5", "TPU v5p")
+SPLASH_STEP = 128  # tokens
 UNROLLED_ON_CPU = 12  # layers at most, so that compiling stays short
 EMBEDDED = 2**16  # folded into the key for dropout of the input: above the number of any block
 
 
 def implementation(
     dtype, tokens: int, head_dim: int, kind: tuple[str, str]
-) -> Literal["cudnn", "grouped", "cpu", "xla"]:
+) -> Literal["cudnn", "grouped", "splash", "cpu", "xla"]:
     """The form for `tokens` activations of `dtype` on a device of `kind`, as `device` gives it.
 
     JAX refuses the gradient of cuDNN's for an odd number of tokens, such as 256 and a CLS token.
@@ -44,7 +48,8 @@ def implementation(
     """
     platform, name = kind
     if platform == "tpu":
-        return "grouped"
+        splash = name in V5P and tokens % SPLASH_STEP == 0 and not _splits_heads()
+        return "splash" if splash else "grouped"
     if platform == "cpu" and on_one_cpu():
         return "cpu"
     nvidia = platform == "gpu" and name.startswith("NVIDIA")
@@ -68,6 +73,11 @@ def on_one_cpu() -> bool:
     return device()[0] == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 
+def _splits_heads() -> bool:
+    """Whether this is traced for a mesh that splits layers, and so the heads of attention."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+
+
 def attention(qkv_BxNxE, segments: tuple[int, ...], heads: int, forms=None) -> jax.Array:
     """Multi-head attention within each segment, BxNxD; E is 3 D, queries, keys and values.
 
@@ -89,11 +99,43 @@ def attention(qkv_BxNxE, segments: tuple[int, ...], heads: int, forms=None) -> j
 
 def grouped_attention(qkv_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
     """As `attention` to rounding, each device's rows by groups of few logits, one after another."""
-    rows = PartitionSpec(ROWS)
     run = functools.partial(_by_groups, segments, heads)
-    mesh = jax.sharding.get_abstract_mesh()
-    options = {"mesh": mesh, "in_specs": rows, "out_specs": rows, "axis_names": set(ROWS)}
-    return jax.shard_map(run, **options)(qkv_BxNxE)
+    return _on_each_device(run, axis_names=set(ROWS))(qkv_BxNxE)
+
+
+def _on_each_device(run, **options):
+    """`run` of the rows of each device by themselves; axes that are not named stay XLA's."""
+    mesh, rows = jax.sharding.get_abstract_mesh(), PartitionSpec(ROWS)
+    return jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, **options)
+
+
+def splash_attention(qkv_BxNxE, segments: tuple[int, ...], heads: int) -> jax.Array:
+    """As `attention` to rounding, by JAX's Pallas kernel. It keeps logits on the chip."""
+    run = functools.partial(_by_splash, segments, heads)
+    return _on_each_device(run, check_vma=False)(qkv_BxNxE)
+
+
+def _by_splash(segments: tuple[int, ...], heads: int, qkv_BxNxE) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    parts = []
+    for part in jnp.split(qkv_BxNxE, np.cumsum(segments)[:-1], axis=1):
+        rows, tokens, _ = part.shape
+        block = max(size for size in (128, 256, 512) if tokens % size == 0)
+        # Contiguous tokens, as XLA prefers them, too: fewer copies.
+        layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
+        gradient = {"block_q_dkv": block, "block_kv_dkv": block, "use_fused_bwd_kernel": True}
+        sizes = splash.BlockSizes(block, block, **gradient, **layouts)
+        attend = splash.make_splash_mha_single_device(
+            masks.MultiHeadMask([masks.FullMask((tokens, tokens))] * heads),
+            block_sizes=sizes,
+            residual_checkpoint_name="attention",
+        )
+        q, k, v = part.reshape(rows, tokens, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+        out = jax.vmap(attend)(q * q.shape[-1] ** -0.5, k, v)
+        parts.append(out.transpose(0, 2, 1, 3).reshape(rows, tokens, -1))
+    return jnp.concatenate(parts, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -221,10 +263,32 @@ cpu_matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _cpu_matmul_backw
 
 
 def gelu(x, form: str) -> jax.Array:
-    """GELU, exact or by tanh. On a CPU, erf is faster than erfc, which JAX has in the exact one."""
-    if form == "tanh" or x.dtype != jnp.float32 or not on_one_cpu():
-        return jax.nn.gelu(x, approximate=form == "tanh")
-    return x * (0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5))
+    """GELU, exact or by tanh."""
+    return jax.nn.gelu(x, approximate=True) if form == "tanh" else exact_gelu(x)
+
+
+@jax.custom_vjp
+def exact_gelu(x) -> jax.Array:
+    """GELU by erf in float32. The gradient keeps nothing but `x`.
+
+    JAX's is by erfc in the dtype of `x`, which takes more arithmetic. So much that on a TPU XLA
+    writes erfc to HBM, to read it again in two matmuls of the gradient.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+def _exact_gelu_backward(x, gradient):
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide * wide) * (2 * np.pi) ** -0.5
+    return ((gradient * (_normal_cdf(wide) + wide * density)).astype(x.dtype),)
+
+
+exact_gelu.defvjp(lambda x: (exact_gelu(x), x), _exact_gelu_backward)
 
 
 def embedding(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
@@ -320,11 +384,13 @@ class Block(nnx.Module):
         qkv = checkpoint_name(self.qkv(x_BxNxD), "qkv")
         head_dim, kind = qkv.shape[-1] // 3 // self.heads, device()
         forms = [implementation(qkv.dtype, n, head_dim, kind) for n in segments]
-        if "grouped" in forms:
+        if set(forms) == {"splash"}:
+            mixed = splash_attention(qkv, segments, self.heads)
+        elif kind[0] == "tpu":
             mixed = grouped_attention(qkv, segments, self.heads)
         else:
             mixed = attention(qkv, segments, self.heads, forms)
-        if set(forms) != {"cudnn"}:  # of cuDNN's form, keeps_kernel has kept the parts
+        if set(forms) not in ({"cudnn"}, {"splash"}):  # which have named what they keep, or kept it
             mixed = checkpoint_name(mixed, "attention")
         return self.project(self.out, mixed, self.scale1)
 

@@ -142,7 +142,8 @@ def parse(text: str) -> Computation:
         if header := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
             current = module[header[2]] = Computation(module, header[2], {})
             entry = current if header[1] else entry
-        elif line.startswith("}"):
+        # Not "}}, metadata=...", which ends an attribute of several lines.
+        elif re.match(r"\}(,|$)", line):
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(current, line)
@@ -469,6 +470,8 @@ CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul", "__cublas$lt$matmul$f8")
 # Matmuls of queries x keys x head in cuDNN's attention. The gradient's fifth is the logits, which
 # it computes again as the forward pass has not stored them.
 FUSED_ATTENTION = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+# The same of JAX's splash attention, whose kernels have these names.
+SPLASH = re.compile(r"splash_mha_(?:(fwd)|dkv)")
 # Of custom calls whose work can't be read from the text: libraries' matmuls, and whole kernels.
 OPAQUE = re.compile(
     r"gemm|matmul|dot|conv(?!ert)|blas|dnn|fmha|attention|triton|mosaic|tpu_custom", re.I
@@ -499,6 +502,11 @@ def flops(instruction: Instruction) -> int:
         # The first result, output or gradient of queries, is batch x heads x queries x head.
         queries, keys = instruction.dims[2], instruction.operands[1].dims
         return FUSED_ATTENTION[target] * 2 * queries * math.prod(keys)
+    if target == "tpu_custom_call" and (kernel := SPLASH.match(instruction.name)):
+        # The first large result, output or gradient of queries, is ... x queries x head.
+        queries = next(x.dims for x in instruction.arrays if len(x.dims) >= 4)[-2]
+        _, keys = [x.dims for x in instruction.operands if len(x.dims) == 4][:2]
+        return (2 if kernel[1] else 5) * 2 * queries * math.prod(keys)
     if opcode == "convolution":
         return _convolution_flops(instruction)
     if opcode == "dot":
