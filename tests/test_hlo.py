@@ -193,6 +193,29 @@ def test_fused_attention_and_what_its_gradient_repeats():
     assert flops(ATTENTION.replace("Softmax", "SoftmaxBackward")) == 5 * matmul
 
 
+SPLASH = """
+ENTRY %main (q: bf16[8,2,16,32], k: bf16[8,2,16,48]) -> bf16[8,2,32,16] {
+  %q = bf16[8,2,16,32]{3,2,1,0} parameter(0)
+  %k = bf16[8,2,16,48]{3,2,1,0} parameter(1)
+  %splash_mha_fwd_residuals.1 = (f32[8,32,128]{2,1,0}, bf16[8,2,32,16]{3,2,1,0}) \
+custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/pallas_call"}
+  %splash_mha_dkv_no_residuals = (f32[8,32,16]{2,1,0}, bf16[8,1,2,32,16]{4,3,2,1,0}, \
+bf16[8,2,48,16]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %d = bf16[8,2,32,16]{3,2,1,0} get-tuple-element(%splash_mha_fwd_residuals.1), index=1
+}
+"""
+
+
+def test_splash_attention_and_attributes_of_several_lines():
+    """Two matmuls forward, five backward; the tokens of queries and keys are the last axis."""
+    assert flops(SPLASH) == (2 + 5) * 2 * (8 * 2 * 16) * 32 * 48
+    with pytest.raises(UnknownCost, match="tpu_custom_call"):
+        flops(SPLASH.replace("splash_mha_dkv", "other"))
+
+
 def test_tpu_writes_batched_matmuls_as_dilated_convolutions():
     """Both batch dimensions are spatial ones, of whose window one place meets the input."""
     text = """
