@@ -32,7 +32,7 @@ def contents(root) -> dict[str, bytes]:
 
 def source(data_dir, name="beasts", split="train", **changes):
     cfg = DataConfig(name=name, data_dir=str(data_dir), num_classes=3, **changes)
-    return source_module.open_source(cfg, split)
+    return source_module.Source(cfg).records(split)
 
 
 def raw(builder_dir, split) -> list[bytes]:

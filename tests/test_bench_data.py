@@ -102,7 +102,7 @@ def test_tfdata_makes_the_same_images(directory):
     if find_spec("tensorflow") is None:
         pytest.skip("needs TensorFlow")
     cfg = data.config(small(), directory, IMAGES)
-    source = source_module.open_source(cfg.data, cfg.data.train_split)
+    source = source_module.Source(cfg.data).records(cfg.data.train_split)
     boxes = data.boxes(cfg, IMAGES)
     example = transforms.TrainExample(cfg.data, cfg.seed, 1)
     ours = np.stack([example((0, i, source[i]))["image"] for i in range(8)])

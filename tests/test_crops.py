@@ -216,7 +216,7 @@ def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
     assert ids.tolist() == [*range(64), *[-1] * 32]
     assert weight.sum() == 64 and (weight[:64] == 1).all()
     assert whole[0].views[0].shape == (48, 20, 20, 1) and len(whole[0].views) == 1
-    source = source_module.open_source(cfg.data, cfg.data.train_split)
+    source = source_module.Source(cfg.data).records(cfg.data.train_split)
     for i in (0, 63):
         image = transforms.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
         assert (whole[i // 48].views[0][i % 48] == image).all()

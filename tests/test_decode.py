@@ -242,9 +242,9 @@ def test_features_of_tfds_that_are_no_bytes(tmp_path, kind, white, half):
     Deep(config=kind, data_dir=tmp_path, file_format="array_record").download_and_prepare()
     cfg = DataConfig(name=f"deep/{kind}", data_dir=str(tmp_path))
     with pytest.raises(SetupError, match=rf"deep/{kind}.*'image'.*{kind}.*config\.data\.max_value"):
-        source.open_source(cfg, "train")
+        source.Source(cfg).records("train")
     cfg = dataclasses.replace(cfg, max_value=white)
-    image = decode.decode_image(source.open_source(cfg, "train")[0], cfg, 0)
+    image = decode.decode_image(source.Source(cfg).records("train")[0], cfg, 0)
     assert image.ravel().tolist() == [0, 64, half, 191, 255]
 
 

@@ -128,7 +128,7 @@ def test_a_data_set_of_other_fields_and_without_a_label(initial, shapes_dir):
     )
     asked = ProbeConfig(data=data, eval=evaluations)
     report = probe.probe(Checkpoint.open(initial), asked, devices=ONE)
-    labels = [source.open_source(report.data, "test")[i]["label"] for i in range(30)]
+    labels = [source.Source(report.data).records("test")[i]["label"] for i in range(30)]
     assert labels == [i % 6 for i in range(30)]
     found = report.results.metrics
     # The encoder's 30 classes are not these, so there is no top1.

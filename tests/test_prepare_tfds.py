@@ -176,7 +176,7 @@ def test_imagenet_is_made_of_its_archives(archives, tmp_path):
     assert labels == {f"{wnid}_{i}.JPEG": wnid for wnid in WNIDS for i in range(4)}
     assert builder.info.splits["validation"].num_examples == 5
     cfg = DataConfig(name="imagenet2012", data_dir=str(tmp_path / "data"), num_classes=1000)
-    assert source_module.open_source(cfg, "train")[0]["image"][:3] == catalogue.JPEG
+    assert source_module.Source(cfg).records("train")[0]["image"][:3] == catalogue.JPEG
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_an_image_of_a_huge_size_takes_no_memory_and_is_no_image(tmp_path):
 )
 def test_a_name_of_a_data_set_leads_nowhere_else(name, tmp_path):
     with pytest.raises(SetupError, match=r"config\.data\.name is .*no name of a data set"):
-        source.open_source(DataConfig(name=name, data_dir=str(tmp_path)), "train")
+        source.Source(DataConfig(name=name, data_dir=str(tmp_path))).records("train")
     with pytest.raises(SetupError, match=r"--name is .*no name of a data set"):
         catalogue.prepare(name, str(tmp_path / "x"), "")
     for as_ in (name, f"{name}\n", "\u202ea"):
@@ -281,14 +281,14 @@ def test_a_features_file_cannot_have_a_module_imported(beasts, tmp_path, monkeyp
             shutil.rmtree(removed)
         other = dataclasses.replace(cfg, name=name)
         with pytest.raises(SetupError, match=r"names the class 'evil_feature\.Text'.*run code"):
-            source.open_source(other, "train")
+            source.Source(other).records("train")
 
 
 def test_seals_name_files_of_the_directory_alone(beasts, tmp_path):
     (beasts / source.CHECKSUMS).write_text('{"../../../etc/passwd": "1-2"}')
     cfg = DataConfig(name="beasts", data_dir=str(tmp_path / "data"), num_classes=3)
     with pytest.raises(SetupError, match=r"seals\.json cannot be used: it names '\.\./"):
-        source.open_source(cfg, "train")
+        source.Source(cfg).records("train")
 
 
 def test_links_in_an_archive_are_not_followed(tmp_path, monkeypatch):

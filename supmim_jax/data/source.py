@@ -151,11 +151,6 @@ class Source:
             )
 
 
-def open_source(cfg: DataConfig, split: str) -> "Records":
-    """The images and labels of one split; raises SetupError as Source does."""
-    return Source(cfg).records(split)
-
-
 def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     """tfds's builder of the data set, which exists."""
     check_name(cfg.name, "config.data.name")

@@ -101,7 +101,7 @@ def measure(plan: Plan, directory: str) -> dict:
     """
     images = photographs.prepare(directory, plan.images, plan.seed)
     cfg = config(plan, directory, images)
-    source = source_module.open_source(cfg.data, cfg.data.train_split)
+    source = source_module.Source(cfg.data).records(cfg.data.train_split)
     sizes = [len(source[i]["image"]) / 1e3 for i in range(images)]
     result = {
         "plan": dataclasses.asdict(plan),
