@@ -3,8 +3,8 @@
 XLA's attention writes the logits of every head and pair of tokens to memory and reads them back. On
 a GPU, cuDNN's kernel (flash attention, arXiv 2205.14135) keeps them on the chip. On most TPUs, XLA
 keeps them there only if there are few, so attention takes one group of rows at a time, and the
-gradient recomputes each group's logits. On a v5p XLA never does, so JAX's own kernel (splash
-attention) does it. Tracing the step chooses the form by platform, dtype and shape. On one CPU
+gradient recomputes each group's logits. On a v5p it never does, and JAX's own kernel takes its
+place (splash attention). Tracing the step chooses the form by platform, dtype and shape. On one CPU
 device, attention and matmuls have hand-written gradients, because those that JAX derives take
 longer there (docs/speed.md).
 """
@@ -30,7 +30,7 @@ KERNEL = "dot_product_attention_fwd_wrapper"  # the kernel's equation in a trace
 # Logits of a group on a TPU: 16 MiB in bfloat16. XLA keeps them in VMEM, gradients included, in the
 # programs that `rehearse` compiles for v5e.
 GROUP_LOGITS = 2**23
-# The two cores of a v5p run one program and share nothing but HBM: XLA keeps no logits on the chip.
+# XLA's programs for a v5p write attention's logits to HBM, however few they are.
 V5P = ("TPU v5", "TPU v5p")
 SPLASH_STEP = 128  # tokens
 UNROLLED_ON_CPU = 12  # layers at most, so that compiling stays short
