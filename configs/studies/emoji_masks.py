@@ -2,8 +2,8 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_masks.py --out runs/masks --jobs 2
 
-Hardware: 2 CPU cores; a cell took 828 to 1315 s of one, beside other work. Judged on the
-validation designer. Two of three seeds: docs/study.md.
+Hardware: 2 CPU cores; a cell took 828 to 2613 s of one, beside other work. Judged on the
+validation designer. Results: docs/study.md.
 """
 
 from configs.studies.emoji import compared, supmim
