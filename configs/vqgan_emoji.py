@@ -3,7 +3,7 @@
   python -m supmim_jax.train --config configs/vqgan_emoji.py --workdir runs/vqgan_emoji
 
 Hardware: 2 CPU cores. configs/studies/emoji_targets.py trains SupMIM with its tokens. All values
-are our choices.
+are our choices. Not trained yet.
 """
 
 from configs import emoji_supervised, vqgan_debug

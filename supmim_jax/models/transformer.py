@@ -44,7 +44,8 @@ def implementation(
 
     JAX refuses the gradient of cuDNN's for an odd number of tokens, such as 256 and a CLS token.
     cuDNN needs NVIDIA's Ampere or later. Names of older data-centre cards begin with "Tesla", and
-    AMD's don't with "NVIDIA"; a GeForce of before 2020 must train in float32.
+    AMD's don't with "NVIDIA"; a GeForce of before 2020 must train in float32. Splash attention
+    takes a multiple of 128 tokens, and here no mesh that splits heads.
     """
     platform, name = kind
     if platform == "tpu":
@@ -390,7 +391,7 @@ class Block(nnx.Module):
             mixed = grouped_attention(qkv, segments, self.heads)
         else:
             mixed = attention(qkv, segments, self.heads, forms)
-        if set(forms) not in ({"cudnn"}, {"splash"}):  # which have named what they keep, or kept it
+        if set(forms) not in ({"cudnn"}, {"splash"}):  # whose parts are kept by themselves
             mixed = checkpoint_name(mixed, "attention")
         return self.project(self.out, mixed, self.scale1)
 
