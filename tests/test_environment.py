@@ -190,7 +190,8 @@ def test_steps_of_a_command_on_a_cpu_reuse_memory():
     )
     out = run("-c", code, JAX_PLATFORMS="cpu")
     assert out.returncode == 0, out.stderr
-    assert int(out.stdout) < 20 * 1024  # pages; a step has an array of 16,384
+    # 20 steps with an array of 16,384 pages each; a few may be new where threads' blocks lie between
+    assert int(out.stdout) < 5 * 16384
 
 
 @pytest.mark.parametrize("platforms", ["cuda", "tpu", "nonsense"])
