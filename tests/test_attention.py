@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_batch, make_frozen
+from jax._src import core
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax._src.interpreters import partial_eval
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.sharding import AbstractDevice, AbstractMesh
 from scipy import stats
@@ -96,12 +98,17 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
     assert_equal(found, expected)
 
 
-def test_splash_gives_what_xlas_form_gives(cfg, monkeypatch):
-    """The loss and every gradient, of 256 tokens in the encoder and the decoder, on 8 shards."""
-    model = dataclasses.replace(cfg.model, remat="names", patch=2, drop_path=0.0)
+def for_splash(cfg, remat):
+    """256 tokens in the encoder and the decoder, on 8 shards of rows."""
+    model = dataclasses.replace(cfg.model, remat=remat, patch=2, drop_path=0.0)
     data = dataclasses.replace(cfg.data, image_size=32, eval_resize=32)
     mesh = MeshConfig(data=4, fsdp=2)
-    cfg = dataclasses.replace(cfg, model=model, data=data, mesh=mesh, batch_size=8)
+    return dataclasses.replace(cfg, model=model, data=data, mesh=mesh, batch_size=8)
+
+
+def test_splash_gives_what_xlas_form_gives(cfg, monkeypatch):
+    """The loss and every gradient."""
+    cfg = for_splash(cfg, "names")
     mesh = sharding.run_mesh(cfg)
     _, expected = stepped(cfg, mesh)
     monkeypatch.setattr(transformer, "device", lambda: V5P)
@@ -112,6 +119,33 @@ def test_splash_gives_what_xlas_form_gives(cfg, monkeypatch):
     _, found = stepped(cfg, mesh)
     assert interpreted.called
     assert_equal(found, expected)
+
+
+def kernels(jaxpr) -> Counter:
+    """Names of the Pallas kernels that a trace calls."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] += 1
+            continue
+        for inside in core.jaxprs_in_params(equation.params):
+            found += kernels(inside)
+    return found
+
+
+@pytest.mark.parametrize(("remat", "repeats"), [("none", 1), ("names", 1), ("full", 2)])
+def test_a_step_for_v5p_has_the_kernel_once_per_segment(cfg, monkeypatch, remat, repeats):
+    """Twice only where everything is computed again."""
+    cfg = for_splash(cfg, remat)
+    monkeypatch.setattr(transformer, "device", lambda: V5P)
+    prog = train_step.build(cfg, sharding.run_mesh(cfg))
+    jaxpr = prog.step.trace(prog.state, prog.batch, prog.frozen).jaxpr.jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    stacks = 2 + 1  # the encoder's image and masked twin, the decoder
+    assert kernels(used) == {
+        "splash_mha_fwd_residuals": stacks * repeats,
+        "splash_mha_dkv_no_residuals": stacks,
+    }
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
