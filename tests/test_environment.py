@@ -190,7 +190,7 @@ def test_steps_of_a_command_on_a_cpu_reuse_memory():
     )
     out = run("-c", code, JAX_PLATFORMS="cpu")
     assert out.returncode == 0, out.stderr
-    # 20 steps with an array of 16,384 pages each; a few may be new where threads' blocks lie between
+    # 20 steps with an array of 16,384 pages each; blocks of other threads may cost a few new ones
     assert int(out.stdout) < 5 * 16384
 
 
