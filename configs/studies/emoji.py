@@ -13,25 +13,27 @@ METRICS = {
     "knn": "kNN",
     "knn/k=1": "Recall@1",
     "linear": "linear",
-    "few_shot": "4-shot",
 }
 
 
-def compared(question: str, runs: dict[str, c.Config], split: str, seeds: int = 3) -> Study:
+def compared(
+    question: str, runs: dict[str, c.Config], split: str, seeds: int = 3, shots: int = 4
+) -> Study:
     """A study whose first run is the baseline, judged on a split that training has not seen.
 
     One neighbour among the training drawings is Recall@1 between designers. Some classes have no
-    more than four training drawings, hence four shots. The penalty of the linear probe is fixed,
-    not chosen: with 912 classes a fit with a weaker one takes minutes.
+    more than four training drawings, hence at most four shots. The penalty of the linear probe is
+    fixed, not chosen: with 912 classes a fit with a weaker one takes minutes.
     """
     evaluations = c.EvalConfig(
         which=("top1", "knn", "linear", "few_shot"),
         knn=c.KNNConfig(ks=(1, 20)),
         linear=c.LinearProbeConfig(strengths=(1e-2,)),
-        few_shot=c.FewShotConfig(shots=4),
+        few_shot=c.FewShotConfig(shots=shots),
     )
     probe = c.ProbeConfig(data=c.ProbeDataConfig(eval_split=split), eval=evaluations)
-    return Study(question, runs, next(iter(runs)), tuple(range(seeds)), probe, METRICS)
+    metrics = METRICS | {"few_shot": f"{shots}-shot"}
+    return Study(question, runs, next(iter(runs)), tuple(range(seeds)), probe, metrics)
 
 
 def supmim(**objective) -> c.Config:

@@ -24,4 +24,5 @@ def study() -> Study:
             f"supmim-{drawings}": supmim,
             f"supervised-longer-{drawings}": as_costly(supervised, supmim),
         }
-    return compared("SupMIM and supervised, with fewer drawings of each class.", runs, "test")
+    question = "SupMIM and supervised, with fewer drawings of each class."
+    return compared(question, runs, "test", shots=2)
