@@ -35,7 +35,6 @@ class Restored:
     target.
     """
 
-    cfg: Config
     tokenizer: encoder.BoundTokenizer | None
     objective: nnx.Module | None  # one with `mask`, `predict` and `target`
 
@@ -47,36 +46,23 @@ def shows(cfg: Config) -> bool:
 
 def panels(restored: Restored, images_uint8, key: jax.Array) -> dict[str, np.ndarray]:
     """Rows of the picture by title, each float32 BxHxWxC in [-1, 1], for masks drawn from `key`."""
-    images, mask = pixels(images_uint8), None
-    if restored.objective:
-        mask = restored.objective.mask(key, jnp.arange(len(images)))
-    if restored.tokenizer:
-        rows = token_rows(restored, images_uint8, mask)
-    else:
-        rows = pixel_rows(restored.objective, images, mask)
-    return {title: np.clip(np.asarray(row), -1, 1) for title, row in rows.items()}
-
-
-def token_rows(restored: Restored, images_uint8, mask: Mask | None) -> dict[str, jax.Array]:
-    """Images, their tokens, and with a mask the masked twins and the likeliest tokens."""
     tokenizer, objective = restored.tokenizer, restored.objective
-    images, ids = pixels(images_uint8), tokenizer.encode(images_uint8)
-    rows = {"image": images, "tokens": tokenizer.decode(ids)}
-    if mask is not None:
-        predicted = objective.predict(images, mask).argmax(-1).astype(ids.dtype)
+    images = pixels(images_uint8)
+    rows = {"image": images}
+    if tokenizer:
+        ids = tokenizer.encode(images_uint8)
+        rows["tokens"] = tokenizer.decode(ids)
+    if objective:
+        mask = objective.mask(key, jnp.arange(len(images)))
         rows["masked"] = twin(objective, images, mask, jnp.zeros(()))
-        rows["predicted"] = tokenizer.decode(jnp.where(mask.masked, predicted, ids))
-    return rows
-
-
-def pixel_rows(objective: nnx.Module, images, mask: Mask) -> dict[str, jax.Array]:
-    """Images, their masked twins, and these with the predicted pixels in the masked places."""
-    predicted = objective.target.restored(objective.predict(images, mask), images)
-    return {
-        "image": images,
-        "masked": twin(objective, images, mask, jnp.zeros(())),
-        "reconstruction": twin(objective, images, mask, predicted),
-    }
+        predicted = objective.predict(images, mask)
+        if tokenizer:
+            likeliest = predicted.argmax(-1).astype(ids.dtype)
+            rows["predicted"] = tokenizer.decode(jnp.where(mask.masked, likeliest, ids))
+        else:
+            patches = objective.target.restored(predicted, images)
+            rows["reconstruction"] = twin(objective, images, mask, patches)
+    return {title: np.clip(np.asarray(row), -1, 1) for title, row in rows.items()}
 
 
 def twin(objective: nnx.Module, images, mask: Mask, patches_BxLxP) -> jax.Array:
@@ -100,7 +86,7 @@ def restore(checkpoint: Checkpoint) -> Restored:
             f"patches and trains no tokenizer: there is nothing to show. Give another --checkpoint."
         )
     if cfg.objective.leaves == "tokenizer":
-        return Restored(cfg, encoder.restore(checkpoint, mesh, 1), None)
+        return Restored(encoder.restore(checkpoint, mesh, 1), None)
     if cfg.has_tokens:
         tokens = encoder.build_tokenizer(cfg, 1, mesh)
         dataset = Dataset.open(cfg) if cfg.tokens.cache else Dataset(cfg)
@@ -116,11 +102,11 @@ def restore(checkpoint: Checkpoint) -> Restored:
     params = checkpoint.restore_params(sharding.shard_like_params(params, mesh))
     if fixed:  # the step's own tokenizer, where no cache spares it from one
         fixed = {"target": {"tokenizer": tokenizer.arrays}}
-    return Restored(cfg, tokenizer, nnx.merge(graph, params, fixed))
+    return Restored(tokenizer, nnx.merge(graph, params, fixed))
 
 
 def one_device() -> Mesh:
-    """A mesh of one device, which a picture needs, whatever mesh the run had."""
+    """All that a picture needs, whatever mesh the run had."""
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 

@@ -144,10 +144,11 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     assert row["encoder"] == "supmim" and row["epochs"] == "3"
     assert row["top-1 %"] == f"{results['top1']:.2f}" and row["kNN %"] == f"{results['knn']:.2f}"
     assert probe.probe(Checkpoint.open(f"{tmp_path}@8")).row()["epochs"] == "2"
-    restored = visualize.restore(Checkpoint.open(str(tmp_path)))
+    checkpoint = Checkpoint.open(str(tmp_path))
+    restored = visualize.restore(checkpoint)
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 1), np.uint8)
     rows = visualize.panels(restored, images, jax.random.key(0))
-    assert restored.cfg == cfg and len(visualize.draw(rows)) > 5000
+    assert checkpoint.config == cfg and len(visualize.draw(rows)) > 5000
     image, tokens, masked, predicted = rows.values()
     hidden = (masked == 0).all(-1)
     assert 0.4 < hidden.mean() < 0.6 and (masked[~hidden] == image[~hidden]).all()
