@@ -86,11 +86,7 @@ def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[s
 
 
 def measured(checkpoint: Checkpoint) -> list[Metric]:
-    """All that was measured of a checkpoint's step.
-
-    Raises:
-      SetupError: a file of measurements is not of its form.
-    """
+    """All that was measured of a checkpoint's step."""
     data, workdir = checkpoint.config.data, checkpoint.workdir
     found = []
     for name, points in files.curves(workdir).items():

@@ -73,11 +73,7 @@ def check(dataset: Dataset, split: str) -> None:
 
 
 def _counts(dataset: Dataset, split: str, wanted: bool) -> np.ndarray | None:
-    """Examples of each class, if wanted and the split is small; some labels are looked at anyway.
-
-    Raises:
-      SetupError: the split is empty, or a label is no class.
-    """
+    """Examples of each class, if wanted and the split is small; some labels are read anyway."""
     cfg, source, classes = dataset.cfg, dataset.records(split), dataset.cfg.data.num_classes
     whole = wanted and len(source) <= COUNTED
 

@@ -24,11 +24,7 @@ FLOATS = ("float32", "float16", "bfloat16")  # all of which float32 holds exactl
 
 
 def check_free(out: str | os.PathLike) -> epath.Path:
-    """The path `out`, at which there is nothing, or an empty directory.
-
-    Raises:
-      SetupError: there is something.
-    """
+    """The path `out`; raises SetupError if there is more than an empty directory."""
     out = storage.location(out, searched=False)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
@@ -61,20 +57,16 @@ def write(out: os.PathLike, tensors: dict[str, Any], documents: dict[str, Any]) 
 
 
 class Saved(NamedTuple):
-    """What timm or transformers has saved; `file` is its model.safetensors."""
+    """What timm or transformers has saved."""
 
-    file: str
+    file: str  # the path of model.safetensors
     arrays: dict[str, np.ndarray]
     config: "Section"
     processor: "Section"
 
 
 def read_directory(path: Path) -> Saved:
-    """From a directory, or from a file of weights in it.
-
-    Raises:
-      SetupError: model.safetensors or config.json is missing or broken.
-    """
+    """What is in a directory, or beside a file of weights; SetupError if one is broken."""
     weights = path / WEIGHTS if path.is_dir() else path
     config, processor = weights.with_name(CONFIG), weights.with_name(PROCESSOR)
     for file in (weights, config):
@@ -83,12 +75,13 @@ def read_directory(path: Path) -> Saved:
                 f"{file} does not exist. --path takes a directory with {WEIGHTS} (one file, no "
                 f"shards, no pickle) and {CONFIG}, which says what model it is."
             )
-    preprocessing = (read_json(processor) or {}) if processor.is_file() else {}
+    cure = "Expected JSON."
+    preprocessing = processor.is_file() and storage.read_json(processor, cure)
     return Saved(
         file=str(weights),
         arrays=read_safetensors(weights),
-        config=Section(read_json(config), str(config)),
-        processor=Section(preprocessing, str(processor)),
+        config=Section(storage.read_json(config, cure), str(config)),
+        processor=Section(preprocessing or {}, str(processor)),
     )
 
 
@@ -115,11 +108,6 @@ def _floats(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
         if array.dtype.name not in FLOATS:
             raise SetupError(f"{path}: {name} is {array.dtype}, expected {', '.join(FLOATS)}.")
     return {name: array.astype(np.float32) for name, array in arrays.items()}
-
-
-def read_json(path: Path) -> Any:
-    """The document of a JSON file."""
-    return storage.read_json(path, "Expected JSON.")
 
 
 def strings(values: Any, count: int) -> tuple[str, ...]:

@@ -103,11 +103,7 @@ def write(
 
 
 def read(saved: Saved) -> Foreign:
-    """The model that a config.json of transformers describes.
-
-    Raises:
-      SetupError: it is of another kind, or has parts that this encoder cannot express.
-    """
+    """The model that a config.json describes; raises SetupError if it cannot be one of ours."""
     config, processor = saved.config, saved.processor
     kinds = {name: pool for pool, name in TYPES.items()} | {MAE: "cls"}
     pooling = config.one_of("model_type", kinds, None)

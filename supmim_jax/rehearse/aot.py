@@ -73,11 +73,7 @@ class Slice(NamedTuple):
 
 
 def parse(topology: str) -> Slice:
-    """The slice of a name such as v5e:16x16.
-
-    Raises:
-      SetupError: there is no such chip or shape.
-    """
+    """The slice of a name such as v5e:16x16; raises SetupError if there is none."""
     name, _, text = topology.partition(":")
     if name in CHIPS and re.fullmatch(r"\d+(x\d+)+", text):
         chip, shape = CHIPS[name], tuple(int(n) for n in text.split("x"))
@@ -113,11 +109,7 @@ class Compiled(NamedTuple):
 
 
 def devices(part: Slice) -> list:
-    """The slice's devices; they can be compiled for, not computed on.
-
-    Raises:
-      SetupError: libtpu is missing, or doesn't know the slice.
-    """
+    """Devices to compile for, not to compute on; raises SetupError if libtpu has none."""
     if find_spec("libtpu") is None:
         raise SetupError("libtpu, which compiles for TPU, is missing: pip install -e '.[tpu]'")
     for name, value in ALONE.items():

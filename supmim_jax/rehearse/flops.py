@@ -186,11 +186,8 @@ def counted(cfg: Config, mesh: jax.sharding.Mesh, compiled) -> dict:
     Raises:
       UnknownCost: the program does work that its text doesn't tell the amount of.
     """
-    found, work, memory = (
-        hlo.parse(compiled.as_text()).flops * mesh.size,
-        total(cfg),
-        aot.memory(compiled),
-    )
+    found = hlo.parse(compiled.as_text()).flops * mesh.size
+    work, memory = total(cfg), aot.memory(compiled)
     model, recomputed = cfg.batch_size * work.model, cfg.batch_size * work.recomputed
     return {
         "objective": cfg.objective.name,

@@ -1,4 +1,4 @@
-"""The files of a workdir as plain values, each checked as it is read."""
+"""The files of a workdir as plain values; SetupError says which is not of its form."""
 
 import json
 from typing import Any, NamedTuple
@@ -27,8 +27,7 @@ class Evaluation(NamedTuple):
 def curves(workdir: epath.Path) -> dict[str, list[tuple[int, float]]]:
     """Points (step, value) by name, from metrics.jsonl; {} where there is none.
 
-    Raises:
-      SetupError: a line but the last, which may have been cut, is not of {"step": s, name: value}.
+    A line is {"step": s, name: value}; the last one may have been cut.
     """
     path = workdir / "metrics.jsonl"
     try:
@@ -53,11 +52,7 @@ def curves(workdir: epath.Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def evaluations(workdir: epath.Path) -> list[Evaluation]:
-    """Everything that was measured: results.json, then evals/*.json by name, where there.
-
-    Raises:
-      SetupError: a file is not of its form.
-    """
+    """Everything that was measured: results.json, then evals/*.json by name, where there."""
     results, evals = workdir / "results.json", workdir / "evals"
     paths = [results] if results.exists() else []
     paths += sorted(evals.glob("*.json")) if evals.exists() else []
@@ -80,11 +75,7 @@ def evaluations(workdir: epath.Path) -> list[Evaluation]:
 
 
 def environments(workdir: epath.Path) -> list[dict]:
-    """What the run was trained on, a dict per part; [] for runs that did not note it.
-
-    Raises:
-      SetupError: environment.json is not of its form.
-    """
+    """What the run was trained on, a dict per part; [] for runs that did not note it."""
     path = workdir / "environment.json"
     parts = storage.read_json(path, CURE) if path.exists() else []
     plain = (str, int, bool, type(None))
