@@ -10,13 +10,13 @@ again, the command goes on with the shards that are missing; several processes (
 share them.
 """
 
-import dataclasses
 import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from etils import epath
 from tqdm import tqdm
 
 from supmim_jax import cli, inference, multihost, storage
-from supmim_jax.config import DataConfig
+from supmim_jax.config import DataConfig, changed
 from supmim_jax.data import source
 from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.worker import prefetched
@@ -38,40 +38,33 @@ PATIENCE = 86400  # seconds for other processes to do their share
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-class Folder(Sequence):
-    """The records of the image files below a folder; reading one may raise OSError."""
+class Images(NamedTuple):
+    """What is to be embedded, and what tells it from other images."""
 
-    def __init__(self, path: epath.Path):
-        self.path, self.names = path, inference.image_files(path)
-        digest = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
-        self.identity = {"images": str(path), "files": digest}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": (self.path / self.names[index]).read_bytes()}
+    names: Sequence
+    record: Callable[[int], dict]  # by index; may raise OSError or BrokenRecord
+    identity: dict[str, str]
 
 
-class Split(Sequence):
-    """The records of a split of a data set of tfds; reading one may raise BrokenRecord."""
+def folder(path: epath.Path) -> Images:
+    """The image files below a folder."""
+    names = inference.image_files(path)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    identity = {"images": str(path), "files": digest}
+    return Images(names, lambda i: {"image": (path / names[i]).read_bytes()}, identity)
 
-    def __init__(self, cfg: DataConfig, split: str):
-        opened = source.Source(cfg)
-        self.records = opened.records(split, beside="")
-        self.names = range(len(self.records))
-        self.identity = {"name": cfg.name, "split": split, "version": opened.version}
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.records[index]
+def split(cfg: DataConfig, name: str) -> Images:
+    """A split of a data set of tfds; the names are the numbers of its records."""
+    opened = source.Source(cfg)
+    records = opened.records(name, beside="")
+    identity = {"name": cfg.name, "split": name, "version": opened.version}
+    return Images(range(len(records)), records.__getitem__, identity)
 
 
 def embed(
     encoder: Encoder,
-    images: Folder | Split,
+    images: Images,
     out: epath.Path,
     *,
     checkpoint: str,
@@ -83,7 +76,7 @@ def embed(
 
     Args:
       encoder: on this process's devices.
-      images: what to embed.
+      images: from `folder` or `split`.
       out: *.npz, *.parquet, or a directory.
       checkpoint: its name, which goes on with shards of the same alone.
       batch_size: images of a batch.
@@ -108,7 +101,8 @@ def embed(
     plan = {"checkpoint": checkpoint, "dtype": dtype, "shard": shard, **images.identity}
     _begin(parts, plan)
 
-    rows = [range(len(images))[at : at + shard] for at in range(0, len(images), shard)]
+    count = len(images.names)
+    rows = [range(count)[at : at + shard] for at in range(0, count, shard)]
     paths = [parts / f"embeddings-{i:05d}-of-{len(rows):05d}.npz" for i in range(len(rows))]
     mine = range(jax.process_index(), len(rows), jax.process_count())
     missing = [i for i in mine if not paths[i].exists()]
@@ -148,7 +142,7 @@ def _begin(parts: epath.Path, plan: dict) -> None:
 
 
 def _embedded(
-    encoder: Encoder, images: Folder | Split, rows: range, batch_size: int, bar: tqdm
+    encoder: Encoder, images: Images, rows: range, batch_size: int, bar: tqdm
 ) -> dict[str, np.ndarray]:
     """The arrays of a shard."""
     names, labels, broken = [], [], []
@@ -157,7 +151,7 @@ def _embedded(
         """Name, pixels or what is wrong with them, and label."""
         name = str(images.names[index])
         try:
-            record = images[index]
+            record = images.record(index)
             pixels = encoder.prepared(record["image"], name, record.get("floats", False))
         except (BrokenImage, BrokenRecord, OSError) as error:
             return name, str(error), None
@@ -226,11 +220,11 @@ def main() -> None:
         raise SetupError("Give either --images=<folder> or --name=<data set> with --split.")
     encoder = inference.load(CHECKPOINT.value, max_value=MAX_VALUE.value)
     if IMAGES.value:
-        images = Folder(epath.Path(IMAGES.value))
+        images = folder(epath.Path(IMAGES.value))
     else:
         data = encoder.config.data
-        data = dataclasses.replace(data, name=NAME.value, data_dir=DATA_DIR.value or data.data_dir)
-        images = Split(data, SPLIT.value)
+        data = changed(data, name=NAME.value, data_dir=DATA_DIR.value or data.data_dir)
+        images = split(data, SPLIT.value)
     begin = time.perf_counter()
     done = embed(
         encoder,
@@ -241,10 +235,10 @@ def main() -> None:
         dtype=DTYPE.value,
         shard=SHARD.value,
     )
-    seconds = time.perf_counter() - begin
+    seconds, whole = time.perf_counter() - begin, len(images.names) - done["broken"]
     print(
-        f"{OUT.value}: {len(images) - done['broken']} embeddings, {done['broken']} broken images; "
-        f"{done['embedded']} embedded here, {done['embedded'] / seconds:.0f} images/s."
+        f"{OUT.value}: {whole} embeddings, {done['broken']} broken images; {done['embedded']} "
+        f"embedded here, {done['embedded'] / seconds:.0f} images/s."
     )
 
 

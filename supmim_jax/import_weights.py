@@ -7,7 +7,6 @@ set that `probe` measures on, is from --config and its overrides. An encoder wit
 such as a published MAE's, becomes a checkpoint of objective `mae` to be probed and fine-tuned.
 """
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from etils import epath
 
 from supmim_jax import checkpoint, cli, encoder, optim, sharding, storage
 from supmim_jax.batch import TrainState
-from supmim_jax.config import Config, MAEConfig, MeshConfig, SupervisedConfig
+from supmim_jax.config import Config, MAEConfig, MeshConfig, SupervisedConfig, changed
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import augreg, files, layout, timm, transformers
@@ -61,7 +60,7 @@ def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str
     params = layout.with_our_pixels(layout.from_foreign(arrays, found, like, file), found)
     params = layout.without_fixed_positions(params, cfg.model, cfg.data)
     if "positions" not in params["encoder"]:
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, positions="sincos2d"))
+        cfg = changed(cfg, model={"positions": "sincos2d"})
     return cfg, params, found.class_names
 
 
@@ -72,7 +71,7 @@ def combine(base: Config, found: Foreign) -> Config:
     which leaves an encoder, else `mae`, and the classes are those of the data.
     """
     data, evaluation, objective = base.data, base.eval, base.objective
-    data = dataclasses.replace(
+    data = changed(
         data,
         num_classes=found.num_classes or data.num_classes,
         image_size=found.image_size,
@@ -91,10 +90,8 @@ def combine(base: Config, found: Foreign) -> Config:
     else:
         objective = objective if objective.leaves == "encoder" else MAEConfig()
         of_no_head = tuple(x for x in evaluation.which if x not in ("top1", "miou"))
-        evaluation = dataclasses.replace(evaluation, which=of_no_head or ("knn",))
-    cfg = dataclasses.replace(
-        base, data=data, model=found.model, objective=objective, eval=evaluation
-    )
+        evaluation = changed(evaluation, which=of_no_head or ("knn",))
+    cfg = changed(base, data=data, model=found.model, objective=objective, eval=evaluation)
     return from_configdict(to_configdict(cfg))  # which checks it, by the paths of its fields
 
 

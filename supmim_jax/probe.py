@@ -5,7 +5,6 @@ says what to measure, and on which data; without it, it is what the run itself w
 Several checkpoints give a table with a row each.
 """
 
-import dataclasses
 import re
 import sys
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from supmim_jax import cli, encoder, evals, multihost, sharding, storage
 from supmim_jax.batch import Encoder, Features
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, DataConfig, ProbeConfig
+from supmim_jax.config import Config, DataConfig, ProbeConfig, changed
 from supmim_jax.config.configdict import from_configdict, section, to_configdict
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
@@ -109,12 +108,12 @@ def probe(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
     data = asked.data.over(run.data)
-    cfg = dataclasses.replace(
+    cfg = changed(
         run,
         data=data,
-        eval=dataclasses.replace(asked.eval, batch_size=batch_size),
+        eval=changed(asked.eval, batch_size=batch_size),
         # Which checkpoints stayed was the run's affair; here nothing is evaluated while training.
-        checkpoint=dataclasses.replace(run.checkpoint, keep_best=""),
+        checkpoint={"keep_best": ""},
     )
     dataset = Dataset(cfg)
     evals.check(dataset, data.eval_split)
@@ -136,7 +135,7 @@ def unknown_heads(run: DataConfig, data: DataConfig) -> tuple[str, ...]:
 
 def own(run: Config) -> ProbeConfig:
     """The probe that repeats the evaluation at the end of a run."""
-    return ProbeConfig(eval=dataclasses.replace(run.eval, every=0))
+    return ProbeConfig(eval=changed(run.eval, every=0))
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -153,11 +152,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def save(report: Report, name: str) -> epath.Path:
-    """Writes <workdir>/evals/<name>-<step>.json, whole or not at all.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes <workdir>/evals/<name>-<step>.json, whole or not at all; raises OSError."""
     path = report.checkpoint.workdir / "evals" / f"{name}-{report.checkpoint.step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.write_json(path, report.document())
@@ -166,12 +161,8 @@ def save(report: Report, name: str) -> epath.Path:
 
 def with_flags(asked: ProbeConfig) -> ProbeConfig:
     """`asked` with --split and --data_dir, where they are given."""
-    data = dataclasses.replace(
-        asked.data,
-        eval_split=SPLIT.value or asked.data.eval_split,
-        data_dir=DATA_DIR.value or asked.data.data_dir,
-    )
-    return dataclasses.replace(asked, data=data)
+    given = {"eval_split": SPLIT.value, "data_dir": DATA_DIR.value}
+    return changed(asked, data={name: value for name, value in given.items() if value})
 
 
 def file_name() -> str:

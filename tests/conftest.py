@@ -22,6 +22,8 @@ for flag in ("--xla_force_host_platform_device_count=8", *FAST.split()):
 import dataclasses
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -32,7 +34,7 @@ from etils import epath
 from pictures import CLASSES, ToyPictures, encoded, put
 
 from supmim_jax import checkpoint, encoder, sharding, train_step
-from supmim_jax.batch import Batch
+from supmim_jax.batch import Batch, TrainState
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CheckpointConfig,
@@ -125,13 +127,24 @@ def one_device():
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+def save(state: TrainState, cfg: Config, workdir) -> str:
+    """The --workdir of a run of `cfg` with this state alone."""
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
+    checkpoints.save(state, cfg, checkpoint.BEGIN)
+    checkpoints.close()
+    return str(workdir)
+
+
 def save_initial(cfg: Config, workdir) -> str:
     """The --workdir of a run of `cfg` that has not begun to learn."""
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    checkpoints.save(train_step.build(cfg, one).init(jax.random.key(0)), cfg, checkpoint.BEGIN)
-    checkpoints.close()
-    return str(workdir)
+    return save(train_step.build(cfg, one).init(jax.random.key(0)), cfg, workdir)
+
+
+def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
+    """A command of this interpreter in the repository, at its end."""
+    command, env = [sys.executable, *map(str, arguments)], os.environ | environment
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """What an evaluation needs is looked at first; one that cannot be made leaves the others alone."""
 
+import functools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 
 from supmim_jax import evals
 from supmim_jax.config import MasksConfig, changed
@@ -71,14 +69,7 @@ runpy.run_module("supmim_jax.train", run_name="__main__")
 """
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"},
-        capture_output=True,
-        text=True,
-    )
+command = functools.partial(python, PYTHONPATH=REPOSITORY, JAX_NUM_CPU_DEVICES="1")
 
 
 def test_the_others_are_written_and_the_command_measures_again_once_it_can(data_dir, tmp_path):

@@ -1,11 +1,8 @@
 """Files for timm and transformers: names, exact round trips, checkpoints of them."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import REPOSITORY, make_features, make_params, restored, save_initial
+from conftest import make_features, make_params, python, restored, save_initial
 from etils import epath
 from flax import traverse_util
 
@@ -147,8 +144,9 @@ def test_the_command_makes_a_checkpoint_that_a_run_may_resume(cfg, one_device, t
     export.export(f"{run}@0", "timm", tmp_path / "out")
     flags = ["--from=timm", f"--path={tmp_path / 'out'}", f"--workdir={tmp_path / 'imported'}"]
     flags += ["--config=configs/debug_supervised.py", "--config.data.train_split=train[:64]"]
-    command = [sys.executable, "-m", "supmim_jax.import_weights", *flags]
-    subprocess.run([*command, "--config.data.train_examples=64"], cwd=REPOSITORY, check=True)
+    flags += ["--config.data.train_examples=64"]
+    ran = python("-m", "supmim_jax.import_weights", *flags)
+    assert ran.returncode == 0, ran.stderr
     imported = Checkpoint.open(str(tmp_path / "imported"))
     assert imported.config.model == with_model(cfg).model
     assert imported.config.objective.name == "supervised" and imported.run == BEGIN

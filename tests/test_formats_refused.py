@@ -1,6 +1,5 @@
 """Files that are broken, or not exactly a model of ours, are refused with what is wrong."""
 
-import dataclasses
 import importlib
 import json
 import shutil
@@ -8,12 +7,12 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_params
+from conftest import make_params, save
 from safetensors.numpy import load_file, save_file
 
-from supmim_jax import checkpoint, export, import_weights
+from supmim_jax import export, import_weights
 from supmim_jax.batch import TrainState
-from supmim_jax.config import Config, SupervisedConfig, ViTConfig
+from supmim_jax.config import Config, SupervisedConfig, ViTConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import augreg, files, layout, timm
 
@@ -157,9 +156,7 @@ def test_a_run_of_neither_classifier_nor_encoder_is_not_exported_nor_a_config(
     name = {"segmenter": "finetune_segmentation_debug", "tokenizer": "vqgan_debug"}[leaves]
     cfg = importlib.import_module(f"configs.{name}").experiment()
     state = TrainState(jnp.zeros((), jnp.int32), {"x": jnp.zeros(1)}, {}, ())
-    checkpoints = checkpoint.Checkpoints(tmp_path / "run", cfg.checkpoint)
-    checkpoints.save(state, cfg, checkpoint.BEGIN)
-    checkpoints.close()
+    save(state, cfg, tmp_path / "run")
     with pytest.raises(SetupError, match=f"leaves a {leaves}"):
         export.export(str(tmp_path / "run"), "timm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -195,10 +192,8 @@ def test_other_npz_files_are_refused(params, tmp_path, changes, message):
 def test_fixed_positions_ask_for_the_image_size(params, tmp_path):
     arrays = layout.to_foreign(params, augreg.rows(CFG.model, 1, head=True))
     np.savez(tmp_path / "x.npz", **{k: x for k, x in arrays.items() if "pos_emb" not in k})
-    data = dataclasses.replace(CFG.data, image_size=24, eval_resize=24)
-    cfg = dataclasses.replace(CFG, data=data)
+    cfg = changed(CFG, data={"image_size": 24, "eval_resize": 24})
     assert import_weights.load("augreg", tmp_path / "x.npz", cfg)[0].data.image_size == 24
-    data = dataclasses.replace(data, image_size=18)
-    cfg = dataclasses.replace(cfg, data=data, model=dataclasses.replace(CFG.model, patch=6))
+    cfg = changed(cfg, data={"image_size": 18}, model={"patch": 6})
     with pytest.raises(SetupError, match=r"18 .* patches of 4.*image_size"):
         import_weights.load("augreg", tmp_path / "x.npz", cfg)

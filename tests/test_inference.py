@@ -1,6 +1,5 @@
 """An encoder in Python and by the embed command: what it gives is what evaluations see."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,15 +12,23 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import python, save, save_initial
 from etils import epath
 from PIL import Image
 from test_processes import ended, free_port, started
 
 import supmim_jax
-from supmim_jax import checkpoint, embed, encoder, export, sharding, train_step
+from supmim_jax import embed, encoder, export, sharding, train_step
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, DataConfig, MAEConfig, MeshConfig, SupervisedConfig, ViTConfig
+from supmim_jax.config import (
+    Config,
+    DataConfig,
+    MAEConfig,
+    MeshConfig,
+    SupervisedConfig,
+    ViTConfig,
+    changed,
+)
 from supmim_jax.data import loader
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import features
@@ -39,22 +46,13 @@ NAMES = [f"beast {i}" for i in range(COLOUR.data.num_classes)]
 ONE = jax.devices()[:1]
 
 
-def untrained(cfg, workdir) -> str:
-    """The --workdir of a run with a checkpoint whose head is not zero."""
-    state = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE)).init(jax.random.key(0))
-    if "head" in state.params:
-        kernel = jax.random.normal(jax.random.key(1), state.params["head"]["kernel"].shape)
-        state.params["head"]["kernel"] = kernel
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    checkpoints.save(state, cfg, checkpoint.BEGIN)
-    checkpoints.close()
-    return str(workdir)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
-    """The --workdir of a classifier of colour images, which tests only read."""
-    workdir = untrained(COLOUR, tmp_path_factory.mktemp("runs") / "run")
+    """The --workdir of a classifier of colour images, whose head is not zero; it is only read."""
+    state = train_step.build(COLOUR, sharding.make_mesh(MeshConfig(), ONE)).init(jax.random.key(0))
+    head = state.params["head"]
+    head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    workdir = save(state, COLOUR, tmp_path_factory.mktemp("runs") / "run")
     write_json(epath.Path(workdir) / CLASS_NAMES, NAMES)
     return workdir
 
@@ -70,8 +68,8 @@ def picture(seed: int = 0, height: int = 31, width: int = 45) -> np.ndarray:
 
 def test_importing_the_package_is_light():
     code = "import sys, supmim_jax; print([x for x in ('jax', 'numpy', 'cv2') if x in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
-    assert ran.stdout == b"[]\n", ran.stderr
+    ran = python("-c", code)
+    assert ran.stdout == "[]\n", ran.stderr
     with pytest.raises(AttributeError, match="lode"):
         supmim_jax.lode  # noqa: B018
 
@@ -80,7 +78,7 @@ def test_embeddings_are_the_evaluations_features_to_the_bit(initial, cfg, one_de
     dataset = loader.Dataset(cfg)
     model = encoder.restore(Checkpoint.open(initial), one_device)
     expected = features.extract(model, dataset.eval(cfg.data.eval_split, one_device))
-    images = embed.Split(cfg.data, cfg.data.eval_split)
+    images = embed.split(cfg.data, cfg.data.eval_split)
     out = epath.Path(tmp_path / "embeddings.npz")
     settings = {"checkpoint": "x", "batch_size": cfg.eval.batch_size, "shard": 500}
     embed.embed(supmim_jax.load(initial, ONE), images, out, **settings)
@@ -240,9 +238,9 @@ def test_bad_input_is_one_error_that_names_it(loaded, cfg, tmp_path):
         loaded.embed(tmp_path / "deep.png")
     with pytest.raises(SetupError, match=r"no checkpoint in .*empty"):
         supmim_jax.load(tmp_path / "empty")
-    mae = dataclasses.replace(cfg, objective=MAEConfig())
+    mae = changed(cfg, objective=MAEConfig())
     with pytest.raises(SetupError, match="'mae', trained no classifier"):
-        supmim_jax.load(untrained(mae, tmp_path / "mae")).predict(picture()[..., 0])
+        supmim_jax.load(save_initial(mae, tmp_path / "mae")).predict(picture()[..., 0])
 
 
 @pytest.fixture(scope="module")
@@ -262,12 +260,12 @@ def whole(loaded, folder, tmp_path_factory):
     out = epath.Path(tmp_path_factory.mktemp("whole") / "x.npz")
     settings = {"checkpoint": loaded.location, "batch_size": 2, "shard": 3}
     with pytest.warns(UserWarning, match=r"notes\.txt"):
-        images = embed.Folder(epath.Path(folder))
+        images = embed.folder(epath.Path(folder))
     assert embed.embed(loaded, images, out, **settings) == {"embedded": 9, "broken": 1}
     return images, out, settings
 
 
-def test_embed_goes_on_where_it_was_killed(run, loaded, whole, tmp_path, monkeypatch):
+def test_embed_goes_on_where_it_was_killed(run, loaded, folder, whole, tmp_path, monkeypatch):
     images, complete, settings = whole
     out, made = epath.Path(tmp_path / "x.npz"), []
 
@@ -292,7 +290,7 @@ def test_embed_goes_on_where_it_was_killed(run, loaded, whole, tmp_path, monkeyp
     with np.load(out) as arrays:
         names = arrays["name"].tolist()
         assert names == sorted(f"{i % 2}/{i}.png" for i in range(9))
-        expected = loaded.embed([images.path / name for name in names], batch_size=2)
+        expected = loaded.embed([folder / name for name in names], batch_size=2)
         np.testing.assert_allclose(arrays["embedding"], expected, atol=1e-6)
     with pytest.raises(SetupError, match=r"x\.npz already exists"):
         embed.embed(loaded, images, out, **settings)
@@ -313,9 +311,9 @@ def test_other_forms_of_the_output(loaded, whole, tmp_path):
     np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), expected, atol=1e-6)
 
 
-def test_two_processes_share_the_work(run, whole, tmp_path):
-    images, complete, _ = whole
-    command = ["-m", "supmim_jax.embed", f"--checkpoint={run}", f"--images={images.path}"]
+def test_two_processes_share_the_work(run, folder, whole, tmp_path):
+    _, complete, _ = whole
+    command = ["-m", "supmim_jax.embed", f"--checkpoint={run}", f"--images={folder}"]
     command += [f"--out={tmp_path / 'shared.npz'}", "--shard=3", "--batch_size=2"]
     place = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     commands = [[*command, *place, f"--process_id={i}"] for i in range(2)]

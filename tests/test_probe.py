@@ -1,15 +1,13 @@
 """`probe` against training, on 1 and 8 devices; its files, its configs and its mistakes."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 
 from supmim_jax import cli, probe
 from supmim_jax.checkpoint import Checkpoint
@@ -108,13 +106,8 @@ def test_a_row_leaves_the_sweep_out_and_a_table_takes_rows_of_other_columns():
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "supmim_jax.probe", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-    )
+    two = "--xla_force_host_platform_device_count=2"
+    return python("-m", "supmim_jax.probe", *arguments, XLA_FLAGS=two)
 
 
 def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, data_dir):

@@ -7,7 +7,6 @@ jax.named_scope of each.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
@@ -28,7 +27,7 @@ from absl import flags
 from supmim_jax import cli, sharding, storage, train_step
 from supmim_jax.batch import Batch
 from supmim_jax.bench import rivals_of_checkout
-from supmim_jax.config import Config
+from supmim_jax.config import Config, changed
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
@@ -40,18 +39,6 @@ OURS = "supmim_jax"
 WARM_UP = 2  # steps before the first round
 REPEATS = 5  # of each matmul; the fastest counts
 PACKAGES = ("jax", "jaxlib", "flax", "optax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to measure."""
-
-    rounds: int = 10
-    steps: int = 5  # of a round
-    rival: bool = False
-    compile_rival: bool = True  # by torch.compile
-    where: bool = True
-    data: bool = False
 
 
 def command() -> Callable[[], None]:
@@ -70,10 +57,10 @@ def command() -> Callable[[], None]:
     flags.mark_flag_as_required("config")
 
     def run() -> None:
-        plan = Plan(**{name: flag.value for name, flag in given.items()})
-        if plan.rival:  # it needs room on the same GPU
+        asked = {name: flag.value for name, flag in given.items()}
+        if asked["rival"]:  # it needs room on the same GPU
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        result = measure(from_configdict(config.value), plan)
+        result = measure(from_configdict(config.value), **asked)
         print(report(result))
         print(json.dumps(result))
         if path.value:
@@ -82,27 +69,35 @@ def command() -> Callable[[], None]:
     return run
 
 
-def measure(cfg: Config, plan: Plan) -> dict:
-    """All results as a dict that JSON can hold; `report` says what they mean.
+def measure(
+    cfg: Config,
+    *,
+    rounds: int,
+    steps: int,
+    rival: bool = False,
+    compile_rival: bool = True,
+    where: bool = False,
+    data: bool = False,
+) -> dict:
+    """All results as a dict that JSON can hold; `report` says what they mean, --help what is asked.
 
     Raises:
-      SetupError: of this objective there is no arithmetic, PyTorch or data are asked for and
-        missing, or both are asked for.
+      SetupError: the objective has no arithmetic, or PyTorch or data are missing or both asked for.
     """
     flops.check(cfg)
-    if plan.rival and plan.data:
+    if rival and data:
         raise SetupError("--rival and --data take the time of each other: measure one at a time.")
-    if plan.rival and cfg.has_tokens and not cfg.tokens.cache:
+    if rival and cfg.has_tokens and not cfg.tokens.cache:
         # Both sides are given random ids, as from a cache: none is read.
-        cfg = dataclasses.replace(cfg, tokens=dataclasses.replace(cfg.tokens, cache="random"))
+        cfg = changed(cfg, tokens={"cache": "random"})
     mesh = sharding.run_mesh(cfg)
     device = mesh.devices.flat[0]
-    if plan.rival:
+    if rival:
         if not rivals_of_checkout():
             raise SetupError("--rival needs a checkout of the repository: PyTorch's step is in it.")
         from rivals import torch_rival
 
-        sizes = torch_rival.shapes(cfg, torch_rival.device(mesh), plan.compile_rival)
+        sizes = torch_rival.shapes(cfg, torch_rival.device(mesh), compile_rival)
     prog = train_step.build(cfg, mesh)
     begin = time.perf_counter()
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
@@ -131,15 +126,15 @@ def measure(cfg: Config, plan: Plan) -> dict:
         total = sum(allotted.values()) - allotted["code"]
         result["memory"] = {"bytes": total, "by": "the compiler"}
     runners = {OURS: ours.run}
-    if plan.rival:
+    if rival:
         parameters = {name: sizes_of(tree) for name, tree in prog.state.params.items()}
-        with torch_rival.Rival(sizes, parameters) as rival:
-            for how in rival.about["ways"]:
-                runners[how] = functools.partial(rival.run, how)
-            turns = by_turns(runners, plan.rounds, plan.steps)
-            result["rival"] = rival.about | {"times": torch_rival.compared(turns)}
+        with torch_rival.Rival(sizes, parameters) as theirs:
+            for how in theirs.about["ways"]:
+                runners[how] = functools.partial(theirs.run, how)
+            turns = by_turns(runners, rounds, steps)
+            result["rival"] = theirs.about | {"times": torch_rival.compared(turns)}
     else:
-        turns = by_turns(runners, plan.rounds, plan.steps)
+        turns = by_turns(runners, rounds, steps)
     wall = [turn.wall for turn in turns[OURS]]
     median = float(np.median(wall))
     result["step"] = {
@@ -148,16 +143,16 @@ def measure(cfg: Config, plan: Plan) -> dict:
         "max_s": max(wall),
         "images_per_s": cfg.batch_size / median,
         "cpu_s": float(np.median([turn.cpu for turn in turns[OURS]])),
-        "rounds": plan.rounds,
-        "steps": plan.steps,
+        "rounds": rounds,
+        "steps": steps,
     }
     result["peak"] = matmul_peak(cfg, device)
     rate = result["counts"]["model_flops"] / median / mesh.size
     result["mfu"] = rate / max(result["peak"].values())
-    if plan.data:
-        result["data"] = fed_by_pipeline(cfg, mesh, ours, plan.rounds * plan.steps)
-    if plan.where:
-        result["where"] = shares(lambda: ours.run(plan.steps), compiled.as_text())
+    if data:
+        result["data"] = fed_by_pipeline(cfg, mesh, ours, rounds * steps)
+    if where:
+        result["where"] = shares(lambda: ours.run(steps), compiled.as_text())
     return result
 
 

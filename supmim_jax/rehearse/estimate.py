@@ -4,14 +4,13 @@ Seconds are lower bounds. Computing is bounded by a roofline over every instruct
 chips by how long a collective keeps its links busy.
 """
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
 from jax.sharding import Mesh
 
 from supmim_jax import sharding
-from supmim_jax.config import Config, MeshConfig
+from supmim_jax.config import Config, MeshConfig, changed
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.aot import Compiled, Slice
@@ -182,8 +181,7 @@ def candidates(cfg: Config, part: Slice) -> list[Config]:
                 continue
             mesh = MeshConfig(data=shards // fsdp, fsdp=fsdp, tensor=tensor)
             for remat in ("names", "full"):
-                model = dataclasses.replace(cfg.model, remat=remat)
-                found.append(dataclasses.replace(cfg, mesh=mesh, model=model))
+                found.append(changed(cfg, mesh=mesh, model={"remat": remat}))
     return sorted(
         found,
         key=lambda c: (c.model.remat == "full", c.mesh.tensor, abs(c.mesh.data - c.mesh.fsdp)),

@@ -1,13 +1,12 @@
 """Writes workdir/report.html: python -m supmim_jax.report --checkpoint runs/supmim --split test."""
 
-import dataclasses
-
 import jax
 from absl import flags
 from etils import epath
 
 from supmim_jax import cli, environment, storage
 from supmim_jax.checkpoint import Checkpoint, locate
+from supmim_jax.config import changed
 from supmim_jax.errors import SetupError
 from supmim_jax.report import files
 from supmim_jax.report.measure import measure
@@ -27,7 +26,7 @@ def gather(location: str, split: str = "", data_dir: str = "") -> Report:
     """
     checkpoint = Checkpoint.open(location)
     workdir, cfg = checkpoint.workdir, checkpoint.config
-    data = dataclasses.replace(cfg.data, data_dir=data_dir or cfg.data.data_dir)
+    here = changed(cfg, data={"data_dir": data_dir or cfg.data.data_dir})
     split = split or cfg.data.eval_split
     return Report(
         name=workdir.name,
@@ -39,7 +38,7 @@ def gather(location: str, split: str = "", data_dir: str = "") -> Report:
         evaluations=files.evaluations(workdir),
         trained_on=files.environments(workdir),
         made_on=environment.collect(jax.devices()),
-        measured=measure(checkpoint, dataclasses.replace(cfg, data=data), split),
+        measured=measure(checkpoint, here, split),
     )
 
 

@@ -1,6 +1,5 @@
 """The arrays that a report shows: what a checkpoint makes of images."""
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from supmim_jax import encoder as encoder_module
 from supmim_jax import sharding, visualize
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, MeshConfig
+from supmim_jax.config import Config, MeshConfig, changed
 from supmim_jax.data import transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.evals import evaluate, features, knn
@@ -70,7 +69,7 @@ def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
     """
     mesh = sharding.make_mesh(MeshConfig())
     batch_size = math.ceil(cfg.eval.batch_size / mesh.size) * mesh.size
-    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batch_size=batch_size))
+    cfg = changed(cfg, eval={"batch_size": batch_size})
     dataset = Dataset(cfg)
     batch = next((dataset.masked if cfg.needs_masks else dataset.eval)(split, mesh))
     images, labels, weight = features.on_host((batch.views[0], batch.label, batch.weight))
