@@ -58,6 +58,8 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition
         found = linear_probe.predict(probe, test)
         expected = found if expected is None else expected
         assert (found == expected).all()
+    right = theirs.predict((test - x.mean(0, np.float64)) / x.std(0, dtype=np.float64))
+    assert (found == right).mean() > 0.99  # all but near ties
 
 
 def test_a_fit_that_is_cut_off_says_how_far_it_came(one_device, caplog):
@@ -144,18 +146,6 @@ def test_few_shot_accuracy_is_the_mean_over_draws(shots):
         fitted = few_shot.fit(x[rows], labels[rows], 10, 10.0)
         accuracies.append(100 * (few_shot.predict(test, *fitted) == truth).mean())
     assert mean == np.mean(accuracies) and std == np.std(accuracies) > 0
-
-
-@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 99.9, 100.0), (True, 1.0, 25.0)])
-def test_classes_are_learned_and_shuffled_labels_are_not(one_device, shuffled, low, high):
-    (x, labels), (test, truth) = (
-        make_clusters(n, 10, 32, seed=s) for n, s in ((400, 0), (1000, 1))
-    )
-    given = np.random.default_rng(0).permutation(labels) if shuffled else labels
-    data, cfg = (x, given, test, truth), LinearProbeConfig(strengths=(0.01, 1.0))
-    probe = linear_probe.evaluate(*data, classes=10, cfg=cfg, mesh=one_device)
-    mean, _ = few_shot.evaluate(*data, classes=10, cfg=FewShotConfig())
-    assert low <= probe.accuracy <= high and low <= mean <= high
 
 
 @pytest.mark.parametrize("place", [0, 2])

@@ -148,35 +148,17 @@ def test_convolutions(case):
     assert count(gradient, x, w) == 3 * 2 * multiply_adds
 
 
-HEAD = """
+CUBLAS = """
 ENTRY %main (a: f32[8,24], b: f32[24,40]) -> f32[8,40] {
   %a = f32[8,24]{1,0} parameter(0)
   %b = f32[24,40]{1,0} parameter(1)
-"""
-CUBLAS = """  %c = (f32[8,40]{1,0}, s8[64]{0}) custom-call(%a, %b), \
+  %c = (f32[8,40]{1,0}, s8[64]{0}) custom-call(%a, %b), \
 custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
 "dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   ROOT %d = f32[8,40]{1,0} get-tuple-element(%c), index=0
 }
 """
-
-
-def test_custom_calls():
-    assert flops(HEAD + CUBLAS) == 2 * 8 * 24 * 40
-    assert flops(HEAD + CUBLAS.replace("__cublas$gemm", "AllocateBuffer")) == 0
-    for target in (
-        "__onednn$matmul",
-        "__cudnn$fmhaScaleBiasSoftmax",
-        "__cudnn$convForward",
-        "Mosaic",
-    ):
-        with pytest.raises(UnknownCost, match=re.escape(target)):
-            flops(HEAD + CUBLAS.replace("__cublas$gemm", target))
-    with pytest.raises(ValueError, match="ENTRY"):
-        hlo.parse("HloModule nothing")
-
-
-ATTENTION = """
+FUSED_ATTENTION = """
 ENTRY %main (q: bf16[8,32,2,16], k: bf16[8,48,2,16]) -> bf16[8,2,32,16] {
   %q = bf16[8,32,2,16]{3,2,1,0} parameter(0)
   %k = bf16[8,48,2,16]{3,2,1,0} parameter(1)
@@ -185,14 +167,7 @@ custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(f)/jvp(encoder)
   ROOT %d = bf16[8,2,32,16]{3,1,2,0} get-tuple-element(%c), index=0
 }
 """
-
-
-def test_fused_attention_and_what_its_gradient_repeats():
-    matmul = 2 * (8 * 2) * 32 * 48 * 16
-    assert flops(ATTENTION) == 2 * matmul
-    assert flops(ATTENTION.replace("Softmax", "SoftmaxBackward")) == 5 * matmul
-
-
+# Of queries and keys tokens are the last axis; attributes have several lines.
 SPLASH = """
 ENTRY %main (q: bf16[8,2,16,32], k: bf16[8,2,16,48]) -> bf16[8,2,32,16] {
   %q = bf16[8,2,16,32]{3,2,1,0} parameter(0)
@@ -207,18 +182,8 @@ bf16[8,2,48,16]{3,2,1,0}) custom-call(%q, %k, %k), custom_call_target="tpu_custo
   ROOT %d = bf16[8,2,32,16]{3,2,1,0} get-tuple-element(%splash_mha_fwd_residuals.1), index=1
 }
 """
-
-
-def test_splash_attention_and_attributes_of_several_lines():
-    """Two matmuls forward, five backward; the tokens of queries and keys are the last axis."""
-    assert flops(SPLASH) == (2 + 5) * 2 * (8 * 2 * 16) * 32 * 48
-    with pytest.raises(UnknownCost, match="tpu_custom_call"):
-        flops(SPLASH.replace("splash_mha_dkv", "other"))
-
-
-def test_tpu_writes_batched_matmuls_as_dilated_convolutions():
-    """Both batch dimensions are spatial ones, of whose window one place meets the input."""
-    text = """
+# Both batch dimensions are spatial ones, of whose window one place meets the input.
+TPU_BATCHED = """
 ENTRY %main (q: bf16[16,256,12,64], k: bf16[16,256,12,64]) -> f32[16,12,256,256] {
   %q = bf16[16,256,12,64]{3,1,2,0:T(8,128)(2,1)} parameter(0)
   %k = bf16[16,256,12,64]{3,1,2,0:T(8,128)(2,1)} parameter(1)
@@ -226,7 +191,33 @@ ENTRY %main (q: bf16[16,256,12,64], k: bf16[16,256,12,64]) -> f32[16,12,256,256]
 window={size=16x12 stride=15x11 lhs_dilate=16x12}, dim_labels=0b1f_0o1i->01bf
 }
 """
-    assert flops(text) == 2 * (16 * 12) * 256 * 256 * 64
+LOGITS = 2 * (8 * 2) * 32 * 48 * 16  # one matmul of either attention
+COUNTED = {
+    "cuBLAS": (CUBLAS, 2 * 8 * 24 * 40),
+    "no matmul": (CUBLAS.replace("__cublas$gemm", "AllocateBuffer"), 0),
+    "fused attention": (FUSED_ATTENTION, 2 * LOGITS),
+    "its gradient": (FUSED_ATTENTION.replace("Softmax", "SoftmaxBackward"), 5 * LOGITS),
+    "splash attention and gradient": (SPLASH, (2 + 5) * LOGITS),
+    "batched matmul of TPU": (TPU_BATCHED, 2 * (16 * 12) * 256 * 256 * 64),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_matmuls_of_libraries_and_kernels(case):
+    text, expected = COUNTED[case]
+    assert flops(text) == expected
+
+
+@pytest.mark.parametrize(
+    "target", ["__onednn$matmul", "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$convForward", "Mosaic"]
+)
+def test_calls_of_unknown_cost_are_refused(target):
+    with pytest.raises(UnknownCost, match=re.escape(target)):
+        flops(CUBLAS.replace("__cublas$gemm", target))
+    with pytest.raises(UnknownCost, match="tpu_custom_call"):
+        flops(SPLASH.replace("splash_mha_dkv", "other"))
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.parse("HloModule nothing")
 
 
 def test_shapes():

@@ -1,6 +1,5 @@
 """PyTorch's step is the same job as ours: as many parameters, the same kind of step."""
 
-import dataclasses
 import json
 
 import jax
@@ -12,51 +11,45 @@ from rivals import torch_reference, torch_rival
 
 from supmim_jax import train_step
 from supmim_jax.bench import step
-from supmim_jax.config import ClassificationConfig
+from supmim_jax.config import ClassificationConfig, SupervisedConfig, changed
 
 
 def variants(cfg, name: str):
     """A config of the tests by name, its tokens from a cache."""
-    objective, model = cfg.objective, cfg.model
-    if name == "visible, cls":
-        objective = dataclasses.replace(objective, encoder_input="visible", mask_ratio=0.7)
-        model = dataclasses.replace(model, pooling="cls", positions="sincos2d", gelu="tanh")
-    if name == "layer scale, mixup":
-        mixing = ClassificationConfig(mixup=0.5, loss="bce")
-        objective = dataclasses.replace(objective, classification=mixing)
-        model = dataclasses.replace(model, layer_scale=1e-4)
-    tokens = dataclasses.replace(cfg.tokens, cache="any")
-    return dataclasses.replace(cfg, objective=objective, model=model, tokens=tokens)
+    changes = {
+        "masked": {},
+        "visible, cls": {
+            "objective": {"encoder_input": "visible", "mask_ratio": 0.7},
+            "model": {"pooling": "cls", "positions": "sincos2d", "gelu": "tanh"},
+        },
+        "layer scale, mixup": {
+            "objective": {"classification": ClassificationConfig(mixup=0.5, loss="bce")},
+            "model": {"layer_scale": 1e-4},
+        },
+        "supervised": {"objective": SupervisedConfig()},
+    }[name]
+    cache = "" if name == "supervised" else "any"
+    return changed(cfg, tokens={"cache": cache}, **changes)
 
 
 NAMES = ["masked", "visible, cls", "layer scale, mixup"]
 
 
-def ours(cfg, mesh) -> dict[str, int]:
-    params = train_step.build(cfg, mesh).state.params
-    return {name: step.sizes_of(tree) for name, tree in params.items()}
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "supervised"])
 def test_both_models_have_the_same_parameters(cfg, one_device, name):
     cfg = variants(cfg, name)
     trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))
-    assert trainer.parameters() == ours(cfg, one_device)
-    assert {"encoder", "head", "decoder"} <= set(trainer.parameters())
-
-
-def test_the_supervised_twin_has_no_decoder(supervised, one_device):
-    trainer = torch_reference.Trainer(torch_rival.shapes(supervised, "cpu", False))
-    assert trainer.parameters() == ours(supervised, one_device)
-    assert set(trainer.parameters()) == {"encoder", "head"}
+    params = train_step.build(cfg, one_device).state.params
+    ours = {name: step.sizes_of(tree) for name, tree in params.items()}
+    assert trainer.parameters() == ours
+    assert {"encoder", "head"} <= set(ours) and ("decoder" in ours) == (name != "supervised")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_goes_through_every_parameter_and_learns(cfg, name):
     """Forward through both branches, backward, clip and AdamW: as ours."""
     cfg = variants(cfg, name)
-    optim = dataclasses.replace(cfg.optim, lr=1e-2)
-    shapes = torch_rival.shapes(dataclasses.replace(cfg, optim=optim), "cpu", False)
+    shapes = torch_rival.shapes(changed(cfg, optim={"lr": 1e-2}), "cpu", False)
     trainer = torch_reference.Trainer(shapes | {"drop_path": 0.0})
     before = {k: v.detach().clone() for k, v in trainer.model.named_parameters()}
     losses = [float(trainer.step()) for _ in range(12)]
@@ -87,9 +80,9 @@ def test_both_do_the_same_flops(cfg, one_device, name):
 
 
 def test_by_turns_in_another_process(cfg, one_device):
-    cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=8))
-    plan = step.Plan(rounds=2, steps=1, rival=True, compile_rival=False, where=False)
-    result = json.loads(json.dumps(step.measure(cfg, plan)))
+    cfg = changed(cfg, mesh={"data": 8})
+    result = step.measure(cfg, rounds=2, steps=1, rival=True, compile_rival=False)
+    result = json.loads(json.dumps(result))
     assert result["tokens"] == "given"  # to both
     assert set(result["rival"]["times"]) == {"eager"}
     assert result["rival"]["threads"] == result["threads"]

@@ -11,7 +11,7 @@ from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.evals import knn
-from supmim_jax.rehearse import hlo
+from supmim_jax.rehearse import aot, hlo
 
 IMAGENET = (1_281_167, 50_000, 768)  # training images, validation images, width of a ViT-B
 
@@ -119,9 +119,8 @@ def costs(k: int) -> str:
         lowered, calls = knn.search_program((queries, dim), (bank, dim), k, mesh)
         compiled = lowered.compile()
         each = calls * hlo.parse(compiled.as_text()).flops / 1e12
-        memory = compiled.memory_analysis()
-        arguments = memory.argument_size_in_bytes
-        peak = arguments + memory.temp_size_in_bytes + memory.output_size_in_bytes
-        row = (f"{each:.2f}", f"{devices * each:.2f}", f"{arguments / 2**30:.2f}")
-        lines.append(f"| {devices} | {' | '.join(row)} | {peak / 2**30:.2f} |")
+        memory = aot.memory(compiled)
+        bank_gib, peak = memory["arguments"] / 2**30, sum(memory.values()) - memory["code"]
+        row = (f"{each:.2f}", f"{devices * each:.2f}", f"{bank_gib:.2f}", f"{peak / 2**30:.2f}")
+        lines.append(f"| {devices} | {' | '.join(row)} |")
     return "\n".join(lines)
