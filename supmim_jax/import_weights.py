@@ -30,15 +30,12 @@ SOURCES = ("augreg", *READERS)
 
 
 def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str, ...]]:
-    """The config, the parameters and the names of the classes of the model at `path`.
+    """Config, parameters and names of the classes, () where there are none, of the model at `path`.
 
     Args:
       source: "augreg" or one of READERS; "": of these the one that config.json is of.
       path: a directory or file.
       base: sets the rest of the config.
-
-    Returns:
-      Config, parameters, and names of classes; () where the file has none.
 
     Raises:
       SetupError: a file is missing or broken, or is not exactly a model of ours.

@@ -230,18 +230,16 @@ def retrieved(subject: Subject) -> Results:
 
 
 def linear(subject: Subject) -> Results:
-    train, test = subject.train, subject.test
-    options = {"classes": subject.classes, "cfg": subject.eval.linear, "mesh": subject.mesh}
-    found = linear_probe.evaluate(train.pooled, train.label, test.pooled, test.label, **options)
+    cfg, train, test = subject.eval.linear, subject.train, subject.test
+    found = linear_probe.evaluate(train, test, subject.classes, cfg, subject.mesh)
     held_out = {f"{c:g}": score for c, score in found.held_out.items()}
     details = {"c": found.c, "held_out": held_out, "gradient": found.probe.gradient}
     return Results({"linear": found.accuracy}, details)
 
 
 def least_squares(subject: Subject) -> Results:
-    train, test = subject.train, subject.test
-    options = {"classes": subject.classes, "cfg": subject.eval.few_shot}
-    mean, std = few_shot.evaluate(train.pooled, train.label, test.pooled, test.label, **options)
+    cfg, train, test = subject.eval.few_shot, subject.train, subject.test
+    mean, std = few_shot.evaluate(train, test, subject.classes, cfg)
     return Results({"few_shot": mean}, {"std": std})
 
 

@@ -9,32 +9,26 @@ import numpy as np
 
 from supmim_jax.config import FewShotConfig
 from supmim_jax.evals import features
-from supmim_jax.evals.features import CannotEvaluate
+from supmim_jax.evals.features import CannotEvaluate, Extracted
 
 CHUNK = 65536  # examples classified at once
 
 
 def evaluate(
-    train_NxD: np.ndarray,
-    train_labels_N: np.ndarray,
-    test_MxD: np.ndarray,
-    test_labels_M: np.ndarray,
-    *,
-    classes: int,
-    cfg: FewShotConfig,
+    train: Extracted, test: Extracted, classes: int, cfg: FewShotConfig
 ) -> tuple[float, float]:
     """Mean and deviation, over draws of the shots, of the accuracy on the test set in per cent.
 
     Raises:
       CannotEvaluate: features are not finite, or a class has too few examples.
     """
-    features.check_finite(train_NxD, "features of few-shot training")
-    features.check_finite(test_MxD, "features of few-shot test")
+    features.check_finite(train.pooled, "features of few-shot training")
+    features.check_finite(test.pooled, "features of few-shot test")
     accuracies = []
     for draw in range(cfg.draws):
-        chosen = draw_shots(train_labels_N, classes, cfg.shots, seed=cfg.seed, draw=draw)
-        weights = fit(train_NxD[chosen], train_labels_N[chosen], classes, cfg.penalty)
-        accuracies.append(100.0 * (predict(test_MxD, *weights) == test_labels_M).mean())
+        chosen = draw_shots(train.label, classes, cfg.shots, seed=cfg.seed, draw=draw)
+        weights = fit(train.pooled[chosen], train.label[chosen], classes, cfg.penalty)
+        accuracies.append(100.0 * (predict(test.pooled, *weights) == test.label).mean())
     return float(np.mean(accuracies)), float(np.std(accuracies))
 
 

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, PartitionSpec
 from supmim_jax import sharding
 from supmim_jax.config import LinearProbeConfig
 from supmim_jax.evals import features
-from supmim_jax.evals.features import CannotEvaluate
+from supmim_jax.evals.features import CannotEvaluate, Extracted
 
 ROWS = 4096  # of one chunk's logits: memory doesn't grow with the training set
 TOLERANCE = 1e-9  # converged when the gradient's largest entry is this share of that at zero
@@ -55,14 +55,7 @@ class Result(NamedTuple):
 
 
 def evaluate(
-    train_NxD: np.ndarray,
-    train_labels_N: np.ndarray,
-    test_MxD: np.ndarray,
-    test_labels_M: np.ndarray,
-    *,
-    classes: int,
-    cfg: LinearProbeConfig,
-    mesh: Mesh,
+    train: Extracted, test: Extracted, classes: int, cfg: LinearProbeConfig, mesh: Mesh
 ) -> Result:
     """Chooses c on a held-out share of train, refits on all of train, and tests once.
 
@@ -71,17 +64,17 @@ def evaluate(
     Raises:
       CannotEvaluate: features are not finite, or no example can be held out.
     """
-    features.check_finite(train_NxD, "features of the linear probe")
-    features.check_finite(test_MxD, "test features of the linear probe")
-    aside_N = hold_out(train_labels_N, cfg.held_out, cfg.seed)
-    kept = (train_NxD[~aside_N], train_labels_N[~aside_N])
+    features.check_finite(train.pooled, "features of the linear probe")
+    features.check_finite(test.pooled, "test features of the linear probe")
+    aside_N = hold_out(train.label, cfg.held_out, cfg.seed)
+    kept = (train.pooled[~aside_N], train.label[~aside_N])
     scores = {}
     for c in sorted(set(cfg.strengths)):
         probe = fit(*kept, classes=classes, c=c, mesh=mesh)
-        scores[c] = accuracy(probe, train_NxD[aside_N], train_labels_N[aside_N])
+        scores[c] = accuracy(probe, train.pooled[aside_N], train.label[aside_N])
     best = max(scores, key=scores.get)  # the first of equals
-    probe = fit(train_NxD, train_labels_N, classes=classes, c=best, mesh=mesh)
-    return Result(accuracy(probe, test_MxD, test_labels_M), best, scores, probe)
+    probe = fit(train.pooled, train.label, classes=classes, c=best, mesh=mesh)
+    return Result(accuracy(probe, test.pooled, test.label), best, scores, probe)
 
 
 def hold_out(labels_N: np.ndarray, share: float, seed: int) -> np.ndarray:

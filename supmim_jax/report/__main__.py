@@ -16,11 +16,6 @@ from supmim_jax.report.page import Report, render
 def gather(location: str, split: str = "", data_dir: str = "") -> Report:
     """All that the page of the checkpoint at `workdir` or `workdir@step` shows.
 
-    Args:
-      location: the checkpoint.
-      split: where its images are from; default: the run's eval_split.
-      data_dir: where the data are; default: as in the run.
-
     Raises:
       SetupError: the checkpoint, the data or a file of the workdir is missing or not of its form.
     """

@@ -59,10 +59,7 @@ class Measured(NamedTuple):
 def measure(checkpoint: Checkpoint, cfg: Config, split: str) -> Measured:
     """Everything for the page from a checkpoint, on the devices that there are.
 
-    Args:
-      checkpoint: of any run.
-      cfg: its config, with the data directory of this machine.
-      split: where the examples are from.
+    `cfg` is its config, with the data directory of this machine; the examples are from `split`.
 
     Raises:
       SetupError: the checkpoint, its tokenizer or the data set don't fit together.
