@@ -18,7 +18,7 @@ import pytest
 from conftest import save_initial
 from etils import epath
 
-from supmim_jax import encoder, sharding
+from supmim_jax import encoder
 from supmim_jax.checkpoint import Checkpoint, checksums
 from supmim_jax.config import (
     CheckpointConfig,
@@ -30,7 +30,6 @@ from supmim_jax.config import (
     HeadTrainingConfig,
     LogConfig,
     MasksConfig,
-    MeshConfig,
     PatchCodesConfig,
     SegmentationConfig,
     SegmentationObjectiveConfig,
@@ -180,14 +179,10 @@ def test_the_numbers_are_those_of_the_files(run, page):
     assert f"map@r{12.345678:.2f}evals/probe-4.jsonstep 4, d, split t" in rows
 
 
-def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page):
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = encoder.build_encoder(report.cfg, 64, mesh)
-    params = Checkpoint.open(str(run)).restore_params(runner.params)
-    splits = [next(Dataset(report.cfg).eval(s, mesh)) for s in ("validation", "train[:64]")]
-    queries, bank = (
-        np.asarray(runner.features(params, x.views[0]).pooled, np.float64) for x in splits
-    )
+def test_frames_of_neighbours_agree_with_a_plain_search(run, report, page, one_device):
+    model = encoder.restore(Checkpoint.open(str(run)), one_device)
+    splits = [next(Dataset(report.cfg).eval(s, one_device)) for s in ("validation", "train[:64]")]
+    queries, bank = (np.asarray(model.features(x.views[0]).pooled, np.float64) for x in splits)
     queries, bank = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries[:8], bank))
     index = np.argsort(-(queries @ bank.T), axis=1)[:, :6]
     same = (index % 30 == np.arange(8)[:, None]).ravel()  # record i of fractals has class i % 30
@@ -300,7 +295,7 @@ def test_a_run_of_cmae_has_its_reconstructions_and_the_curves_of_its_terms(data_
     assert "tokens" not in page.sections()["predictions"]
 
 
-def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, tmp_path):
+def test_a_run_on_masks_shows_what_its_own_head_predicts(data_dir, one_device, tmp_path):
     """Every picture of a prediction is the class that the restored model names, over the image."""
     cfg = config(data_dir, SegmentationObjectiveConfig(head="linear"), MASKS, which=("miou",))
     train(cfg, tmp_path, devices=jax.devices()[:1])
@@ -310,11 +305,9 @@ def test_a_run_on_masks_shows_its_own_head_and_what_a_probe_would_say(data_dir, 
         *("curves", "evaluations", "tokens", "segmentation", "config", "environment")
     ]
     found = report.measured.segmented
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    runner = encoder.build_encoder(cfg, 64, mesh)
-    params = Checkpoint.open(str(tmp_path)).restore_params(runner.params)
-    batch = next(Dataset(cfg).masked("validation", mesh))
-    predicted = np.asarray(runner.bind(params).features(batch.views[0]).masks)[:8]
+    model = encoder.restore(Checkpoint.open(str(tmp_path)), one_device)
+    batch = next(Dataset(cfg).masked("validation", one_device))
+    predicted = np.asarray(model.features(batch.views[0]).masks)[:8]
     assert (found.predictions == predicted).all() and len(found.masks) == 8
     assert (found.masks == np.asarray(batch.masks)[:8]).all()
     assert found.head in page.sections()["segmentation"]

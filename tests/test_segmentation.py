@@ -162,8 +162,7 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
 def by_hand(cfg: Config, workdir: str) -> float:
     """mIoU in per cent, from sets of pixels of the examples that are no padding."""
     mesh = sharding.make_mesh(MeshConfig(), ONE)
-    runner = encoder_module.build_encoder(cfg, 64, mesh)
-    encoder = runner.bind(Checkpoint.open(workdir).restore_params(runner.params))
+    encoder = encoder_module.restore(Checkpoint.open(workdir), mesh)
     truth, found = [], []
     for batch in Dataset(cfg).masked(cfg.data.eval_split, mesh):
         real = np.asarray(batch.weight) > 0
