@@ -11,7 +11,6 @@ import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import cv2
@@ -68,22 +67,17 @@ class Report:
     measured: Measured
 
 
-def read(name: str) -> str:
-    """A file beside this module."""
-    return (resources.files(__package__) / name).read_text()
-
-
 def render(report: Report) -> str:
     """The HTML document; the same report gives the same text."""
     pages = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read),
+        loader=jinja2.PackageLoader("supmim_jax", "report"),
         autoescape=True,
         finalize=lambda x: printable(x) if isinstance(x, str) else x,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    style = read("style.css")
+    style, *_ = pages.loader.get_source(pages, "style.css")
     derived = [
         (name, f"{getattr(report.cfg, name):g}", None)
         for name in ("total_steps", "warmup_steps", "peak_lr")
