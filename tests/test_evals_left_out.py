@@ -35,10 +35,7 @@ def test_too_few_images_of_a_class(cfg):
     refused(judged(cfg, "few_shot", shots=3), "few_shot.shots is 3", "class 4 has 2")
     refused(judged(cfg, "knn", "linear", train_split="train[:30]"), "linear", "train[:30]")
     refused(judged(cfg, "retrieval", eval_split="validation[:30]"), "retrieval", "validation[:30]")
-
-
-def test_one_split_to_search_and_to_learn_from(cfg):
-    few = "train[:30]"
+    few = "train[:30]"  # one split to search and to learn from
     refused(judged(cfg, "knn", "retrieval", train_split=few, eval_split=few), "retrieval", few)
 
 
