@@ -63,6 +63,8 @@ def load(
     if (path / files.WEIGHTS).exists():
         with storage.fetched(path) as local:
             cfg, params, names = import_weights.load("", local, Config())
+        program = programs.build_encoder(cfg, mesh.size, mesh)
+        bound = program.bind(sharding.put(params, program.params))
     else:
         checkpoint = Checkpoint.open(text)
         cfg, path = checkpoint.config, checkpoint.directory
@@ -71,11 +73,11 @@ def load(
                 f"{text} is of objective {cfg.objective.name!r}, which leaves a tokenizer and no "
                 f"encoder. Give the --workdir of another run."
             )
-        params = checkpoint.restore_params(programs.build_encoder(cfg, mesh.size, mesh).params)
+        bound = programs.restore(checkpoint, mesh, mesh.size)
         of_classes = cfg.objective.leaves == "classifier"
         names = workdir.class_names(checkpoint.workdir) if of_classes else ()
     cfg = changed(cfg, data={"max_value": max_value or cfg.data.max_value})
-    return Encoder(cfg, params, names, mesh, str(path))
+    return Encoder(cfg, bound, names, mesh, str(path))
 
 
 class Encoder:
@@ -95,18 +97,16 @@ class Encoder:
     def __init__(
         self,
         cfg: Config,
-        params: Any,
+        bound: programs.BoundEncoder,
         names: Sequence[str],
         mesh: jax.sharding.Mesh,
         location: str,
     ):
         self.config, self.mesh, self.location = cfg, mesh, location
+        self._bound, self.params = bound, bound.params
         classes = cfg.data.num_classes if cfg.objective.leaves == "classifier" else 0
         known = len(names) == classes
         self.class_names = tuple(names) if known else tuple(f"class {i}" for i in range(classes))
-        self._program = programs.build_encoder(cfg, mesh.size, mesh)
-        like = self._program.params
-        self.params = sharding.put({name: params[name] for name in like}, like)
 
     def features(self, images_BxHxWxC: jax.Array) -> Features:
         """What the network makes of prepared images; may be called inside jax.jit.
@@ -118,7 +118,7 @@ class Encoder:
           Features: pooled float32 BxD; tokens float32 BxhxwxD on the grid of patches; logits
           float32 BxV with a classifier, else None.
         """
-        return self._program.features(self.params, images_BxHxWxC)
+        return self._bound.features(images_BxHxWxC)
 
     def embed(self, images: Any, batch_size: int = BATCH_SIZE) -> np.ndarray:
         """The images' embeddings, float32 NxD: the CLS token or the mean over patches.
