@@ -138,6 +138,15 @@ def test_broken_files_are_named(exported, tmp_path):
             import_weights.load("timm", directory, CFG)
 
 
+@pytest.mark.parametrize(("dtype", "named"), [("F8_E4M3", "float8_e4m3fn"), ("I8", "int8")])
+def test_arrays_of_another_type_are_named(tmp_path, dtype, named):
+    path, header = tmp_path / files.WEIGHTS, {"dtype": dtype, "shape": [8], "data_offsets": [0, 8]}
+    text = json.dumps({"a": header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(SetupError, match=rf"{path}.*{named}.*expected float32"):
+        files.read_safetensors(path)
+
+
 def test_nothing_is_overwritten(exported):
     before = sorted(exported.rglob("*"))
     with pytest.raises(SetupError, match="timm already exists"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-PACKAGE = Path(REPOSITORY, "supmim_jax")
+PACKAGE, RIVALS = Path(REPOSITORY, "supmim_jax"), Path(REPOSITORY, "tests", "rivals")
 LAYERS = [
     {"errors", "batch", "environment"},
     {"storage"},
@@ -63,7 +63,7 @@ def test_imports_point_down():
 
 
 def test_tensorflow_is_imported_only_to_write_events_to_prepare_data_and_as_a_rival():
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *RIVALS.glob("*.py")]:
         tree = ast.parse(path.read_text())
         prepares = path.parent == PACKAGE / "data" / "prepare"
         for node in ast.walk(tree):
@@ -78,7 +78,7 @@ def test_tensorflow_is_imported_only_to_write_events_to_prepare_data_and_as_a_ri
 def test_torch_is_imported_only_in_the_rivals_process():
     """What any other process imports must load where PyTorch is not installed."""
     rival = {"torch_reference", "torch_model"}
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *RIVALS.glob("*.py")]:
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

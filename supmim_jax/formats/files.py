@@ -76,7 +76,7 @@ def read_directory(path: Path) -> Saved:
                 f"shards, no pickle) and {CONFIG}, which says what model it is."
             )
     cure = "Expected JSON."
-    preprocessing = processor.is_file() and storage.read_json(processor, cure)
+    preprocessing = storage.read_json(processor, cure) if processor.is_file() else {}
     return Saved(
         file=str(weights),
         arrays=read_safetensors(weights),
@@ -93,6 +93,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             return _floats({name: file.get_tensor(name) for name in names}, path)
     except (OSError, safetensors.SafetensorError, TypeError) as error:
         raise SetupError(f"{path} cannot be read as safetensors: {error}") from None
+    except AttributeError as error:  # safetensors looks the type up in NumPy, as float8_e4m3fn
+        expected = f"expected {', '.join(FLOATS)}. Convert it first"
+        raise SetupError(f"{path} has an array of another type: {error}; {expected}.") from None
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
