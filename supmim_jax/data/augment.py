@@ -29,8 +29,7 @@ SMOOTH = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / np.float32(13)
 def three_augment(image: np.ndarray, jitter: float, rng: Generator) -> np.ndarray:
     """3-Augment (DeiT-III, arXiv 2204.07118, section 3): one of grey, solarise, blur; then jitter.
 
-    Grey, solarisation and Gaussian blur are equally likely; brightness, contrast and saturation
-    then change by a factor in [1 - jitter, 1 + jitter], in random order.
+    Grey, solarisation and Gaussian blur are equally likely; the jitter is that of `jittered`.
     """
     choice = rng.integers(3)
     if choice == 0:

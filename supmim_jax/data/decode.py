@@ -315,11 +315,6 @@ def pixels(encoded: bytes, channels: int, shown: Shown = Shown()) -> np.ndarray 
     return np.ascontiguousarray(header.shown(image.reshape(*image.shape[:2], channels)))
 
 
-def is_plain(encoded: bytes) -> bool:
-    """Whether nothing of `Shown` matters to an encoded image: opaque, 8 bits a channel."""
-    return read(encoded).plain
-
-
 def nobody_said(found: str, shown: Shown) -> Unclear:
     return Unclear(
         f"{found}, and nothing says which of them is white",
@@ -431,14 +426,7 @@ def decode_mask(
 
     A mask that EXIF does not turn itself is of the image as it is stored, and turned with it; with
     config.data.masks.drawn_on = "shown", of the image as it is shown. Where it is transparent, it
-    has the background's red.
-
-    Args:
-      record: with the encoded "mask".
-      shape: of the image as it is shown.
-      cfg: says what its values mean.
-      example: the record's id.
-      orientation: of the image, EXIF's.
+    has the background's red. `shape` is of the image as it is shown, `orientation` its EXIF's.
 
     Raises:
       BrokenRecord: the bytes are no image.
@@ -536,12 +524,7 @@ def jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 def jpeg_region(encoded: bytes, box: Box, shape: tuple[int, int]) -> np.ndarray | None:
     """The box of the image, uint8 HxWx3 (RGB), as if all of it had been decoded.
 
-    Args:
-      encoded: the file.
-      box: in pixels of the whole image.
-      shape: the image's, as `jpeg_size` tells.
-
-    Returns None where the library finds fault with the file.
+    None where the library finds fault with the file. `shape` is what `jpeg_size` tells.
     """
     lib = libjpeg()
     if not hasattr(_own, "handle"):

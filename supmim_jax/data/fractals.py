@@ -327,20 +327,18 @@ def prepare(config_name: str, data_dir: str = "") -> Fractals:
     """
     if config_name not in SPECS:
         raise ValueError(f"No fractals config {config_name!r}; known are {', '.join(SPECS)}.")
-    options = {"config": config_name, "file_format": "array_record"}
-    builder = Fractals(**options, data_dir=data_dir or None)
+    make = functools.partial(Fractals, config=config_name, file_format="array_record")
+    builder = make(data_dir=data_dir or None)
     final = epath.Path(builder.data_path)
     with contextlib.redirect_stdout(sys.stderr):  # tfds tells there what it does
-        if not storage.is_local(final) and not (final / "dataset_info.json").exists():
+        if storage.is_local(final):
+            # Where another process was faster, its files are the same.
+            with contextlib.suppress(FileExistsError):
+                builder.download_and_prepare()
+        elif not (final / "dataset_info.json").exists():
             storage.make_directory(final)
             with tempfile.TemporaryDirectory(prefix="supmim_jax_") as local:
-                made = Fractals(**options, data_dir=local)
+                made = make(data_dir=local)
                 made.download_and_prepare()
                 storage.upload_all(epath.Path(made.data_path), final, last="dataset_info.json")
-            builder = Fractals(**options, data_dir=data_dir)
-        try:
-            builder.download_and_prepare()
-        except FileExistsError:  # another process was faster, and its files are the same
-            builder = Fractals(**options, data_dir=data_dir or None)
-            builder.download_and_prepare()
-    return builder
+    return make(data_dir=data_dir or None)

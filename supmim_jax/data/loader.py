@@ -24,14 +24,7 @@ from supmim_jax.batch import Batch
 from supmim_jax.config import Config, DataConfig
 from supmim_jax.data import transforms, worker
 from supmim_jax.data.decode import BrokenRecord, decode_image
-from supmim_jax.data.sampler import (
-    NONE,
-    EvaluationRecord,
-    Intact,
-    LocalPosition,
-    TrainingOrder,
-    ViewOrder,
-)
+from supmim_jax.data.sampler import NONE, EvaluationRecord, Intact, LocalPosition, TrainingOrder
 from supmim_jax.data.source import Records, Source
 from supmim_jax.data.token_cache import TokenCache
 from supmim_jax.data.transforms import eval_image, whole_image
@@ -212,7 +205,7 @@ class Dataset:
         data, images = self.cfg.data, self.training_records()
         examples = (
             grain.MapDataset.range(records.start, records.stop)
-            .map(ViewOrder(len(images)))
+            .map(lambda record: divmod(record, len(images)))
             .map(Intact(images, transforms.TargetExample(self.train_example())))
         )
         remedy = "it has the tokens of another"

@@ -53,16 +53,6 @@ class TrainingOrder:
 
 
 @dataclass(frozen=True)
-class ViewOrder:
-    """Maps the index of a token cache's record to (view, id)."""
-
-    examples: int
-
-    def __call__(self, index: int) -> tuple[int, int]:
-        return divmod(index, self.examples)
-
-
-@dataclass(frozen=True)
 class Intact:
     """Makes an example of the record with an id, or of the next one that is not broken.
 

@@ -210,7 +210,6 @@ def check_classes(path: epath.Path) -> None:
     """Raises SetupError if a features.json is unreadable or names classes from outside tfds.
 
     tfds would import the module of any class: a data set from elsewhere could run code.
-
     """
     classes: list[str] = []
 
@@ -426,10 +425,9 @@ def _checksum(path: epath.Path) -> str | None:
 
 def write_checksums(directory: epath.Path) -> None:
     """Writes seals.json with all files of a complete data set."""
-    paths = [p for p in sorted(directory.iterdir()) if p.name not in (CHECKSUMS, "lock")]
-    paths = [path for path in paths if not path.name.endswith(".part")]
+    paths = [path for path in sorted(directory.iterdir()) if path.name != CHECKSUMS]
     checksums = dict(zip((path.name for path in paths), _of_each(_checksum, paths)))
-    storage.write(directory / CHECKSUMS, json.dumps(checksums, indent=1) + "\n")
+    storage.write_json(directory / CHECKSUMS, checksums)
 
 
 def check_checksums(directory: epath.Path) -> None:

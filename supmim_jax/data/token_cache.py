@@ -212,7 +212,7 @@ class TokenCache:
         Raises:
           SetupError: the record cannot be read, or its checksum is of something else.
         """
-        if self.plain_alone and not decode.is_plain(image):
+        if self.plain_alone and not decode.read(image).plain:
             raise SetupError(
                 f"The token cache {self.directory} is of a version that did not look at "
                 f"transparency or at more than 8 bits a channel, and example {example} has one of "

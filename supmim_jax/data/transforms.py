@@ -53,15 +53,10 @@ class Crop(NamedTuple):
 def draw_crop(
     height: int, width: int, cfg: DataConfig, rng: Generator, bounds: Sequence[int] | None = None
 ) -> Crop:
-    """The crop of an image of this size, as config.data.crop says.
+    """The crop of an image of height x width pixels, as config.data.crop says.
 
-    Args:
-      height: of the image, in pixels.
-      width: likewise.
-      cfg: says which crop.
-      rng: all that is drawn comes from it.
-      bounds: what contrastive crops with boxes "heat_map" are around, a row of a table of boxes
-        (contrastive_boxes.py). None, as before such boxes are found: they are inception crops.
+    Contrastive crops with boxes "heat_map" are around `bounds`, a row of a table of boxes. With
+    None, as before such boxes are found, they are inception crops.
     """
     extent = height, width
     if cfg.crop == "random":
@@ -223,14 +218,9 @@ GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
 
 
 def generator(seed: int, number: int, example: int, stream: int, crop: int = 0) -> Generator:
-    """The generator of one example's geometry in a view, or of its colours in an epoch.
+    """The generator of an example's GEOMETRY in a view, or of its COLOURS in an epoch (`number`).
 
-    Args:
-      seed: the run's.
-      number: the view, or the epoch.
-      example: its id.
-      stream: GEOMETRY or COLOURS.
-      crop: 0 or 1, the first or the second crop that the step sees of the image.
+    `crop` is 0 or 1, the first or the second crop that the step sees of the image.
     """
     return Generator(Philox(key=[seed, example], counter=[0, crop, stream, number]))
 

@@ -62,24 +62,21 @@ def check_flags(values: dict) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_string("name", "", "A data set of tfds: <name>[/<config>][:<version>].")
-    storage.define(
-        "from_tfrecord", "", "Directory of a prepared TFRecord copy, one version.", searched=False
-    )
-    storage.define(
-        "image_folder", "", "Directory with train/<class>/ and val/<class>/.", searched=False
-    )
+    copy = "Directory of a prepared TFRecord copy, one version."
+    storage.define("from_tfrecord", "", copy, searched=False)
+    images = "Directory with train/<class>/ and val/<class>/."
+    storage.define("image_folder", "", images, searched=False)
     storage.define("data_dir", "", "Where data sets go; tfds's default if empty.")
-    storage.define("manual_dir", "", "--name: files that you downloaded yourself.", searched=False)
+    manual = "--name: files that you downloaded yourself; <data_dir>/downloads/manual if empty."
+    storage.define("manual_dir", "", manual, searched=False)
     flags.DEFINE_bool("verify", False, "--name imagenet2012: also the archives' MD5.")
     flags.DEFINE_string("as", "", "--image_folder: name of the data set.")
-    flags.DEFINE_float(
-        "val_fraction", 0.0, "--image_folder: of each class.", lower_bound=0.0, upper_bound=0.9
-    )
+    share = "--image_folder: of each class, for validation, if the folder has no val/."
+    flags.DEFINE_float("val_fraction", 0.0, share, lower_bound=0.0, upper_bound=0.9)
     flags.DEFINE_bool("no_decode", False, "--image_folder: look at first bytes only.")
     flags.DEFINE_bool("skip_broken", False, "--image_folder: leave out what is no image.")
     flags.DEFINE_bool("follow_links", False, "--image_folder: links may lead out of it.")
-    flags.DEFINE_float(
-        "max_value", 0.0, "--image_folder: white in images of more than 8 bits.", lower_bound=0.0
-    )
+    white = "--image_folder: white in images of more than 8 bits; 0: such images are refused."
+    flags.DEFINE_float("max_value", 0.0, white, lower_bound=0.0)
     flags.DEFINE_bool("dry_run", False, "Say what would be written, and write nothing.")
     cli.start(main)

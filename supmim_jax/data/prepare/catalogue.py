@@ -79,15 +79,7 @@ def prepare(
 
     A builder of tfds begins anew after an interruption, but for its downloads; what it had written
     is in a directory that begins with "incomplete.", which nothing opens. What a bucket is to hold
-    is made below TMPDIR first.
-
-    Args:
-      name: as tfds knows it, <name>[/<config>][:<version>].
-      data_dir: of tfds; "" is its default.
-      manual_dir: of files that cannot be downloaded; "" is <data_dir>/downloads/manual (of a
-        bucket: below TMPDIR).
-      verify: also computes the MD5 of ImageNet's archives.
-      dry_run: writes nothing and says what would be.
+    is made below TMPDIR first. The arguments are the command's flags.
 
     Raises:
       SetupError: tfds lacks the data set, or its files, or the disk is too small.
@@ -196,10 +188,8 @@ def check_archives(manual_dir: epath.Path, verify: bool) -> None:
     Raises:
       SetupError: naming all that is wrong with either.
     """
-    wrong = {
-        archive.file: _fault(manual_dir / archive.file, archive, verify) for archive in ARCHIVES
-    }
-    rows = [f"{file}: {fault}" for file, fault in wrong.items() if fault]
+    faults = [_fault(manual_dir / archive.file, archive, verify) for archive in ARCHIVES]
+    rows = [f"{archive.file}: {fault}" for archive, fault in zip(ARCHIVES, faults) if fault]
     if rows:
         raise SetupError(
             f"ImageNet's archives are not in order in {manual_dir}:{output.listed(rows)}\nGet them "

@@ -67,16 +67,7 @@ def prepare(
 ) -> str:
     """Writes the data set, continuing where an earlier run stopped; returns the final message.
 
-    Args:
-      root: the folder, in one of the layouts above.
-      name: of the data set; one that tfds does not have.
-      data_dir: of tfds; "" is its default.
-      val_fraction: of each class, for validation, where the folder has none.
-      no_decode: only the first bytes of an image are looked at beforehand.
-      skip_broken: leaves out what is no image, where otherwise nothing would be written.
-      dry_run: writes nothing and says what would be.
-      follow_links: symbolic links may lead out of the folder.
-      max_value: white, of images of more than 8 bits a channel; 0: they are refused.
+    The arguments are the command's flags: `root` is --image_folder, and `name` is --as.
 
     Raises:
       SetupError: the folder, the name or the disk must be changed first.

@@ -310,14 +310,9 @@ def plan(
 def report(
     builder: tfds.core.DatasetBuilder, name: str, data_dir: str, done: str, max_value: float = 0.0
 ) -> str:
-    """The final message: what was written, and the overrides to train on it.
+    """The final message: what was `done`, and the overrides to train on it.
 
-    Args:
-      builder: of the data set.
-      name: by which tfds finds it.
-      data_dir: as it was given.
-      done: what was done, "Prepared" or the like.
-      max_value: white in its images of more than 8 bits; 0 where there are none.
+    `max_value` is white in its images of more than 8 bits; 0 where there are none.
     """
     info = builder.info
     if done.endswith("already"):

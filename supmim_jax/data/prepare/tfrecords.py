@@ -24,12 +24,8 @@ from supmim_jax.errors import SetupError
 def prepare(source: epath.Path, data_dir: str, dry_run: bool = False) -> str:
     """Writes the data set, continuing where an earlier run stopped; returns the final message.
 
-    A source shard becomes one shard, or several of output.RECORDS_PER_SHARD records.
-
-    Args:
-      source: <data_dir>/<name>/[<config>/]<version> of a data set that tfds wrote as TFRecord.
-      data_dir: of tfds, another one than the source's; "" is its default.
-      dry_run: writes nothing and says what would be.
+    A source shard becomes one shard, or several of output.RECORDS_PER_SHARD records. The source is
+    <data_dir>/<name>/[<config>/]<version> of another data_dir, as tfds wrote it.
 
     Raises:
       SetupError: the source is not complete, a record of it is damaged, or the disk is too small.
