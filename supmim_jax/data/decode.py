@@ -259,11 +259,7 @@ def _tags(encoded: bytes) -> dict[int, tuple[int, ...]]:
 
 
 def class_of(record: dict, cfg: DataConfig, example: int) -> int:
-    """The record's label.
-
-    Raises:
-      SetupError: it is none of the classes.
-    """
+    """The record's label; raises SetupError if it is none of the classes."""
     label = int(record["label"])
     if not 0 <= label < cfg.num_classes:
         raise SetupError(

@@ -212,13 +212,9 @@ class Dataset:
         return HostBatches(examples, batch_size, data, data.train_split, remedy, drop=False)
 
     def first_images(self, count: int) -> np.ndarray:
-        """The first `count` training images that are whole, as evaluation sees them.
+        """The first `count` training images that are whole, as evaluation sees them: uint8 NxHxWxC.
 
-        Returns:
-          uint8 NxHxWxC, fewer images where there are fewer.
-
-        Raises:
-          SetupError: there is none.
+        Fewer where there are fewer; raises SetupError if there is none.
         """
         data, records, images = self.cfg.data, self.training_records(), []
         for i in range(len(records)):
@@ -279,8 +275,7 @@ class Training(Iterator[Batch]):
     def broken(self, step: int) -> int:
         """Records that were replaced up to this step, on all processes, each of which must call.
 
-        Raises:
-          SetupError: they are more than config.data.max_broken allows.
+        Raises SetupError if they are more than config.data.max_broken allows.
         """
         here, cfg = self.here, self.dataset.cfg
         if jax.process_count() > 1:

@@ -42,11 +42,7 @@ def main() -> None:
 
 
 def check_flags(values: dict) -> str:
-    """The form of which the flags are, a key of FORMS.
-
-    Raises:
-      SetupError: they are of none, or of two.
-    """
+    """The form of the flags, a key of FORMS; raises SetupError if they are of none, or of two."""
     forms = [form for form in FORMS if values[form]]
     if len(forms) != 1:
         found = ", ".join(f"--{form}" for form in forms) or "none"

@@ -183,11 +183,7 @@ def _build(
 
 
 def check_archives(manual_dir: epath.Path, verify: bool) -> None:
-    """Checks name, size and first headers of both archives; with `verify` all bytes.
-
-    Raises:
-      SetupError: naming all that is wrong with either.
-    """
+    """Raises SetupError unless size and headers of both archives are right; `verify`: all bytes."""
     faults = [_fault(manual_dir / archive.file, archive, verify) for archive in ARCHIVES]
     rows = [f"{archive.file}: {fault}" for archive, fault in zip(ARCHIVES, faults) if fault]
     if rows:

@@ -101,11 +101,7 @@ def prepare(
 
 
 def check_free_name(name: str) -> str:
-    """The name, if a data set of a folder may have it.
-
-    Raises:
-      SetupError: it is not letters, digits and underscores, or is that of a data set of tfds.
-    """
+    """The name; raises SetupError if tfds could not open it, or has such a data set itself."""
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise SetupError(f"--as is {name!r}; give letters a-z, digits and single underscores.")
     try:
@@ -379,11 +375,7 @@ def _refused(path: epath.Path, error: OSError) -> str:
 
 
 def fault(path: epath.Path, no_decode: bool, shown: Shown) -> str:
-    """What keeps a file from being an image; "" for nothing.
-
-    Raises:
-      Unclear: as `decode.pixels`.
-    """
+    """What keeps a file from being an image; "" for nothing. Raises Unclear as `decode.pixels`."""
     try:
         with path.open("rb") as file:
             encoded = file.read(BEGINNING if no_decode else -1)
@@ -404,8 +396,7 @@ def find_broken(folder: Folder, no_decode: bool, skip: bool, shown: Shown) -> di
     """The broken files by name, with what is wrong with each.
 
     Raises:
-      SetupError: something is, and they are not to be skipped; or too much would be; or what is
-        seen in one of them only --max_value can say.
+      SetupError: they are not to be skipped, or are too many, or a file needs --max_value.
     """
     files = [file for split in folder.splits.values() for file in split]
 

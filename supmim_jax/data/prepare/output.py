@@ -75,11 +75,7 @@ def cut(sizes: Sequence[int]) -> list[range]:
 
 
 def write_shard(path: epath.Path, shard: Shard, bar: tqdm) -> None:
-    """Writes a shard, under its name when it is complete.
-
-    Raises:
-      SetupError: it would have another number of records, or cannot be written.
-    """
+    """Writes a shard, under its name when it is complete; raises SetupError if it cannot be."""
     with storage.written(path) as part:
         try:
             writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
@@ -122,11 +118,7 @@ def manifest(directory: epath.Path) -> dict:
 
 
 def is_done(final: epath.Path, made_of: dict) -> bool:
-    """Whether the data set exists and was made of this.
-
-    Raises:
-      SetupError: something else is there.
-    """
+    """Whether the data set exists; raises SetupError if it was made of something else."""
     if not final.exists():
         return False
     there = manifest(final)
@@ -201,10 +193,8 @@ def write(
 def writing(final: epath.Path, made_of: dict) -> Iterator[None]:
     """Locks the unfinished directory, which becomes `final` if the context ends well.
 
-    Shards of an earlier run stay if they were made of the same.
-
-    Raises:
-      SetupError: another process is writing there.
+    Shards of an earlier run stay if they were made of the same. Raises SetupError if another
+    process is writing there.
     """
     part = unfinished(final)
     storage.make_directory(part)
