@@ -42,8 +42,11 @@ def published(alpha, least, size, bounds, seed=0, count=SAMPLES) -> np.ndarray:
         first, last = (
             np.clip(np.floor(full * (edge / 255)) - part // 2, 0, full - part) for edge in edges
         )
-        share = random.uniform(size=count) if alpha is None else random.beta(alpha, alpha, count)
-        corner.append(first + np.floor((last - first) * share))
+        if alpha is None:
+            offset = np.floor((last - first + 1) * random.uniform(size=count))
+        else:
+            offset = np.floor((last - first) * random.beta(alpha, alpha, count))
+        corner.append(first + offset)
     found = np.stack([*corner, h, w], 1)
     side = min(size)
     found[~fits.any(0)] = [(height - side) // 2, (width - side) // 2, side, side]
@@ -62,12 +65,6 @@ def agreement(ours: np.ndarray, theirs: np.ndarray, size) -> dict[str, float]:
     return {name: ks_2samp(x, theirs[name]).pvalue for name, x in ours.items()}
 
 
-def elsewhere(*sides) -> bool:
-    """Whether the comparison tells the places from each other."""
-    found = agreement(*sides)
-    return found["row"] < 1e-4 and found["column"] < 1e-4
-
-
 @pytest.mark.parametrize("alpha", [0.1, 0.6, 1.0])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("box", list(BOXES))
@@ -80,18 +77,11 @@ def test_crops_are_distributed_as_published(box, size, alpha):
         assert found["row"] < 1e-4 and found["column"] < 1e-4 and found["area"] > 1e-3
 
 
-def test_the_comparison_finds_other_places_and_areas():
-    size, box = SIZES[0], BOXES["corner"]
-    cfg, right = config(0.6), published(0.6, 0.2, SIZES[0], BOXES["corner"])
-    plain = drawn(config(crop="inception"), size, None)
-    assert (drawn(cfg, size, None) == plain).all() and elsewhere(plain, right, size)
-    rows_for_columns = drawn(cfg, size, (*box[1::-1], *box[:1:-1]))
-    assert elsewhere(rows_for_columns, right, size)
-    other = published(0.6, 0.23, size, box)
-    assert agreement(drawn(cfg, size, box), other, size)["area"] < 1e-6
-    uniform = published(None, 0.2, size, box)
-    assert agreement(drawn(config(1.0), size, box), uniform, size)["row"] > 1e-3
-    assert elsewhere(drawn(cfg, size, box), uniform, size)
+@pytest.mark.parametrize("size", SIZES)
+def test_plain_crops_are_uniform(size):
+    ours = drawn(config(crop="inception"), size, None)
+    found = agreement(ours, published(None, 0.2, size, WHOLE), size)
+    assert all(p > 1e-3 for p in found.values()), found
 
 
 edge = st.integers(0, 255)

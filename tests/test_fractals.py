@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -152,9 +150,3 @@ def test_errors_name_what_exists(tmp_path):
         fractals.prepare("huge", str(tmp_path))
     with pytest.raises(IndexError, match="between 0 and 239"):
         fractals.render(TINY, "train", [240])
-
-
-def test_import_brings_in_neither_tensorflow_nor_jax():
-    code = "import sys, supmim_jax.data.fractals; print({'jax', 'tensorflow'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -1,7 +1,6 @@
 """Transforms and global batches."""
 
 import dataclasses
-import pickle
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from supmim_jax import sharding
 from supmim_jax.config import DataConfig, MeshConfig, changed
-from supmim_jax.data import decode, loader, sampler, source, transforms
+from supmim_jax.data import decode, loader, sampler, transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
@@ -79,21 +78,18 @@ def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device,
     batches.close()
 
 
-def test_worker_code_imports_neither_tensorflow_nor_clu():
-    code = (
-        "import sys, supmim_jax.data.source, supmim_jax.data.transforms\n"
-        "print([m for m in ('tensorflow', 'clu') if m in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("supmim_jax.data.source, supmim_jax.data.transforms", {"tensorflow", "clu"}),
+        ("supmim_jax.data.fractals", {"tensorflow", "jax"}),
+        ("supmim_jax.data.prepare.__main__", {"tensorflow"}),
+    ],
+)
+def test_importing_code_of_workers_and_of_data_prepare_is_light(modules, heavy):
+    code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     out = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
-    assert out.strip() == "[]"
-
-
-def test_evaluation_counts_every_example_once(cfg, one_device):
-    cfg = changed(cfg, eval={"batch_size": 48})
-    batches = list(Dataset(cfg).eval("validation[:100]", one_device))
-    ids, weight = (np.concatenate([getattr(b, x) for b in batches]) for x in ("id", "weight"))
-    assert ids.tolist() == [*range(100), *[-1] * 44]
-    assert weight.sum() == 100 and (weight[:100] == 1).all()
+    assert out.strip() == "set()"
 
 
 def test_an_examples_image_depends_on_seed_epoch_and_id_alone():
@@ -168,16 +164,6 @@ def boxes_of(cfg: DataConfig, height: int, width: int, number: int) -> np.ndarra
     return np.array([transforms.draw_crop(height, width, cfg, rng).box for rng in rngs])
 
 
-def test_the_inception_crop_keeps_to_its_area_and_covers_the_image():
-    cfg = dataclasses.replace(CFG, min_crop_area=0.5)
-    top, left, height, width = boxes_of(cfg, 60, 80, 300).T
-    share, aspect = height * width / 4800, width / height
-    assert 0.49 < share.min() < 0.55 and share.max() > 0.9 and 0.6 < share.mean() < 0.8
-    assert 0.72 < aspect.min() < 0.85 and 1.2 < aspect.max() < 1.36
-    assert (top.min(), left.min()) == (0, 0)
-    assert ((top + height).max(), (left + width).max()) == (60, 80)
-
-
 @pytest.mark.parametrize(
     ("height", "width", "least"), [(375, 500, 0.05), (224, 224, 0.08), (40, 200, 0.05)]
 )
@@ -204,17 +190,8 @@ def test_the_crop_of_tensorflow_has_the_distribution_of_its_own(height, width, l
     assert (boxes[:, :2] + boxes[:, 2:] <= (height, width)).all() and (boxes >= 0).all()
 
 
-def test_tensorflows_crop_favours_small_areas_and_may_be_the_whole_image():
-    cfg = dataclasses.replace(CFG, min_crop_area=0.05, flip=False)
-
-    def mean_area(crop):
-        boxes = boxes_of(dataclasses.replace(cfg, crop=crop), 375, 500, 2000)
-        return np.mean(boxes[:, 2] * boxes[:, 3]) / (375 * 500)
-
-    # Deviations are 0.26; four standard errors of 2000 are 0.024.
-    assert abs(mean_area("inception_tf") - 0.35) < 0.024
-    assert mean_area("inception") > 0.4
-    large = dataclasses.replace(cfg, crop="inception_tf", min_crop_area=0.9)
+def test_tensorflows_crop_may_be_the_whole_image():
+    large = dataclasses.replace(CFG, crop="inception_tf", min_crop_area=0.9, flip=False)
     assert boxes_of(large, 40, 200, 1).tolist() == [[0, 0, 40, 200]]  # no aspect is so long
 
 
@@ -244,12 +221,6 @@ def test_the_data_set_must_be_what_the_config_says(cfg, wrong, error, named):
     Dataset.open(cfg)
     with pytest.raises(error, match=named):
         Dataset.open(changed(cfg, data=wrong))
-
-
-def test_records_travel_to_worker_processes(cfg):
-    records = source.Source(cfg.data).records("train[:8]")
-    again = pickle.loads(pickle.dumps(records))
-    assert len(again) == 8 and again[3]["image"] == records[3]["image"]
 
 
 def test_repeats_are_other_crops_of_an_image_in_a_row(cfg, one_device):

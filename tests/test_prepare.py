@@ -216,11 +216,3 @@ def test_the_command_prints_the_overrides_and_fails_with_a_paragraph(photos, tmp
     lines = out.stderr.splitlines()
     assert "checking: 100%" in out.stderr and "writing: 100%" in out.stderr
     assert all("\r" not in line and line.strip() for line in lines) and len(lines) <= 6
-
-
-def test_importing_it_brings_in_no_tensorflow():
-    code = "import sys, supmim_jax.data.prepare.__main__ as m; print('tensorflow' in sys.modules)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert out.stdout.strip() == "False"
