@@ -35,6 +35,19 @@ def source(data_dir, name="beasts", split="train", **changes):
     return source_module.Source(cfg).records(split)
 
 
+def store(name, features, splits, data_dir) -> None:
+    """Writes a data set of these (key, example) in their order, as tfds does."""
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name,
+        "1.0.0",
+        tfds.features.FeaturesDict(features),
+        splits,
+        data_dir=data_dir,
+        file_format="array_record",
+        disable_shuffling=True,
+    )
+
+
 def raw(builder_dir, split) -> list[bytes]:
     found = tfds.builder_from_directory(builder_dir).as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES

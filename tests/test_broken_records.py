@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from pictures import store
 
 from supmim_jax import encoder, evals, sharding
 from supmim_jax.batch import Features
@@ -29,36 +30,22 @@ EXAMPLES, BROKEN = 40, (3, 4, 17, 39)
 STAND_IN = {3: 5, 4: 5, 17: 18, 39: 0}
 
 
-class Damaged(tfds.core.GeneratorBasedBuilder):
+def examples():
     """Plain images whose brightness is their id; those of BROKEN are no images."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-            "label": tfds.features.ClassLabel(num_classes=30),
-            "segmentation": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(), "validation": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(EXAMPLES):
-            image = cv2.imencode(".png", np.full((24, 24), i, np.uint8))[1].tobytes()
-            mask = cv2.imencode(".png", np.full((24, 24), i % 4, np.uint8))[1].tobytes()
-            encoded = io.BytesIO(b"no image" if i in BROKEN else image)
-            yield i, {"image": encoded, "label": i % 30, "segmentation": io.BytesIO(mask)}
+    for i in range(EXAMPLES):
+        image = cv2.imencode(".png", np.full((24, 24), i, np.uint8))[1].tobytes()
+        mask = cv2.imencode(".png", np.full((24, 24), i % 4, np.uint8))[1].tobytes()
+        encoded = io.BytesIO(b"no image" if i in BROKEN else image)
+        yield i, {"image": encoded, "label": i % 30, "segmentation": io.BytesIO(mask)}
 
 
 @pytest.fixture(scope="module")
 def damaged_dir(tmp_path_factory) -> str:
     directory = str(tmp_path_factory.mktemp("damaged"))
-    Damaged(data_dir=directory, file_format="array_record").download_and_prepare()
+    grey = tfds.features.Image(shape=(None, None, 1), encoding_format="png")
+    label = tfds.features.ClassLabel(num_classes=30)
+    features = {"image": grey, "label": label, "segmentation": grey}
+    store("damaged", features, {"train": examples(), "validation": examples()}, directory)
     return directory
 
 

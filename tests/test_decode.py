@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
-from pictures import put
+from pictures import put, store
 from PIL import Image, ImageOps
 
 from supmim_jax.config import DataConfig, MasksConfig
@@ -213,35 +213,17 @@ def test_negative_values_and_nan_are_refused():
             decode.pixels(deep(image, ".tiff"), 3, decode.Shown(max_value=1))
 
 
-class Deep(tfds.core.GeneratorBasedBuilder):
-    """Images of other types than bytes, as tfds has them."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in ("float32", "uint16")]
-
-    def _info(self):
-        kind = np.dtype(self.builder_config.name).type
-        image = tfds.features.Image(shape=(1, 5, 1), dtype=kind, encoding_format="png")
-        label = tfds.features.ClassLabel(num_classes=30)
-        features = tfds.features.FeaturesDict({"image": image, "label": label})
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, dl_manager):
-        scale = 4095 if self.builder_config.name == "uint16" else 1
-        image = scale * np.array([0, 0.25, 0.5, 0.75, 1]).reshape(1, 5, 1)
-        return {"train": [(0, {"image": image.astype(self.builder_config.name), "label": 3})]}
-
-    def _generate_examples(self):
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize(
-    ("kind", "white", "half"), [("float32", 1.0, 128), ("uint16", 4095.0, 127)]
+    ("kind", "white", "half"), [(np.float32, 1.0, 128), (np.uint16, 4095.0, 127)]
 )
 def test_features_of_tfds_that_are_no_bytes(tmp_path, kind, white, half):
-    Deep(config=kind, data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    cfg = DataConfig(name=f"deep/{kind}", data_dir=str(tmp_path))
-    with pytest.raises(SetupError, match=rf"deep/{kind}.*'image'.*{kind}.*config\.data\.max_value"):
+    feature = tfds.features.Image(shape=(1, 5, 1), dtype=kind, encoding_format="png")
+    label = tfds.features.ClassLabel(num_classes=30)
+    image = (white * np.linspace(0, 1, 5)).astype(kind).reshape(1, 5, 1)
+    examples = [(0, {"image": image, "label": 3})]
+    store("deep", {"image": feature, "label": label}, {"train": examples}, tmp_path)
+    cfg, name = DataConfig(name="deep", data_dir=str(tmp_path)), kind.__name__
+    with pytest.raises(SetupError, match=rf"deep.*'image'.*{name}.*config\.data\.max_value"):
         source.Source(cfg).records("train")
     cfg = dataclasses.replace(cfg, max_value=white)
     image = decode.decode_image(source.Source(cfg).records("train")[0], cfg, 0)
