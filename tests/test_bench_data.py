@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from rivals import data, photographs, reference, tfdata_reference
+from rivals import data, photographs, reference, tfdata_reference, tokens
 
 from supmim_jax.data import decode, transforms
 from supmim_jax.data import source as source_module
@@ -140,6 +140,10 @@ def test_command(tmp_path):
     )
     assert json.loads(out.stdout.splitlines()[-1])["plan"]["batch"] == 2
     assert not list(tmp_path.glob("*/photographs"))  # removed afterwards
+
+
+def test_what_a_token_cache_costs():
+    assert "ImageNet-1k x 3 views" in tokens.compare(records=50, epochs=3, images=2)
 
 
 def test_what_is_kept_needs_a_place():

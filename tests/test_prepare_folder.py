@@ -10,7 +10,6 @@ import sys
 import zlib
 
 import cv2
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -23,7 +22,6 @@ from supmim_jax.data import decode
 from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder, output
 from supmim_jax.errors import SetupError
-from supmim_jax.train import train
 
 
 def prepared(root, data_dir, name="beasts", **options) -> str:
@@ -79,26 +77,16 @@ def test_a_folder_opens_in_training_with_its_labels_bytes_and_order(photos, tmp_
     assert "Prepared already" in prepared(photos, tmp_path / "data")
 
 
-def test_records_are_the_same_bytes_in_any_process():
-    make = folder.examples(CLASSES)
-    for i in range(100):
-        record = make({"image": encoded(0), "label": i % 3, "file_name": f"{i}.png"})
-        places = [record.index(name) for name in (b"file_name", b"image", b"label")]
-        assert places == sorted(places)
-
-
-def test_a_run_trains_on_a_folder(photos, tmp_path, cfg, one_device):
+def test_batches_of_a_folder_have_its_labels(photos, tmp_path, cfg, one_device):
     prepared(photos, tmp_path / "data")
     changes = {"name": "beasts", "data_dir": str(tmp_path / "data"), "num_classes": 3}
     data = dataclasses.replace(cfg.data, train_split="train", train_examples=36, **changes)
     run = dataclasses.replace(cfg, data=data, objective=SupervisedConfig(), epochs=1, batch_size=16)
-    records = source(tmp_path / "data")
-    for batch in Dataset.open(run).train(one_device):
+    records, batches = source(tmp_path / "data"), list(Dataset.open(run).train(one_device))
+    assert len(batches) == run.total_steps == 2
+    for batch in batches:
         labels = [records[int(i)]["label"] for i in np.asarray(batch.id)]
         assert np.asarray(batch.label).tolist() == labels
-    assert run.total_steps == 2
-    results = train(run, tmp_path / "run", devices=jax.devices()[:1])
-    assert 0 <= results["top1"] <= 100
 
 
 def test_tiny_imagenet_is_recognised(tiny, tmp_path):
@@ -162,6 +150,7 @@ def without(root, split: str, classes=CLASSES) -> None:
         (lambda r: link(r / "train/dog", "/usr"), r"train/dog .* to /usr, which is outside"),
         (lambda r: link(r / "train/ape/up", r / "train"), r"train/ape/up leads up to .*/train"),
         (lambda r: link(r / "test", "/gone/test"), r"test is a symbolic link to /gone/test"),
+        (lambda r: link(r / "train/dog", "/gone/d"), r"train/dog is a symbolic link to /gone/d"),
         (lambda r: (r / "train/ape").rename(r / "train/a\npe"), r"is named 'a\\npe'"),
         (lambda r: (r / "train/ape").rename(r / "train/a..pe"), r"is named 'a\.\.pe'"),
         (lambda r: (r / "train/ape").rename(r / "train/a\\pe"), r"is named 'a\\\\pe'"),
@@ -270,15 +259,15 @@ def test_a_file_that_changes_meanwhile_is_an_error(photos, tmp_path, monkeypatch
     assert not (tmp_path / "data/beasts/1.0.0").exists()
 
 
-@pytest.mark.parametrize("ending", [".webp", ".bmp", ".tif", ".gif", ".ppm", ".jpe", ".WebP"])
-def test_every_form_that_is_decoded_is_an_image_by_its_name(photos, tmp_path, ending):
-    form = {".jpe": ".jpg", ".WebP": ".webp"}.get(ending, ending)
+def test_every_form_that_is_decoded_is_an_image_by_its_name(photos, tmp_path):
     without(photos, "train", ["bee"])
-    for i in range(4):
+    endings = [".webp", ".bmp", ".tif", ".gif", ".ppm", ".jpe", ".WebP"]
+    for i, ending in enumerate(endings):
+        form = {".jpe": ".jpg", ".WebP": ".webp"}.get(ending, ending)
         put(photos / f"train/bee/{i}{ending}", encoded(i, form))
     prepared(photos, tmp_path / "data")
     images = [decode.pixels(record["image"], 3) for record in source(tmp_path / "data")]
-    assert [image.shape for image in images] == 28 * [(24, 24, 3)]
+    assert [image.shape for image in images] == (24 + len(endings)) * [(24, 24, 3)]
 
 
 def test_what_is_ignored_by_its_ending_is_counted_and_named_in_a_dry_run_too(photos, tmp_path):
@@ -363,14 +352,6 @@ def test_what_cannot_be_read_is_a_broken_file_by_name(photos, tmp_path, change, 
     text = prepared(photos, tmp_path / "data", skip_broken=True)
     assert "no images: 1" in text and "train/ape/apple.png" in text
     assert len(source(tmp_path / "data")) == 36
-
-
-@pytest.mark.parametrize("place", ["train/dog", "val"])
-def test_a_directory_that_leads_nowhere_is_named_with_its_target(photos, tmp_path, place):
-    shutil.rmtree(photos / place, ignore_errors=True)
-    link(photos / place, "/gone/dogs")
-    with pytest.raises(SetupError, match=rf"{place} is a symbolic link to /gone/dogs"):
-        prepared(photos, tmp_path / "data", skip_broken=True)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 from absl import flags
 from etils import epath
 
+from rivals import photographs
 from supmim_jax.config import DataConfig, VQGANConfig
 from supmim_jax.config.configdict import section
 from supmim_jax.data import source, token_cache, transforms
@@ -50,7 +50,7 @@ def compare(records: int, epochs: int, images: int) -> str:
         start = time.perf_counter()
         [cache.read(0, int(i), image) for i in order]
         read = (time.perf_counter() - start) / len(order)
-    encoded = [jpeg(i) for i in range(16)]
+    encoded = [photographs.jpeg(0, i) for i in range(16)]
     example = transforms.TrainExample(DATA, seed=0, views=1)
     start = time.perf_counter()
     for i in range(images):
@@ -73,7 +73,7 @@ def compare(records: int, epochs: int, images: int) -> str:
 def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
     """A cache of one shard of random ids."""
     plan = token_cache.Plan(
-        fingerprint={"tokenizer": section(VQGANConfig())},
+        fingerprint={"tokenizer": section(VQGANConfig()), "shown": {}},
         views=1,
         examples=records,
         tokens=SIDE**2,
@@ -85,13 +85,3 @@ def write(directory: epath.Path, records: int) -> token_cache.TokenCache:
     rows = ((random.integers(0, plan.codes, plan.tokens, np.uint16), mark) for _ in range(records))
     token_cache.write_shard(directory, plan, 0, rows)
     return token_cache.TokenCache(directory, plan)
-
-
-def jpeg(seed: int) -> bytes:
-    """A made-up photograph of ImageNet's usual size, quality 95: noise of every scale."""
-    random, image = np.random.default_rng(seed), np.zeros((375, 500, 3), np.float32)
-    for cells in (4, 16, 64, 256):
-        noise = random.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
-        image += cv2.resize(noise, (500, 375), interpolation=cv2.INTER_CUBIC) / np.sqrt(cells)
-    pixels = np.clip(128 + 128 * image, 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
