@@ -148,5 +148,3 @@ def test_jpeg_and_wide_labels_survive_the_record(tmp_path):
 def test_errors_name_what_exists(tmp_path):
     with pytest.raises(ValueError, match=r"'huge'.*tiny, tiny_fresh, tiny_colour, small, base"):
         fractals.prepare("huge", str(tmp_path))
-    with pytest.raises(IndexError, match="between 0 and 239"):
-        fractals.render(TINY, "train", [240])

@@ -110,9 +110,6 @@ class Dataset:
           boxes: what contrastive crops are around, uint8 Nx4 as in transforms.py; for
             data.contrastive_crop.boxes = "heat_map" alone. None: there are none yet.
           skipped: batches of the sequence that the run leaves out before `first_step`.
-
-        Raises:
-          SetupError: the table of boxes is not of this data set.
         """
         return Training(self, mesh, first_step, broken, boxes, skipped)
 
@@ -125,18 +122,6 @@ class Dataset:
     ) -> "HostBatches":
         """As `train`: the `rows` of each global batch, as arrays of this host."""
         cfg, data, records = self.cfg, self.cfg.data, self.training_records()
-        if boxes is not None and not data.learns_boxes:
-            raise SetupError(
-                f"A table of boxes was given, but config.data.crop is {data.crop!r} and "
-                f"config.data.contrastive_crop.boxes is {data.contrastive_crop.boxes!r}: only "
-                f"'contrastive' with 'heat_map' follows one."
-            )
-        if boxes is not None and (boxes.dtype, boxes.shape) != (np.uint8, (len(records), 4)):
-            raise SetupError(
-                f"The table of boxes is {boxes.dtype} of shape {boxes.shape}, but "
-                f"config.data.train_examples = {len(records)} needs uint8 of shape "
-                f"({len(records)}, 4). Find the boxes of this data set."
-            )
         examples = (
             grain.MapDataset.range(len(rows) * (cfg.total_steps - first_step))
             .map(LocalPosition(rows, cfg.batch_size, first_step + skipped))
@@ -257,8 +242,7 @@ class Training(Iterator[Batch]):
     def restart(self, step: int, boxes: np.ndarray | None) -> None:
         """Continues after `step` steps with other boxes, as `Dataset.train` would from there.
 
-        Batches that were made ahead are dropped, and broken records in them do not count. Raises
-        SetupError as `Dataset.train` does; there are no more batches then.
+        Batches that were made ahead are dropped, and broken records in them do not count.
         """
         self.close()
         self._open(step, boxes)
