@@ -141,7 +141,7 @@ def test_masks_follow_crops_around_the_centre():
         fields = transforms.MaskedTrainExample(cfg, 0)((3, example, record))
         rng = transforms.generator(0, 3, example, transforms.GEOMETRY)
         crop = transforms.draw_crop(60, 80, cfg, rng)
-        wanted = transforms.cropped_mask(image.astype(np.int16), crop, 20)
+        wanted = transforms.cropped(image.astype(np.int16), crop, cfg, "nearest")
         assert np.array_equal(fields["masks"], wanted)
 
 

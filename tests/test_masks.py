@@ -87,7 +87,7 @@ def test_a_mask_is_moved_as_its_image_is(height, width, resize):
     cfg = DataConfig(channels=1, image_size=24, eval_resize=resize)
     mask = np.zeros((height, width), np.uint16)
     mask[height // 3 :, width // 4 : -width // 4] = 1000
-    moved = transforms.eval_mask(mask, cfg)
+    moved = transforms.eval_image(mask, cfg, "nearest")
     assert moved.dtype == np.uint16 and set(np.unique(moved)) == {0, 1000}
     image = transforms.eval_image((mask[..., None] > 0).astype(np.uint8) * 200, cfg)[..., 0]
     sure = (image < 20) | (image > 180)

@@ -143,23 +143,22 @@ def inception_tf_crop(height: int, width: int, cfg: DataConfig, rng: Generator) 
     return Box(0, 0, height, width)
 
 
-def cropped(image: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
-    """The crop of an image as uint8 image_size x image_size x C."""
-    return finished(crop.box.of(resize(image, *crop.extent, cfg.resize)), crop, cfg)
+# What follows takes uint8 images HxWxC and, with how="nearest", masks HxW; "" is what
+# config.data.resize says.
 
 
-def finished(part: np.ndarray, crop: Crop, cfg: DataConfig) -> np.ndarray:
+def cropped(image: np.ndarray, crop: Crop, cfg: DataConfig, how: str = "") -> np.ndarray:
+    """The crop of an image, image_size x image_size."""
+    part = crop.box.of(resize(image, *crop.extent, how or cfg.resize))
+    return finished(part, crop, cfg, how)
+
+
+def finished(part: np.ndarray, crop: Crop, cfg: DataConfig, how: str = "") -> np.ndarray:
     """The finished crop, from the pixels in its box."""
-    part = whole_image(part, cfg)
+    part = resize(part, cfg.image_size, cfg.image_size, how or cfg.resize)
     if crop.mirrored:
         part = cv2.flip(part, 1).reshape(part.shape)
     return np.ascontiguousarray(part)
-
-
-def cropped_mask(mask: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """The crop of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
-    mask = resize_mask(crop.box.of(resize_mask(mask, *crop.extent)), size, size)
-    return np.ascontiguousarray(mask[:, ::-1] if crop.mirrored else mask)
 
 
 def whole_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
@@ -167,16 +166,12 @@ def whole_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
     return resize(image, cfg.image_size, cfg.image_size, cfg.resize)
 
 
-def eval_image(image: np.ndarray, cfg: DataConfig) -> np.ndarray:
-    """Shorter side to eval_resize, then the centre crop: uint8 image_size x image_size x C."""
+def eval_image(image: np.ndarray, cfg: DataConfig, how: str = "") -> np.ndarray:
+    """Shorter side to eval_resize, then the centre crop, image_size x image_size."""
     extent = _with_shorter_side(image.shape[:2], cfg.eval_resize)
-    return _centre(resize(image, *extent, cfg.resize), cfg.image_size)
-
-
-def eval_mask(mask: np.ndarray, cfg: DataConfig) -> np.ndarray:
-    """`eval_image` of a mask HxW, whose values are not mixed: each pixel is one of the mask's."""
-    extent = _with_shorter_side(mask.shape, cfg.eval_resize)
-    return _centre(resize_mask(mask, *extent), cfg.image_size)
+    image = resize(image, *extent, how or cfg.resize)
+    top, left = ((side - cfg.image_size) // 2 for side in extent)
+    return np.ascontiguousarray(Box(top, left, cfg.image_size, cfg.image_size).of(image))
 
 
 def _with_shorter_side(extent: tuple[int, int], size: int) -> tuple[int, int]:
@@ -185,33 +180,24 @@ def _with_shorter_side(extent: tuple[int, int], size: int) -> tuple[int, int]:
     return max(round(extent[0] * scale), size), max(round(extent[1] * scale), size)
 
 
-def _centre(image: np.ndarray, size: int) -> np.ndarray:
-    top, left = ((extent - size) // 2 for extent in image.shape[:2])
-    return np.ascontiguousarray(Box(top, left, size, size).of(image))
-
-
 def resize(image: np.ndarray, height: int, width: int, how: str = "area") -> np.ndarray:
-    """uint8 HxWxC of another size.
+    """The image or mask in another size.
 
     "area": pixel-area average of sides that shrink, then bicubic for those that grow. "linear":
     bilinear without smoothing, as TensorFlow's default, unless a side shrinks to less than half;
-    then as "area".
+    then as "area". "nearest": each pixel is one of the old, so that classes are not mixed.
     """
     smaller = min(height, image.shape[0]), min(width, image.shape[1])
     steps = [(smaller, cv2.INTER_AREA), ((height, width), cv2.INTER_CUBIC)]
     if how == "linear" and image.shape[0] <= 2 * height and image.shape[1] <= 2 * width:
         steps = [((height, width), cv2.INTER_LINEAR)]
+    if how == "nearest":
+        steps = [((height, width), cv2.INTER_NEAREST_EXACT)]
     for size, method in steps:
         if image.shape[:2] != size:
-            image = cv2.resize(image, size[::-1], interpolation=method).reshape(*size, -1)
+            shape = *size, *image.shape[2:]  # OpenCV drops a single channel
+            image = cv2.resize(image, size[::-1], interpolation=method).reshape(shape)
     return image
-
-
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Each pixel of the new size, HxW, has the value of the nearest."""
-    if mask.shape == (height, width):
-        return mask
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 
 GEOMETRY, COLOURS = 0, 1  # streams of an example's random numbers
@@ -363,7 +349,7 @@ class MaskedTrainExample:
         image, mask = decode_both(record, self.cfg, example)
         crop = draw_crop(*mask.shape, self.cfg, generator(self.seed, epoch, example, GEOMETRY))
         image = coloured(cropped(image, crop, self.cfg), 0, self.cfg, self.seed, epoch, example)
-        masks = cropped_mask(mask, crop, self.cfg.image_size)
+        masks = cropped(mask, crop, self.cfg, "nearest")
         return packed(image, 0, example, 1.0) | {"masks": masks.astype(np.int32)}
 
 
@@ -380,7 +366,7 @@ class MaskedExample:
         if record is not None:
             with contextlib.suppress(BrokenRecord):
                 image, mask = decode_both(record, self.cfg, example)
-                image, mask = eval_image(image, self.cfg), eval_mask(mask, self.cfg)
+                image, mask = eval_image(image, self.cfg), eval_image(mask, self.cfg, "nearest")
                 broken = NONE
         fields = packed(image, 0, example, float(record is not None))
         return fields | {"masks": mask.astype(np.int32), "broken": np.int32(broken)}

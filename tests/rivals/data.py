@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -237,7 +238,7 @@ def windows(cfg: Config, plan: Plan) -> list[dict]:
     with contextlib.closing(Dataset.open(cfg).train(sharding.make_mesh(MeshConfig()))) as stream:
         for _ in range(4 * max(1, plan.workers)):  # each worker has its buffers full, as later
             next(stream)
-        pids = workers()
+        pids = [process.pid for process in multiprocessing.active_children()]
 
         def spent() -> float:
             return tfdata_reference.cpu_seconds() + sum(map(cpu_seconds_of, pids))
@@ -252,25 +253,14 @@ def windows(cfg: Config, plan: Plan) -> list[dict]:
     return found
 
 
-def workers() -> list[int]:
-    """Process ids of what multiprocessing has started from this process and is still alive.
+def cpu_seconds_of(pid: int) -> float:
+    """User and system time of all threads of a process, in steps of the kernel's clock (10 ms).
 
     Raises:
       SetupError: this system has no /proc.
     """
-    if not Path("/proc/self/task").exists():
+    if not Path("/proc/self/stat").exists():
         raise SetupError("CPU time is read from /proc, which this system lacks: measure on Linux.")
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):
-                if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes():
-                    found.append(int(pid))
-    return sorted(found)
-
-
-def cpu_seconds_of(pid: int) -> float:
-    """User and system time of all threads of a process, in steps of the kernel's clock (10 ms)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
