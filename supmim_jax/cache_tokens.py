@@ -39,11 +39,7 @@ def tokenize(
 ) -> token_cache.Plan:
     """Writes this process's missing shards of the cache, on its own devices.
 
-    Args:
-      cfg: the run that the tokens are for.
-      directory: of the cache; made if it isn't there.
-      views: crops per image; those of epochs 0, 1, ... of the run.
-      records_per_shard: what a restart may lose.
+    Views are the crops of the run's epochs 0, 1, ...; a restart may lose a shard of each process.
 
     Raises:
       SetupError: the run has no tokens, the directory holds those of another run, or is too small.

@@ -11,7 +11,7 @@ import pytest
 from test_jpeg import encoded, needs_library, photograph
 
 from supmim_jax import sharding, train_step
-from supmim_jax.config import CMAEConfig, ContrastiveCropConfig, DataConfig, MeshConfig, changed
+from supmim_jax.config import CMAEConfig, DataConfig, MeshConfig, changed
 from supmim_jax.data import decode, loader, transforms
 from supmim_jax.data import source as source_module
 from supmim_jax.data.loader import Dataset
@@ -128,21 +128,6 @@ def test_boxes_move_the_crops(pairs):
     plain = TrainExample(data, 0, 1000, crops=2)
     corners = [plain((epoch, 0, record))["image"][0, 0, 0] for epoch in range(30)]
     assert max(corners) > 100
-
-
-def test_masks_follow_crops_around_the_centre():
-    image = (np.arange(60 * 80).reshape(60, 80) % 251).astype(np.uint8)
-    file = cv2.imencode(".png", image)[1].tobytes()
-    masks = dataclasses.replace(DataConfig().masks, field="mask", num_classes=251)
-    contrastive = ContrastiveCropConfig(boxes="centre")
-    cfg = DataConfig(crop="contrastive", contrastive_crop=contrastive, masks=masks)
-    for example in range(20):
-        record = {"image": file, "mask": file}
-        fields = transforms.MaskedTrainExample(cfg, 0)((3, example, record))
-        rng = transforms.generator(0, 3, example, transforms.GEOMETRY)
-        crop = transforms.draw_crop(60, 80, cfg, rng)
-        wanted = transforms.cropped(image.astype(np.int16), crop, cfg, "nearest")
-        assert np.array_equal(fields["masks"], wanted)
 
 
 def test_batches_have_two_views_on_any_mesh_and_any_number_of_hosts(pairs, one_device):
