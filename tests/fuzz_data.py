@@ -12,12 +12,13 @@ seals.json, as tfds's own builder leaves it; then files may take each other's pl
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -261,37 +262,47 @@ def places(values) -> Iterator[tuple]:
             yield from places(values[key])
 
 
-def outcome(root: Path, what: str) -> str:
-    """What came of reading, in a process of its own; an error that names nothing is a violation."""
+def child(root: Path, what: str) -> None:
+    """Answers a line for each line that comes in: the outcome of reading."""
     source_module.SHARD_END = SHARD_END
     logging.set_verbosity(logging.FATAL)
-    try:
-        return read(root, what)
-    except BaseException as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        at = [x for x in frames if "/tests/" not in x.filename]
-        where = f"{Path(at[-1].filename).name}:{at[-1].lineno}" if at else "here"
-        return f"VIOLATION {type(error).__name__} at {where}: {str(error)[:300]!r}"
+    for _ in sys.stdin:
+        try:
+            found = read(root, what)
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            at = [x for x in frames if "/tests/" not in x.filename]
+            where = f"{Path(at[-1].filename).name}:{at[-1].lineno}" if at else "here"
+            found = f"VIOLATION {type(error).__name__} at {where}: {str(error)[:300]!r}"
+        print(f"outcome {' '.join(found.split())}", flush=True)
 
 
 class Reader:
     """The child process; a new one after a crash or a hang."""
 
-    def __init__(self, *given):
-        self.given, self.pool = given, None
+    def __init__(self, root: Path, what: str):
+        self.command = (sys.executable, __file__, "--child", str(root), "--what", what)
+        self.process = None
 
     def __call__(self) -> str:
-        self.pool = self.pool or multiprocessing.get_context("spawn").Pool(1)
-        try:
-            return self.pool.apply_async(outcome, self.given).get(TIMEOUT)
-        except multiprocessing.TimeoutError:  # also where it died
-            self.close()
-            return "VIOLATION the process died, or hung and was killed"
+        if self.process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.process = subprocess.Popen(self.command, stderr=subprocess.DEVNULL, **pipes)
+        print("go", file=self.process.stdin, flush=True)
+        hung = threading.Timer(TIMEOUT, self.process.kill)
+        hung.start()
+        lines = iter(self.process.stdout.readline, "")
+        outcome = next((line for line in lines if line.startswith("outcome ")), "")
+        hung.cancel()
+        if outcome:
+            return outcome.removeprefix("outcome ").strip()
+        code, self.process = self.process.wait(), None
+        return f"VIOLATION the process died with {code}, or hung and was killed"
 
     def close(self) -> None:
-        if self.pool:
-            self.pool.terminate()
-        self.pool = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[Counter, dict]:
@@ -310,11 +321,11 @@ def fuzz(what: str, mutations: int, number: int, sealed: bool = True) -> tuple[C
         for i in range(mutations):
             files = sorted(path for path in target.iterdir() if path.is_file())
             kind = mutate(files, draw)
-            came = reader()
-            if came.startswith("VIOLATION"):
-                violations.setdefault(came, f"mutation {i}: {kind}")
-                came = "VIOLATION"
-            found[kind, came] += 1
+            outcome = reader()
+            if outcome.startswith("VIOLATION"):
+                violations.setdefault(outcome, f"mutation {i}: {kind}")
+                outcome = "VIOLATION"
+            found[kind, outcome] += 1
             shutil.rmtree(target)
             shutil.copytree(whole, target)
         reader.close()
@@ -336,7 +347,11 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unsealed", action="store_true")
+    parser.add_argument("--child", default="")
     given = parser.parse_args()
+    if given.child:
+        child(Path(given.child), given.what)
+        return 0
     begin = time.monotonic()
     found, violations = fuzz(given.what, given.mutations, given.seed, not given.unsealed)
     print(f"{given.what}, seed {given.seed}:\n{table(found)}")
