@@ -44,11 +44,11 @@ class MetricsWriter:
         self.lines, self.flushed = [], time.monotonic()  # of a file in a bucket, all there are
         if self.active and self.path.exists():
             for line in self.path.read_text().splitlines(keepends=True):
-                values = _values(line)
-                comes_after = ROLLED_BACK in values or (step == last and _is_evaluation(values))
-                if values["step"] < step or (values["step"] == step and not comes_after):
+                found = values(line)
+                comes_after = ROLLED_BACK in found or (step == last and _is_evaluation(found))
+                if found["step"] < step or (found["step"] == step and not comes_after):
                     self.lines.append(line)
-                    self.evaluated |= values["step"] == step and _is_evaluation(values)
+                    self.evaluated |= found["step"] == step and _is_evaluation(found)
             storage.write(self.path, "".join(self.lines))
         if self.active and tensorboard:
             # clu's writers import TensorFlow, which a machine that trains need not have.
@@ -95,7 +95,7 @@ def write_image(workdir: epath.Path, step: int, name: str, png: bytes) -> None:
     writer.close()
 
 
-def _values(line: str) -> dict:
+def values(line: str) -> dict:
     """A line of metrics.jsonl; one that was cut in the middle counts as after all steps."""
     try:
         return {"step": float("inf")} | json.loads(line)

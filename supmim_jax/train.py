@@ -256,7 +256,7 @@ class Run:
         self.line.say(f"step {step}, {split}: {shown}")
         for name, reason in results.errors.items():
             self.line.say(f"step {step}, {split}: {name} cannot be measured. {reason}")
-        self.checkpoints.measured(step, metrics)
+        self.checkpoints.best.measured(step, metrics)
         return results
 
     def find_boxes_if_due(self, step: int, state: TrainState) -> None:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint.path import atomicity
 
 from supmim_jax import checkpoint
 from supmim_jax.batch import TrainState
@@ -66,7 +67,7 @@ def test_the_newest_the_multiples_and_the_best_stay_also_after_a_restart(tmp_pat
             file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
             file.write(json.dumps({"step": step, "eval/top1": 1.0, "eval/knn": value}) + "\n")
             file.write('{"step": 3, "eval/kn' if step == 9 else "")
-        checkpoints.measured(step, {"top1": 1.0, "knn": value})
+        checkpoints.best.measured(step, {"top1": 1.0, "knn": value})
         checkpoints.wait()
         kept.append(checkpoint.steps(tmp_path))
     checkpoints.close()
@@ -81,7 +82,7 @@ def test_only_the_newest_stay_where_nothing_else_is_asked(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, CheckpointConfig(keep=1))
     for step in (1, 2, 3):
         save(checkpoints, step)
-        checkpoints.measured(step, {})
+        checkpoints.best.measured(step, {})
     checkpoints.close()
     assert checkpoint.steps(tmp_path) == [3]
     with pytest.raises(SetupError, match=r"best: none of them was evaluated for 'knn'.*has 3"):
@@ -102,15 +103,13 @@ def test_a_best_that_cannot_be_known_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="keep_every is 750, not a multiple of every = 500"):
         CheckpointConfig(every=500, keep_every=750)
     with pytest.raises(SetupError, match="'knn', but the evaluation gives top1, linear"):
-        checkpoint.Checkpoints(tmp_path, RULES).measured(1, {"top1": 1.0, "linear": 2.0})
+        checkpoint.Checkpoints(tmp_path, RULES).best.measured(1, {"top1": 1.0, "linear": 2.0})
 
 
 def test_a_checkpoint_on_gs_is_committed_by_a_file_and_has_sums_too(tmp_path, monkeypatch):
-    assert checksums.temporary_path_class(epath.Path(tmp_path)) is checksums.SummedRename
-    assert (
-        checksums.temporary_path_class(epath.Path("gs://bucket/run")) is checksums.SummedCommitFile
-    )
-    monkeypatch.setattr(checksums, "temporary_path_class", lambda root: checksums.SummedCommitFile)
+    by_file = checksums.temporary_path_class(epath.Path("gs://bucket/run"))
+    assert issubclass(by_file, atomicity.CommitFileTemporaryPath)
+    monkeypatch.setattr(checksums, "temporary_path_class", lambda root: by_file)
     checkpoints = checkpoint.Checkpoints(tmp_path, RULES)
     save(checkpoints, 3)
     checkpoints.wait()

@@ -209,17 +209,10 @@ class Summed:
         await super().finalize()
 
 
-class SummedRename(Summed, ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Commits by renaming a directory."""
-
-
-class SummedCommitFile(Summed, ocp.path.atomicity.CommitFileTemporaryPath):
-    """Commits by writing a file, where directories cannot be renamed atomically."""
-
-
 def temporary_path_class(root: epath.Path) -> type:
-    """The class that commits checkpoints below `root`: as orbax would, plus checksums."""
+    """The class that commits checkpoints below `root`: as orbax would, plus checksums.
+
+    That is by renaming a directory, or by writing a file where renaming is not atomic.
+    """
     default = ocp.path.atomicity_defaults.get_default_temporary_path_class(root)
-    return {base: kind for kind in (SummedRename, SummedCommitFile) for base in kind.__bases__}[
-        default
-    ]
+    return type("Summed", (Summed, default), {})

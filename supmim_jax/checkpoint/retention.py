@@ -1,29 +1,29 @@
 """Which checkpoints are kept: the newest, one every so many steps, and the best one."""
 
-import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import orbax.checkpoint as ocp
 from etils import epath
 
+from supmim_jax import metrics
 from supmim_jax.config import CheckpointConfig
 from supmim_jax.errors import SetupError
 
-policies = ocp.checkpoint_managers
 
-
-class Best(policies.PreservationPolicy):
-    """Keeps the checkpoint with the highest value of an evaluation's metric.
+class Best:
+    """Knows the checkpoint with the highest value of an evaluation's metric, if `metric` names one.
 
     What was measured before this process is read from metrics.jsonl.
     """
 
     def __init__(self, metric: str, workdir: epath.Path):
-        self.metric = metric
-        self.values = _measured(workdir / "metrics.jsonl", metric) if metric else {}
+        self.metric, name, path = metric, f"eval/{metric}", workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if metric and path.exists() else []
+        self.values = {x["step"]: x[name] for x in map(metrics.values, lines) if name in x}
 
-    def measured(self, step: int, metrics: dict[str, float]) -> None:
+    def measured(self, step: int, results: dict[str, float]) -> None:
         """Records the results of the evaluation after `step`.
 
         Raises:
@@ -31,12 +31,12 @@ class Best(policies.PreservationPolicy):
         """
         if not self.metric:
             return
-        if self.metric not in metrics:
+        if self.metric not in results:
             raise SetupError(
                 f"config.checkpoint.keep_best is {self.metric!r}, but the evaluation gives "
-                f"{', '.join(metrics) or 'nothing'}. Name one of these, or leave it empty."
+                f"{', '.join(results) or 'nothing'}. Name one of these, or leave it empty."
             )
-        self.values[step] = metrics[self.metric]
+        self.values[step] = results[self.metric]
 
     def step(self, among: list[int]) -> int | None:
         """The best of these steps, the newest of equals; None if none was evaluated."""
@@ -44,41 +44,21 @@ class Best(policies.PreservationPolicy):
         known = [(self.values[s], s) for s in among if math.isfinite(self.values.get(s, math.nan))]
         return max(known)[1] if known else None
 
+
+@dataclass
+class Policy(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps what any rule of `cfg` keeps, and the newest checkpoint that was `scheduled`.
+
+    A run rolls back to that one; repeated SIGTERMs would otherwise push it out.
+    """
+
+    cfg: CheckpointConfig
+    best: Best
+    scheduled: Callable[[int], bool]
+
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """For orbax, which asks as each save begins."""
-        best = self.step([x.step for x in checkpoints])
-        return [x.step == best for x in checkpoints]
-
-
-class NewestScheduled(policies.PreservationPolicy):
-    """Keeps what a run rolls back to; otherwise repeated SIGTERMs would push it out."""
-
-    def __init__(self, scheduled: Callable[[int], bool]):
-        self.scheduled = scheduled
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """For orbax, which asks as each save begins."""
-        newest = max((x.step for x in checkpoints if self.scheduled(x.step)), default=None)
-        return [x.step == newest for x in checkpoints]
-
-
-def policy(
-    cfg: CheckpointConfig, best: Best, scheduled: Callable[[int], bool]
-) -> policies.PreservationPolicy:
-    """Keeps what any rule of `cfg` keeps, and the newest scheduled checkpoint."""
-    rules = [policies.LatestN(cfg.keep), best, NewestScheduled(scheduled)]
-    if cfg.keep_every:
-        rules.append(policies.EveryNSteps(cfg.keep_every))
-    return policies.AnyPreservationPolicy(rules)
-
-
-def _measured(path: epath.Path, metric: str) -> dict[int, float]:
-    """Values of an evaluation's metric by step; truncated lines are ignored."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            values = json.loads(line)
-            found[values["step"]] = float(values[f"eval/{metric}"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return found
+        steps, every = [x.step for x in checkpoints], self.cfg.keep_every
+        kept = {*steps[-self.cfg.keep :], self.best.step(steps)}
+        kept.add(max(filter(self.scheduled, steps), default=None))
+        return [step in kept or (every > 0 and step % every == 0) for step in steps]

@@ -84,7 +84,7 @@ class Checkpoints:
         multihost.barrier(f"unfinished saves, {next(_times)}")
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=retention.policy(self.cfg, self.best, self.scheduled),
+            preservation_policy=retention.Policy(self.cfg, self.best, self.scheduled),
             step_name_format=Names(),
             temporary_path_class=checksums.temporary_path_class(self.directory),
             async_options=ocp.AsyncOptions(
@@ -211,14 +211,6 @@ class Checkpoints:
             else:  # a bucket has no renames; without this file it is no step any more
                 (directory / "commit_success.txt").unlink()
                 directory.rmtree()
-
-    def measured(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the results of the evaluation after `step`, for config.checkpoint.keep_best.
-
-        Raises:
-          SetupError: that metric is not among it.
-        """
-        self.best.measured(step, metrics)
 
     def check(self) -> None:
         """Raises SetupError if a save in the background has failed; cheap, for every step."""
