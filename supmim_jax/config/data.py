@@ -130,17 +130,8 @@ class ProbeDataConfig:
 
     def over(self, run: DataConfig) -> DataConfig:
         """The run's data section with these in it; what the encoder sees stays the run's."""
-        return dataclasses.replace(
-            run,
-            name=self.name or run.name,
-            data_dir=self.data_dir or run.data_dir,
-            train_split=self.train_split or run.train_split,
-            eval_split=self.eval_split or run.eval_split,
-            num_classes=self.num_classes or run.num_classes,
-            label_field=self.label_field or run.label_field,
-            masks=self.masks if self.masks.field else run.masks,
-            eval_resize=self.eval_resize or run.eval_resize,
-            max_value=self.max_value or run.max_value,
-            workers=run.workers if self.workers < 0 else self.workers,
-            threads=self.threads or run.threads,
-        )
+        as_in_run = vars(ProbeDataConfig())
+        given = {name: value for name, value in vars(self).items() if value != as_in_run[name]}
+        if not self.masks.field:
+            given.pop("masks", None)
+        return dataclasses.replace(run, **given)

@@ -132,7 +132,5 @@ class PixelsConfig:
 
 @dataclass(frozen=True)
 class TokensConfig:
-    cache: str = (
-        path_field()
-    )  # directory written by supmim_jax.cache_tokens; "" tokenises in the step
+    cache: str = path_field()  # directory that cache_tokens has written; "" tokenises in the step
     views: int = within(0, 0, INF)  # crops per image, cycled; 0: a new one every epoch

@@ -13,43 +13,25 @@ from supmim_jax.errors import ConfigError
 
 
 class Objective:
-    """What an objective says of itself; sections override what is not so for them."""
+    """What an objective says of itself; sections override what is not so for them.
+
+    An attribute here may be a field or a property there.
+    """
 
     leaves: ClassVar[str]  # at inference: "classifier", "encoder", "segmenter" or "tokenizer"
+    crops: ClassVar[int] = 1  # of an image that one step sees: the length of `Batch.views`
     is_mean: ClassVar[bool] = True  # a mean over examples: micro-batches add up to the batch
     masks_patches: ClassVar[bool] = False  # part of the patches is hidden
     mask_ratio_std: ClassVar[float] = 0.0  # of the share that is hidden, which steps may draw
+    # The target: the tokenizer whose ids are predicted; whether it is of the image before colour
+    # augmentation; whether it is each patch's pixels, divided by their own deviation.
+    token_target: ClassVar[PatchCodesConfig | VQGANConfig | None] = None
+    plain_target: ClassVar[bool] = False
+    normalizes_patches: ClassVar[bool] = False
+    frozen_encoder: ClassVar[str] = ""  # the checkpoint whose frozen encoder the loss uses
+    # The sizes of the projector and predictor that compare views; None without them.
+    projector: ClassVar["ContrastiveConfig | None"] = None
     terms: ClassVar[tuple[str, ...]] = ("loss", "accuracy")  # of the metrics, for the terminal
-
-    @property
-    def crops(self) -> int:
-        """Crops of an image that one step sees: the length of `Batch.views`."""
-        return 1
-
-    @property
-    def token_target(self) -> "PatchCodesConfig | VQGANConfig | None":
-        """The tokenizer whose ids are predicted, if that is the task."""
-        return None
-
-    @property
-    def plain_target(self) -> bool:
-        """Whether the target is of the image before colour augmentation."""
-        return False
-
-    @property
-    def normalizes_patches(self) -> bool:
-        """Whether the target is each patch's pixels, divided by their own deviation."""
-        return False
-
-    @property
-    def frozen_encoder(self) -> str:
-        """The checkpoint whose frozen encoder the loss uses; "" for none."""
-        return ""
-
-    @property
-    def projector(self) -> "ContrastiveConfig | None":
-        """The sizes of the projector and predictor that compare views; None without them."""
-        return None
 
     def asked_places(self, kept: int) -> int:
         """Of this many visible patches, the number that the encoder is asked to place."""
@@ -174,23 +156,15 @@ class PositionConfig:
     leak_free: bool = True
     unplaced: float = within(0.75, 0.01, 1.0)  # that share, with leak_free
 
-    def asked(self, kept: int) -> int:
-        """Of this many visible patches, the number that are asked for their places."""
-        return max(round(self.unplaced * kept), 1) if self.leak_free else kept
-
 
 @dataclass(frozen=True)
-class CMAEConfig(Objective):
+class CMAEConfig(MAEConfig):
     """MAE with a smaller decoder and two more tasks of the encoder (arXiv 2205.10546)."""
 
-    leaves: ClassVar[str] = "encoder"
     is_mean: ClassVar[bool] = False
-    masks_patches: ClassVar[bool] = True
     terms: ClassVar[tuple[str, ...]] = ("loss", "reconstruction", "position", "contrastive")
 
     name: Literal["cmae"] = "cmae"
-    mask_ratio: float = within(0.75, 0.01, 0.99)
-    normalize_patches: bool = True
     decoder: DecoderConfig = DecoderConfig(depth=1, width=16, mlp_dim=64, heads=2)
     contrastive: ContrastiveConfig = ContrastiveConfig()
     position: PositionConfig = PositionConfig()
@@ -204,11 +178,9 @@ class CMAEConfig(Objective):
         return self.contrastive if self.contrastive.weight else None
 
     def asked_places(self, kept: int) -> int:
-        return self.position.asked(kept) if self.position.weight else 0
-
-    @property
-    def normalizes_patches(self) -> bool:
-        return self.normalize_patches
+        if not self.position.weight:
+            return 0
+        return max(round(self.position.unplaced * kept), 1) if self.position.leak_free else kept
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class CMAE(MAE):
 
     def asked(self, mask: masking.Mask) -> int:
         """How many kept patches are asked for their places: the first, in their random order."""
-        return self.cfg.position.asked(mask.keep.shape[1])
+        return self.cfg.asked_places(mask.keep.shape[1])
 
     def position(self, tokens_BxNxD, mask: masking.Mask) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of the places and the share of right ones, means over tokens: B each."""
