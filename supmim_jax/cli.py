@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from supmim_jax import environment, multihost, storage
-from supmim_jax.config import Config, ProbeConfig, debug
+from supmim_jax.config import Config, debug
 from supmim_jax.config.configdict import section, to_configdict
 from supmim_jax.data import source
 from supmim_jax.errors import OF_THE_USER, ConfigError, SetupError
@@ -219,19 +219,16 @@ def read(given: str, use: Callable[..., Any], flag: str = "--config") -> Any:
 
 
 def _config(module: ModuleType, *argument: str) -> ConfigDict:
+    """What get_config() returns, or experiment(), which the argument "debug" shrinks."""
     if hasattr(module, "get_config"):
         return module.get_config(*argument)
-    return _finished(module.experiment(), *argument)
-
-
-def _finished(config: Config | ProbeConfig, argument: str = "") -> ConfigDict:
-    """The config of a file's experiment(), shrunk if the argument is "debug"."""
+    config, asked = module.experiment(), "".join(argument)
     known = ("", "debug") if isinstance(config, Config) else ("",)
-    if argument not in known:
+    if asked not in known:
         raise ConfigError(
-            f"the config argument {argument!r} is unknown; known are {', '.join(map(repr, known))}."
+            f"the config argument {asked!r} is unknown; known are {', '.join(map(repr, known))}."
         )
-    return to_configdict(debug(config) if argument else config)
+    return to_configdict(debug(config) if asked else config)
 
 
 class _Parser(flags.ArgumentParser):

@@ -92,9 +92,14 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
             f"config.mesh.slices is {cfg.slices}, which does not divide data = {data}: whole rows "
             f"of the mesh must lie in one slice. Lower fsdp or tensor."
         )
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
     shape = (data // len(groups), cfg.fsdp, cfg.tensor)
-    return Mesh(np.concatenate([_arranged(shape, x) for x in groups]), AXES, axis_types=types)
+    # Neighbours on a mesh axis are close; an axis may take a part of a dimension of the TPU slice.
+    arranged = [
+        mesh_utils.create_device_mesh(shape, group, allow_split_physical_axes=True)
+        for group in groups
+    ]
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return Mesh(np.concatenate(arranged), AXES, axis_types=types)
 
 
 def run_mesh(cfg: Config, devices: list | None = None) -> Mesh:
@@ -126,15 +131,6 @@ def by_slice(devices: list, slices: int) -> list[list]:
             f"number; slices must be of one size."
         )
     return groups
-
-
-def _arranged(shape: tuple[int, ...], devices: list) -> np.ndarray:
-    """The devices of a slice, arranged so that neighbours on a mesh axis are close."""
-    try:
-        types = (jax.sharding.AxisType.Auto,) * len(shape)
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices).devices
-    except NotImplementedError:  # an axis is no product of dimensions of the TPU slice
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def check_batch(batch_size: int, mesh: Mesh, field: str, parts: int = 1) -> None:

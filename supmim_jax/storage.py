@@ -9,13 +9,12 @@ last.
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,17 +122,15 @@ def make_directory(path: epath.Path) -> None:
     """
     if is_local(path):
         path.mkdir(parents=True, exist_ok=True)
-    elif not _exists("gs://" + path.parts[2]):  # gcsfs would make it, in a project of its choice
+        return
+    bucket = path.parts[2]
+    system, root = fsspec.core.url_to_fs(f"gs://{bucket}")
+    if not system.exists(root):  # gcsfs would make it, in a project of its choice
         raise SetupError(
-            f"{path}: there is no bucket {path.parts[2]!r}, or these credentials may not see it. "
-            f"Make it (gcloud storage buckets create gs://{path.parts[2]}) or grant roles "
-            f"storage.objectUser and storage.legacyBucketReader on it."
+            f"{path}: there is no bucket {bucket!r}, or these credentials may not see it. Make it "
+            f"(gcloud storage buckets create gs://{bucket}) or grant roles storage.objectUser and "
+            f"storage.legacyBucketReader on it."
         )
-
-
-def _exists(bucket: str) -> bool:
-    system, root = fsspec.core.url_to_fs(bucket)
-    return system.exists(root)
 
 
 def children(directory: epath.Path) -> list[epath.Path]:
@@ -257,10 +254,14 @@ def made(directory: epath.Path, last: str) -> Iterator[epath.Path]:
 def upload_all(source: epath.Path, target: epath.Path, last: str) -> None:
     """Copies a local directory into a bucket, the file `last` after all others."""
     found = files(source)
+    _with_last(last, found, lambda name: upload(found[name], target / name))
+
+
+def _with_last(last: str, names: Iterable[str], do: Callable[[str], None]) -> None:
+    """Does it for each name, for `last` after all others."""
     with ThreadPoolExecutor(THREADS) as pool:
-        rest = [name for name in found if name != last]
-        list(pool.map(lambda name: upload(found[name], target / name), rest))
-    upload(found[last], target / last)
+        list(pool.map(do, [name for name in names if name != last]))
+    do(last)
 
 
 @contextlib.contextmanager
@@ -282,18 +283,11 @@ def rename(source: epath.Path, target: epath.Path, last: str) -> None:
     if is_local(source):
         source.rename(target)
         return
-    found = files(source)
-    copy = functools.partial(_copy, source, target)
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(copy, [name for name in found if name != last]))
-    copy(last)
+    system, there = fsspec.core.url_to_fs(str(source))
+    _, here = fsspec.core.url_to_fs(str(target))
+    # Within the bucket: no byte passes through this machine.
+    _with_last(last, files(source), lambda x: system.cp_file(f"{there}/{x}", f"{here}/{x}"))
     source.rmtree()
-
-
-def _copy(source: epath.Path, target: epath.Path, name: str) -> None:
-    """Copies within buckets; no byte passes through this machine."""
-    system, path = fsspec.core.url_to_fs(str(source / name))
-    system.cp_file(path, fsspec.core.url_to_fs(str(target / name))[1])
 
 
 def free_bytes(path: str | os.PathLike) -> int | None:
