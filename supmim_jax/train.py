@@ -7,6 +7,7 @@ devices.
 import contextlib
 import json
 import os
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -86,10 +87,7 @@ def train(
         last = min(stop_at or cfg.total_steps, cfg.total_steps)
         while True:
             try:
-                if newest:  # at step 0: imported weights
-                    state = run.resume(newest)
-                else:
-                    state = run.begin(initial or InitialState.open(cfg, step_fn))
+                state = run.start(newest, initial)
                 last, state = train_steps(run, last, state, fixed)
                 break
             except Diverged as error:
@@ -160,38 +158,34 @@ def train_steps(run: "Run", last: int, state: TrainState, fixed: dict) -> tuple[
     return last, state
 
 
+@dataclass
 class Run:
     """What a run in progress holds beside its state, and what it does between steps."""
 
-    def __init__(
-        self,
-        workdir: Workdir,
-        dataset: Dataset,
-        step_fn: TrainStep,
-        model: encoder.EncoderProgram | encoder.TokenizerProgram,
-        checkpoints: Checkpoints,
-        line: ProgressLine,
-    ):
-        self.cfg, self.workdir, self.dataset = workdir.cfg, workdir, dataset
-        self.step_fn, self.model, self.checkpoints = step_fn, model, checkpoints
-        self.line = line
-        self.changes: dict[str, int] = {}  # of the numbers, by going back after NaN
+    workdir: Workdir
+    dataset: Dataset
+    step_fn: TrainStep
+    model: encoder.EncoderProgram | encoder.TokenizerProgram
+    checkpoints: Checkpoints
+    line: ProgressLine
+    changes: dict[str, int] = field(default_factory=dict)  # of the numbers, by going back after NaN
 
-    def begin(self, initial: InitialState) -> TrainState:
-        """Starts the run; returns the state of step 0."""
-        return self._start(0, initial.make(), dict(checkpoint.BEGIN), None)
+    @property
+    def cfg(self) -> Config:
+        return self.workdir.cfg
 
-    def resume(self, saved: checkpoint.Checkpoint) -> TrainState:
-        """Resumes the run; returns the state of one of its checkpoints."""
-        state = saved.restore_state(self.step_fn.state)
-        return self._start(saved.step, state, dict(saved.run), saved)
-
-    def _start(
-        self, first: int, state: TrainState, numbers: dict, saved: checkpoint.Checkpoint | None
+    def start(
+        self, saved: checkpoint.Checkpoint | None, initial: InitialState | None
     ) -> TrainState:
-        cfg = self.cfg
-        self.first, self.numbers, self.saved, self.boxes = first, numbers, saved, None
-        self.clock = Clock(numbers["seconds"])
+        """Resumes the run from one of its checkpoints, or begins it; returns the state there."""
+        cfg, first = self.cfg, 0
+        if saved:  # maybe at step 0: imported weights
+            first, state = saved.step, saved.restore_state(self.step_fn.state)
+        else:
+            state = (initial or InitialState.open(cfg, self.step_fn)).make()
+        self.first, self.saved, self.boxes = first, saved, None
+        self.numbers = dict(saved.run if saved else checkpoint.BEGIN)
+        self.clock = Clock(self.numbers["seconds"])
         path = self.workdir.path
         self.writer = MetricsWriter(path, first, cfg.total_steps, cfg.log.tensorboard)
         evaluated = self.writer.evaluated  # which process 0 alone knows

@@ -64,22 +64,14 @@ class Watchdog:
         with self.lock:
             self.last = time.monotonic()
 
-    def limit(self) -> float | None:
-        """Seconds without a step that count as a stall; None while that is not yet known."""
-        if len(self.intervals) < FIRST:
-            return None
-        return max(
-            self.cfg.stall_seconds, self.cfg.stall_factor * statistics.median(self.intervals)
-        )
-
     def stalled(self) -> float | None:
         """Seconds since the last step, if they are a stall."""
         with self.lock:
-            limit = self.limit()
-            if limit is None or self.last is None:
+            if len(self.intervals) < FIRST or self.last is None:
                 return None
+            limit = self.cfg.stall_factor * statistics.median(self.intervals)
             since = time.monotonic() - self.last
-        return since if since > limit else None
+        return since if since > max(self.cfg.stall_seconds, limit) else None
 
     def _look(self) -> None:
         looked = time.monotonic()

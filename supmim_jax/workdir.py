@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from supmim_jax import environment, multihost, storage
 from supmim_jax.config import Config
-from supmim_jax.config.configdict import differences, from_configdict, to_configdict
+from supmim_jax.config.configdict import differences, from_configdict, section, to_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.tokenizers import Frozen
 
@@ -147,8 +147,7 @@ class Workdir:
         path = self.path / "config.json"
         if not path.exists():
             return
-        saved = from_configdict(storage.read_json(path, "Choose another --workdir."))
-        saved = to_configdict(saved).to_dict()
+        saved = section(from_configdict(storage.read_json(path, "Choose another --workdir.")))
         changed = [
             difference
             for difference in differences(saved, to_configdict(self.cfg).to_dict())
