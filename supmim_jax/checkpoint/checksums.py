@@ -95,14 +95,13 @@ def digest(path: epath.Path, sync: bool = False) -> str:
 
 
 def verify(directory: epath.Path) -> None:
-    """Verifies that the checkpoint is whole and in its place.
+    """Verifies that the checkpoint is whole.
 
     Of several processes each reads a share of the files; all must call it alike, and all raise if
     one found damage.
 
     Raises:
-      Damaged: SHA256SUMS or a file is missing or differs, or the directory has the name of another
-        step.
+      Damaged: SHA256SUMS or a file is missing or differs.
       SetupError: there are more files than were saved.
     """
     problem = _problem(directory)
@@ -133,10 +132,8 @@ def _problem(directory: epath.Path) -> str:
         return f"{NAME} cannot be read ({error}). {ANOTHER}"
     present = files(directory)
     problems = [f"{name} is missing" for name in listed if name not in present]
-    problems = problems or _different(listed, present) or _misplaced(directory)
-    if not problems:
-        return ""
-    return f"{first_few(problems)}. {ANOTHER}"
+    problems = problems or _different(listed, present)
+    return f"{first_few(problems)}. {ANOTHER}" if problems else ""
 
 
 def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[str]:
@@ -151,22 +148,6 @@ def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[s
         f"and {NAME} says {listed[name][:16]}..."
         for name in names
         if hashes[name] != listed[name]
-    ]
-
-
-def _misplaced(directory: epath.Path) -> list[str]:
-    """Whether the position in the data belongs to the step in the directory's name."""
-    if not directory.name.isdigit():
-        return []
-    run, config = (
-        storage.read_json(directory / item / "metadata", ANOTHER) for item in ("run", "config")
-    )
-    skipped, batch_size = run.get("skipped_batches", 0), config.get("batch_size", 0)
-    if run.get("position", 0) == (int(directory.name) + skipped) * batch_size:
-        return []
-    return [
-        f"it was saved after {run.get('position')} examples in batches of {batch_size}, of which "
-        f"{skipped} were left out, not after step {directory.name}: directories were renamed"
     ]
 
 

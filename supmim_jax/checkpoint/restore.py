@@ -82,13 +82,21 @@ class Checkpoint:
         """The checkpoint in the directory of a step.
 
         Raises:
-          SetupError: it is damaged.
+          SetupError: it is damaged, or in the directory of another step.
         """
         verify(directory)
         run, config = (
             storage.read_json(directory / item / "metadata", ANOTHER) for item in ("run", "config")
         )
-        return cls(directory, from_configdict(config), BEGIN | run)
+        cfg, run = from_configdict(config), BEGIN | run
+        skipped = run["skipped_batches"]
+        if run["position"] != (int(directory.name) + skipped) * cfg.batch_size:
+            raise Damaged(
+                f"{directory} is damaged: it was saved after {run['position']} examples in batches "
+                f"of {cfg.batch_size}, of which {skipped} were left out, not after step "
+                f"{directory.name}: directories were renamed. {ANOTHER}"
+            )
+        return cls(directory, cfg, run)
 
     @property
     def step(self) -> int:
@@ -134,13 +142,8 @@ class Checkpoint:
         Raises:
           SetupError: as `check_params`.
         """
-        name = self.check_params(like)
-        arguments = ocp.checkpoint_utils.construct_restore_args({name: like})
-        items = ocp.args.PyTreeRestore(
-            item={name: like}, restore_args=arguments, partial_restore=True
-        )
-        with self._readable("state"):
-            return ocp.PyTreeCheckpointer().restore(self.directory / "state", args=items)[name]
+        where = self.check_params(like)
+        return self._restore("state", {where: like})[where]
 
     def restore_state(self, like: TrainState) -> TrainState:
         """The whole state, laid out like the abstract `like`.
@@ -148,6 +151,7 @@ class Checkpoint:
         Raises:
           SetupError: it holds another step, or other paths, shapes or dtypes.
         """
+        self._check_same(self.tree(), plain(like))
         stored = self._restore("state", plain(like))
         if int(stored["step"]) != self.step:
             raise Damaged(
@@ -166,14 +170,15 @@ class Checkpoint:
         if not every or self.step < every:
             return None
         like = {"boxes": np.zeros((self.config.data.train_examples, 4), np.uint8)}
+        self._check_same(self.tree("boxes"), like)
         return self._restore("boxes", like)["boxes"]
 
-    def _restore(self, item: str, like: Any) -> Any:
-        """A whole saved tree of arrays, laid out like the abstract `like`."""
-        self._check_same(self.tree(item), like)
-        restorer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    def _restore(self, item: str, like: dict) -> dict:
+        """The part of a saved item that `like` names, laid out like it; it is known to be there."""
+        layout = ocp.checkpoint_utils.construct_restore_args(like)
+        part = ocp.args.PyTreeRestore(item=like, restore_args=layout, partial_restore=True)
         with self._readable(item):
-            return restorer.restore(self.directory / item, args=ocp.args.StandardRestore(like))
+            return ocp.PyTreeCheckpointer().restore(self.directory / item, args=part)
 
     def _check_same(self, stored: Any, wanted: Any) -> None:
         """Raises SetupError, naming paths, unless both trees have the same arrays."""
