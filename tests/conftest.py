@@ -20,11 +20,12 @@ for flag in ("--xla_force_host_platform_device_count=8", *FAST.split()):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 import dataclasses
+import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -59,12 +60,56 @@ for number, default in (
         signal.signal(number, default)
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ONE = jax.devices()[:1]
+ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
+
+
+def python(*arguments, cwd=REPOSITORY, **env: str) -> subprocess.CompletedProcess:
+    """A process of Python with one device, and what it printed."""
+    ours = {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FAST}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | ours | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train_command(workdir, data_dir, *more: str, config="debug_supervised") -> list[str]:
+    """The arguments of a small run, for `python`."""
+    return [
+        *("-m", "supmim_jax.train", f"--config=configs/{config}.py", f"--workdir={workdir}"),
+        *(f"--config.data.data_dir={data_dir}", "--config.model.depth=1", "--config.log.every=1"),
+        *more,
+    ]
 
 
 def restored(workdir, step, like):
     """The state and the numbers of a saved step."""
     saved = Checkpoint.read(epath.Path(workdir) / "checkpoints" / str(step))
     return saved.restore_state(like), saved.run
+
+
+def final_state(cfg: Config, workdir) -> tuple[dict, dict]:
+    """The newest saved state of a run on the host, and its numbers."""
+    like = train_step.build(cfg, ON_ONE).state
+    state, run = restored(workdir, checkpoint.steps(workdir)[-1], like)
+    return jax.tree.map(np.asarray, checkpoint.plain(state)), run
+
+
+def metric_lines(workdir) -> list[dict]:
+    """The lines of metrics.jsonl, but for what is of the machine."""
+    lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    timing = ("images_per_second", "data_wait")
+    return [{k: v for k, v in json.loads(x).items() if k not in timing} for x in lines]
+
+
+def same(a, b) -> bool:
+    """Whether two trees have the same structure and arrays."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def pytest_addoption(parser):
@@ -124,27 +169,29 @@ def supervised(cfg) -> Config:
 
 @pytest.fixture
 def one_device():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return ON_ONE
 
 
-def save(state: TrainState, cfg: Config, workdir) -> str:
-    """The --workdir of a run of `cfg` with this state alone."""
+def save(cfg: Config, workdir, state: TrainState) -> str:
+    """The --workdir of a run of `cfg` with a checkpoint of this state."""
     checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    checkpoints.save(state, cfg, checkpoint.BEGIN)
+    position = int(state.step) * cfg.batch_size
+    run = checkpoint.BEGIN | {"position": position, "seconds": 1.5 * int(state.step)}
+    checkpoints.save(state, cfg, run)
     checkpoints.close()
     return str(workdir)
 
 
 def save_initial(cfg: Config, workdir) -> str:
     """The --workdir of a run of `cfg` that has not begun to learn."""
-    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    return save(train_step.build(cfg, one).init(jax.random.key(0)), cfg, workdir)
+    return save(cfg, workdir, train_step.build(cfg, ON_ONE).init(jax.random.key(0)))
 
 
-def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
-    """A command of this interpreter in the repository, at its end."""
-    command, env = [sys.executable, *map(str, arguments)], os.environ | environment
-    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+def random_state(cfg: Config, step: int) -> TrainState:
+    """A state after `step` of random numbers, on one device."""
+    random, like = np.random.default_rng(step), train_step.build(cfg, ON_ONE).state
+    state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), like).replace(step=step)
+    return sharding.put(state, like)
 
 
 @pytest.fixture
@@ -203,12 +250,22 @@ def make_batch(cfg: Config, seed: int = 0) -> Batch:
 
 def make_frozen(cfg: Config, seed: int = 0) -> dict:
     """Random frozen arrays for the step of `cfg`; {} where it has none."""
-    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: random.uniform(-1, 1, x.shape).astype(np.float32),
-        train_step.build(cfg, one).frozen,
+        train_step.build(cfg, ON_ONE).frozen,
     )
+
+
+def train_on(cfg: Config, mesh, batches: Iterable[Batch]) -> tuple[TrainState, list[dict]]:
+    """The state after a step on each batch, from the beginning, and the metrics of each."""
+    built = train_step.build(cfg, mesh)
+    state, found = built.init(jax.random.key(0)), []
+    frozen = sharding.put(make_frozen(cfg), built.frozen)
+    for batch in batches:
+        state, metrics = built.step(state, sharding.put(batch, built.batch), frozen)
+        found.append({name: float(value) for name, value in metrics.items()})
+    return state, found
 
 
 def make_clusters(count: int, classes: int = 5, dim: int = 16, spread: float = 0.2, seed: int = 0):
@@ -226,7 +283,6 @@ def make_params(cfg: Config, seed: int = 0) -> dict:
     Embeddings are small, as at the start of training, so that the LayerNorms' epsilon shows.
     """
     rng = np.random.default_rng(seed)
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
     def draw(path, like):
         x = rng.normal(size=like.shape)
@@ -241,12 +297,11 @@ def make_params(cfg: Config, seed: int = 0) -> dict:
             x *= 0.02
         return x.astype(np.float32)
 
-    params = encoder.build_encoder(cfg, 1, mesh).params
+    params = encoder.build_encoder(cfg, 1, ON_ONE).params
     return jax.tree_util.tree_map_with_path(draw, params)
 
 
 def make_features(cfg: Config, params: dict, images: np.ndarray):
     """What our inference program makes of uint8 images."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.default_matmul_precision("highest"):
-        return encoder.build_encoder(cfg, len(images), mesh).features(params, images)
+        return encoder.build_encoder(cfg, len(images), ON_ONE).features(params, images)

@@ -17,25 +17,18 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import conftest  # noqa: F401  sets up JAX
+import conftest  # sets up JAX
 import jax
 import numpy as np
 
-from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax import checkpoint, encoder, train_step
+from supmim_jax.batch import TrainState
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    SupervisedConfig,
-    ViTConfig,
-)
+from supmim_jax.config import CheckpointConfig, Config, DataConfig, SupervisedConfig, ViTConfig
 from supmim_jax.errors import SetupError
 
 OLD, NEW = 4, 8  # steps that are saved; NEW is damaged
@@ -49,7 +42,7 @@ class Saved:
 
     workdir: Path
     cfg: Config
-    built: train_step.TrainStep
+    like: TrainState
     state: dict
     run: dict
 
@@ -64,16 +57,13 @@ def save(workdir: Path) -> Saved:
         objective=SupervisedConfig(),
         checkpoint=CheckpointConfig(every=4),
     )
-    built = train_step.build(cfg, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
     for step in (OLD, NEW):
-        numbers = np.random.default_rng(step)
-        state = jax.tree.map(lambda x: numbers.normal(size=x.shape), built.state).replace(step=step)  # noqa: B023
-        run = checkpoint.BEGIN | {"position": 16 * step, "seconds": 1.5 * step}
-        checkpoints.save(sharding.put(state, built.state), cfg, run)
-    checkpoints.close()
-    arrays = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), state, built.state)
-    return Saved(workdir, cfg, built, checkpoint.plain(arrays), run)
+        state = conftest.random_state(cfg, step)
+        conftest.save(cfg, workdir, state)
+    arrays = jax.tree.map(np.asarray, checkpoint.plain(state))
+    like = train_step.build(cfg, conftest.ON_ONE).state
+    run = checkpoint.BEGIN | {"position": 16 * NEW, "seconds": 1.5 * NEW}
+    return Saved(workdir, cfg, like, arrays, run)
 
 
 def files(directory: Path) -> list[Path]:
@@ -84,91 +74,60 @@ def directories(directory: Path) -> list[Path]:
     return sorted(p for p in directory.rglob("*") if p.is_dir())
 
 
-def flip(draw: random.Random, new: Path, old: Path) -> None:
-    path = draw.choice([p for p in files(new) if p.stat().st_size])
-    data = bytearray(path.read_bytes())
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
-
-
-def truncate(draw: random.Random, new: Path, old: Path) -> None:
-    path = draw.choice([p for p in files(new) if p.stat().st_size])
-    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
-
-
-def append(draw: random.Random, new: Path, old: Path) -> None:
-    with draw.choice(files(new)).open("ab") as file:
-        file.write(draw.randbytes(draw.randint(1, 64)))
-
-
-def remove(draw: random.Random, new: Path, old: Path) -> None:
-    draw.choice(files(new)).unlink()
-
-
-def add(draw: random.Random, new: Path, old: Path) -> None:
-    beside = draw.choice(files(new))
-    beside.with_name(f"{beside.name}.{draw.randrange(100)}").write_bytes(draw.randbytes(16))
-
-
-def swap(draw: random.Random, new: Path, old: Path) -> None:
-    one = draw.choice(files(new))
-    data = one.read_bytes()
-    other = draw.choice([p for p in files(new) if p.read_bytes() != data])
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(data)
-
-
-def replace(draw: random.Random, new: Path, old: Path) -> None:
-    """A file gets the content of its counterpart in the older checkpoint, or of another there."""
-    path = draw.choice(files(new))
-    others = [p for p in files(old) if p.read_bytes() != path.read_bytes()]
-    same = [p for p in others if p.relative_to(old) == path.relative_to(new)]
-    path.write_bytes(draw.choice(same or others).read_bytes())
-
-
-def remove_directory(draw: random.Random, new: Path, old: Path) -> None:
-    shutil.rmtree(draw.choice(directories(new)))
-
-
-def rename_directory(draw: random.Random, new: Path, old: Path) -> None:
-    path = draw.choice(directories(new))
-    path.rename(path.with_name(path.name + draw.choice("_1x")))
-
-
-def replace_directory(draw: random.Random, new: Path, old: Path) -> None:
-    """An item of the older checkpoint in the place of the newer one's."""
-    item = draw.choice(("state", "run"))  # its `config` is the same
-    shutil.rmtree(new / item)
-    shutil.copytree(old / item, new / item)
-
-
-def replace_step(draw: random.Random, new: Path, old: Path) -> None:
-    """All of the older checkpoint under the name of the newer one."""
-    shutil.rmtree(new)
-    shutil.copytree(old, new)
-
-
-MUTATIONS: dict[str, Callable[[random.Random, Path, Path], None]] = {
-    "bit flipped": flip,
-    "file cut off": truncate,
-    "file appended to": append,
-    "file missing": remove,
-    "file added": add,
-    "two files swapped": swap,
-    "file of another step": replace,
-    "directory missing": remove_directory,
-    "directory renamed": rename_directory,
-    "item of another step": replace_directory,
-    "all of another step": replace_step,
-}
 # What there is more of to damage is damaged more often.
-WEIGHTS = {"bit flipped": 12, "file cut off": 4, "two files swapped": 4, "file of another step": 4}
+MUTATIONS = {
+    "bit flipped": 12,
+    "file cut off": 4,
+    "file appended to": 1,
+    "file missing": 1,
+    "file added": 1,
+    "two files swapped": 4,
+    "file of another step": 4,
+    "directory missing": 1,
+    "directory renamed": 1,
+    "item of another step": 1,
+    "all of another step": 1,
+}
 
 
-def same(found, wanted) -> bool:
-    return jax.tree.structure(found) == jax.tree.structure(wanted) and all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted))
-    )
+def mutate(kind: str, draw: random.Random, new: Path, old: Path) -> None:
+    """Damages the checkpoint in `new` with a key of MUTATIONS; `old` is another step's."""
+    path, directory = draw.choice(files(new)), draw.choice(directories(new))
+    while kind in ("bit flipped", "file cut off") and not path.stat().st_size:
+        path = draw.choice(files(new))
+    data = path.read_bytes()
+    match kind:
+        case "bit flipped":
+            changed = bytearray(data)
+            changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(changed)
+        case "file cut off":
+            path.write_bytes(data[: draw.randrange(len(data))])
+        case "file appended to":
+            path.write_bytes(data + draw.randbytes(draw.randint(1, 64)))
+        case "file missing":
+            path.unlink()
+        case "file added":
+            path.with_name(f"{path.name}.{draw.randrange(100)}").write_bytes(draw.randbytes(16))
+        case "two files swapped":
+            other = draw.choice([p for p in files(new) if p.read_bytes() != data])
+            path.write_bytes(other.read_bytes())
+            other.write_bytes(data)
+        case "file of another step":  # its counterpart, or another where that is the same
+            others = [p for p in files(old) if p.read_bytes() != data]
+            same = [p for p in others if p.relative_to(old) == path.relative_to(new)]
+            path.write_bytes(draw.choice(same or others).read_bytes())
+        case "directory missing":
+            shutil.rmtree(directory)
+        case "directory renamed":
+            directory.rename(directory.with_name(directory.name + draw.choice("_1x")))
+        case "item of another step":
+            item = draw.choice(("state", "run"))  # its `config` is the same
+            shutil.rmtree(new / item)
+            shutil.copytree(old / item, new / item)
+        case "all of another step":
+            shutil.rmtree(new)
+            shutil.copytree(old, new)
 
 
 def by_training(saved: Saved, workdir: Path) -> bool:
@@ -177,33 +136,21 @@ def by_training(saved: Saved, workdir: Path) -> bool:
         newest = checkpoints.newest()
         if newest is None or newest.step != NEW:
             return False
-        state, run = newest.restore_state(saved.built.state), newest.run
+        state, run = newest.restore_state(saved.like), newest.run
     finally:
         checkpoints.close()
-    return same(checkpoint.plain(state), saved.state) and run == saved.run
+    return conftest.same(checkpoint.plain(state), saved.state) and run == saved.run
 
 
 def by_params(saved: Saved, workdir: Path) -> bool:
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    like = encoder.build_encoder(saved.cfg, 16, mesh).params
-    params = Checkpoint.open(f"{workdir}@{NEW}").restore_params(like)
-    return same(params, {name: saved.state["params"][name] for name in like})
+    like = encoder.build_encoder(saved.cfg, 16, conftest.ON_ONE).params
+    opened = Checkpoint.open(f"{workdir}@{NEW}")
+    params, wanted = opened.restore_params(like), {x: saved.state["params"][x] for x in like}
+    beside = opened.config == saved.cfg and opened.run == saved.run
+    return beside and conftest.same(params, wanted)
 
 
-def by_config(saved: Saved, workdir: Path) -> bool:
-    return Checkpoint.open(f"{workdir}@{NEW}").config == saved.cfg
-
-
-def by_run(saved: Saved, workdir: Path) -> bool:
-    return Checkpoint.open(f"{workdir}@{NEW}").run == saved.run
-
-
-READERS = {
-    "restore": by_training,
-    "restore_params": by_params,
-    "read_config": by_config,
-    "read_run": by_run,
-}
+READERS = {"restore": by_training, "restore_params": by_params}
 
 
 def outcomes(saved: Saved, workdir: Path) -> dict[str, str]:
@@ -233,12 +180,11 @@ def fuzz(saved: Saved, mutations: int, seed: int, scratch: Path) -> tuple[dict, 
     draw, counts, failures = random.Random(seed), collections.Counter(), []
     names = list(MUTATIONS)
     for i in range(mutations):
-        weights = [WEIGHTS.get(name, 1) for name in names]
-        kind = names[i] if i < len(names) else draw.choices(names, weights)[0]
+        kind = names[i] if i < len(names) else draw.choices(names, MUTATIONS.values())[0]
         copy = scratch / str(i)
         shutil.copytree(saved.workdir / "checkpoints" / str(NEW), copy / "checkpoints" / str(NEW))
         new, old = copy / "checkpoints" / str(NEW), saved.workdir / "checkpoints" / str(OLD)
-        MUTATIONS[kind](draw, new, old)
+        mutate(kind, draw, new, old)
         found = outcomes(saved, copy)
         where = column(found) or "some of both"
         counts[kind, where] += 1

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 import jax
 from absl import flags
 from conftest import REPOSITORY
+from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
@@ -250,7 +251,7 @@ def trace(cfg: Config) -> None:
 def fuzz(examples: int, number: int = 0) -> Outcomes:
     """Draws so many configs with the seed `number` and tells what became of them."""
     bases = [load(*base) for base in BASES]
-    paths = [sorted(path for path in leaf_paths(base.to_dict())) for base in bases]
+    paths = [sorted(flatten_dict(base.to_dict(), sep=".")) for base in bases]
     found = Outcomes()
 
     @seed(number)
@@ -294,14 +295,6 @@ def told(base: ConfigDict, name: tuple, overrides: list, plain: bool, found: Out
         key = f"{type(error).__name__} at {at}: {str(error).strip()[:200]}"
         found.violations.setdefault(key, f"{name} {'dict' if plain else 'flags'} {least!r:.600}")
         return "VIOLATION"
-
-
-def leaf_paths(values: dict, path: str = ""):
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaf_paths(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}"
 
 
 def main() -> int:

@@ -143,15 +143,9 @@ class Run:
 def disturb(
     run: Run, number: int, until: int, takes: float, draw: random.Random, at: tuple | None = None
 ) -> dict:
-    """One attempt, ended by the signal.
+    """One attempt, ended by the signal after step `until` at the latest, in about `takes` seconds.
 
-    Args:
-      run: that is disturbed.
-      number: the signal.
-      until: the step after which it comes at the latest.
-      takes: seconds until about there.
-      draw: chance.
-      at: the point and count, in place of chance.
+    It comes at a point and count, which are drawn unless `at` gives them, or at a random time.
     """
     fault, wait = {"signal": int(number), "slow": 0.02, "until": until}, 300.0
     if at:
@@ -263,24 +257,19 @@ def main() -> None:
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--bucket", action="store_true")
     given = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        if given.bucket:
-            os.environ |= stack.enter_context(gcs.server())
-        begin(given)
-
-
-def begin(given: argparse.Namespace) -> None:
     directory = given.directory or Path(tempfile.mkdtemp(prefix="storm_"))
     directory.mkdir(parents=True, exist_ok=True)
     number, data_dir = signal.Signals["SIG" + given.signal], str(directory / "data")
     print(f"{given.times} times {number.name}, seed {given.seed}, in {directory}", flush=True)
-    try:
-        left_alone = undisturbed(given.times, directory, data_dir)
-        place = f"gs://{gcs.BUCKET}" if given.bucket else directory
-        run = left_alone.another(epath.Path(place) / "run", directory / "run.log")
-        found = storm(number, given.times, given.seed, run, left_alone)
-    except Wrong as wrong:
-        sys.exit(f"wrong: {wrong}")
+    with gcs.server() if given.bucket else contextlib.nullcontext({}) as bucket:
+        os.environ |= bucket
+        try:
+            left_alone = undisturbed(given.times, directory, data_dir)
+            place = f"gs://{gcs.BUCKET}" if given.bucket else directory
+            run = left_alone.another(epath.Path(place) / "run", directory / "run.log")
+            found = storm(number, given.times, given.seed, run, left_alone)
+        except Wrong as wrong:
+            sys.exit(f"wrong: {wrong}")
     report(found, run.steps)
 
 

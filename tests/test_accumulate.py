@@ -1,12 +1,10 @@
 """Micro-batches: the step of the large batch, whatever their number and the mesh."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch, make_frozen
+from conftest import ONE, make_batch, train_on
 
 from supmim_jax import sharding, train_step
 from supmim_jax.config import (
@@ -17,34 +15,20 @@ from supmim_jax.config import (
     SupervisedConfig,
     SupMIMConfig,
     VQGANObjectiveConfig,
+    changed,
 )
 from supmim_jax.errors import ConfigError
 
 MIXED = ClassificationConfig(mixup=0.5, cutmix=1.0, label_smoothing=0.1)
 
 
-def changed(cfg: Config, parts: int) -> Config:
-    return dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, drop_path=0.0),
-        optim=dataclasses.replace(cfg.optim, accumulate=parts, warmup_epochs=0),
-    )
-
-
-def two_steps(cfg: Config, mesh) -> dict[str, float]:
+def two_steps(cfg: Config, mesh, parts: int) -> dict[str, float]:
     """Metrics after two steps with some padding in the batch, and a sum over the parameters."""
-    built = train_step.build(cfg, mesh)
-    batch = make_batch(cfg)
-    weight = np.ones(cfg.batch_size, np.float32)
-    weight[[1, 2, 3, 7]] = 0.0
-    batch = sharding.put(dataclasses.replace(batch, weight=weight), built.batch)
-    state = built.init(jax.random.key(0))
-    frozen = sharding.put(make_frozen(cfg), built.frozen)
-    for _ in range(2):
-        state, metrics = built.step(state, batch, frozen)
-    found = {name: float(value) for name, value in metrics.items()}
-    found["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
-    return found
+    optim = {"accumulate": parts, "warmup_epochs": 0.0}
+    cfg, batch = changed(cfg, model={"drop_path": 0.0}, optim=optim), make_batch(cfg)
+    batch.weight[[1, 2, 3, 7]] = 0.0
+    state, (_, found) = train_on(cfg, mesh, [batch] * 2)
+    return found | {"params": float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))}
 
 
 @pytest.mark.parametrize(
@@ -57,15 +41,15 @@ def two_steps(cfg: Config, mesh) -> dict[str, float]:
     ids=lambda objective: objective.name,
 )
 def test_micro_batches_give_the_step_of_the_large_batch(cfg, one_device, objective):
-    cfg = dataclasses.replace(cfg, objective=objective)
-    whole = two_steps(changed(cfg, 1), one_device)
-    assert two_steps(changed(cfg, 2), one_device) == pytest.approx(whole, rel=1e-5)
+    cfg = changed(cfg, objective=objective)
+    whole = two_steps(cfg, one_device, 1)
+    assert two_steps(cfg, one_device, 2) == pytest.approx(whole, rel=1e-5)
     four = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    assert two_steps(changed(cfg, 4), four) == pytest.approx(whole, rel=1e-5)
+    assert two_steps(cfg, four, 4) == pytest.approx(whole, rel=1e-5)
 
 
 def test_every_example_is_in_one_micro_batch_with_its_mirror(cfg):
-    batch = make_batch(dataclasses.replace(cfg, batch_size=24))
+    batch = make_batch(changed(cfg, batch_size=24))
     dealt = train_step.micro_batches(batch, 3)
     assert dealt.micro.tolist() == [0, 1, 2]
     assert sorted(dealt.id.reshape(-1).tolist()) == list(range(24))
@@ -79,20 +63,18 @@ def test_droppath_is_drawn_for_each_micro_batch(cfg, supervised):
     key = jax.random.key(0)
     batch = make_batch(supervised)
     assert batch.row_key(key) is key
-    keys = [dataclasses.replace(batch, micro=jnp.int32(i)).row_key(key) for i in range(2)]
+    keys = [batch.replace(micro=jnp.int32(i)).row_key(key) for i in range(2)]
     assert not (jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all()
 
 
 def test_what_does_not_divide_is_named(cfg):
     def build(parts: int, **changes):
-        optim = dataclasses.replace(cfg.optim, accumulate=parts)
-        changed = dataclasses.replace(cfg, optim=optim, **changes)
-        return sharding.run_mesh(changed, jax.devices()[:1])
+        return sharding.run_mesh(changed(cfg, optim={"accumulate": parts}, **changes), ONE)
 
     with pytest.raises(ConfigError, match=r"in 3 micro-batches.*Take 15 or 18"):
         build(3)
     with pytest.raises(ConfigError, match=r"accumulate is 4.*micro-batches of 3 examples"):
         build(4, batch_size=12)
-    data = dataclasses.replace(cfg.data, image_size=16, eval_resize=16)
+    data = {"image_size": 16, "eval_resize": 16}
     with pytest.raises(ConfigError, match="accumulate must be 1 with objective 'vqgan'"):
         build(2, objective=VQGANObjectiveConfig(), data=data)

@@ -1,6 +1,5 @@
 """Which form of attention is traced for which device; CUDA programs are lowered, not run."""
 
-import dataclasses
 import functools
 import re
 from collections import Counter
@@ -19,44 +18,36 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from scipy import stats
 
 from supmim_jax import sharding, train_step
-from supmim_jax.config import MeshConfig
+from supmim_jax.config import MeshConfig, changed
 from supmim_jax.models import transformer
 from supmim_jax.models.transformer import device, implementation
 
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
 TPU, V5P = ("tpu", "TPU v5 lite"), ("tpu", "TPU v5")
-CASES = [
-    (H100, "bfloat16", 64, "cudnn"),
-    (H100, "bfloat16", 128, "cudnn"),
-    (H100, "float16", 8, "cudnn"),
-    (H100, "float32", 64, "xla"),
-    (H100, "bfloat16", 136, "xla"),  # too long
-    (H100, "bfloat16", 44, "xla"),  # not a multiple of 8
-    (("gpu", "Tesla T4"), "bfloat16", 64, "xla"),
-    (("gpu", "AMD Instinct MI300X"), "bfloat16", 64, "xla"),
-    (("cpu", "cpu"), "bfloat16", 64, "xla"),
-    (("", ""), "bfloat16", 64, "xla"),
+CASES = [  # the form of 256 tokens, and of 257
+    (H100, "bfloat16", 64, "cudnn", "xla"),
+    (H100, "bfloat16", 128, "cudnn", "xla"),
+    (H100, "float16", 8, "cudnn", "xla"),
+    (H100, "float32", 64, "xla", "xla"),
+    (H100, "bfloat16", 136, "xla", "xla"),  # too long
+    (H100, "bfloat16", 44, "xla", "xla"),  # not a multiple of 8
+    (("gpu", "Tesla T4"), "bfloat16", 64, "xla", "xla"),
+    (("gpu", "AMD Instinct MI300X"), "bfloat16", 64, "xla", "xla"),
+    (("cpu", "cpu"), "bfloat16", 64, "xla", "xla"),
+    (("", ""), "bfloat16", 64, "xla", "xla"),
+    (TPU, "bfloat16", 64, "grouped", "grouped"),
+    (TPU, "float32", 44, "grouped", "grouped"),
+    (V5P, "bfloat16", 64, "splash", "grouped"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "dtype", "head_dim", "expected"), CASES)
-def test_cudnn_where_it_can(kind, dtype, head_dim, expected):
-    assert implementation(jnp.dtype(dtype), 256, head_dim, kind) == expected
-    assert implementation(jnp.dtype(dtype), 257, head_dim, kind) == "xla"
-
-
-def test_a_tpu_goes_by_groups_of_rows():
-    for dtype, tokens, head_dim in (("bfloat16", 257, 64), ("float32", 256, 44)):
-        assert implementation(jnp.dtype(dtype), tokens, head_dim, TPU) == "grouped"
-
-
-def test_a_v5p_has_a_kernel_for_multiples_of_128_tokens_and_whole_heads():
-    def chosen(tokens: int) -> str:
-        return implementation(jnp.dtype("bfloat16"), tokens, 64, V5P)
-
-    assert [chosen(256), chosen(257), chosen(64)] == ["splash", "grouped", "grouped"]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("tensor",))):
-        assert chosen(256) == "grouped"
+@pytest.mark.parametrize(("kind", "dtype", "head_dim", "even", "odd"), CASES)
+def test_each_device_has_its_form(kind, dtype, head_dim, even, odd):
+    for tokens, expected in ((256, even), (257, odd), (64, odd if kind == V5P else even)):
+        assert implementation(jnp.dtype(dtype), tokens, head_dim, kind) == expected
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("tensor",))):  # which splits heads
+        expected = "grouped" if kind == V5P else even
+        assert implementation(jnp.dtype(dtype), 256, head_dim, kind) == expected
 
 
 def stepped(cfg, mesh) -> tuple:
@@ -84,10 +75,9 @@ OBJECTIVES = [{}, {"encoder_input": "visible", "mask_ratio": 0.75}]
 @pytest.mark.parametrize("remat", ["none", "names"])
 def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, remat):
     """The loss and every gradient, on 4 shards of rows and 2 of heads, each in several groups."""
-    model = dataclasses.replace(cfg.model, remat=remat, pooling="cls", drop_path=0.0)
+    model = {"remat": remat, "pooling": "cls", "drop_path": 0.0}
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-    objective = dataclasses.replace(cfg.objective, **objective)
-    cfg = dataclasses.replace(cfg, model=model, mesh=mesh, objective=objective, batch_size=24)
+    cfg = changed(cfg, model=model, mesh=mesh, objective=objective, batch_size=24)
     mesh = sharding.run_mesh(cfg)
     text, expected = stepped(cfg, mesh)
     monkeypatch.setattr(transformer, "device", lambda: TPU)
@@ -100,10 +90,9 @@ def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, r
 
 def for_splash(cfg, remat):
     """256 tokens in the encoder and the decoder, on 8 shards of rows."""
-    model = dataclasses.replace(cfg.model, remat=remat, patch=2, drop_path=0.0)
-    data = dataclasses.replace(cfg.data, image_size=32, eval_resize=32)
-    mesh = MeshConfig(data=4, fsdp=2)
-    return dataclasses.replace(cfg, model=model, data=data, mesh=mesh, batch_size=8)
+    model = {"remat": remat, "patch": 2, "drop_path": 0.0}
+    data = {"image_size": 32, "eval_resize": 32}
+    return changed(cfg, model=model, data=data, mesh=MeshConfig(data=4, fsdp=2), batch_size=8)
 
 
 def test_splash_gives_what_xlas_form_gives(cfg, monkeypatch):
@@ -152,9 +141,8 @@ def test_a_step_for_v5p_has_the_kernel_once_per_segment(cfg, monkeypatch, remat,
 @pytest.mark.parametrize("remat", ["none", "names"])
 def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective, remat):
     """The loss and every gradient: attention, and matmuls with and without LayerScale."""
-    model = dataclasses.replace(cfg.model, layer_scale=0.1, drop_path=0.0, remat=remat)
-    objective = dataclasses.replace(cfg.objective, **objective)
-    cfg = dataclasses.replace(cfg, model=model, objective=objective)
+    model = {"layer_scale": 0.1, "drop_path": 0.0, "remat": remat}
+    cfg = changed(cfg, model=model, objective=objective)
     text, found = stepped(cfg, one_device)
     monkeypatch.setattr(transformer, "on_one_cpu", lambda: False)
     usual_text, expected = stepped(cfg, one_device)
@@ -204,14 +192,12 @@ def test_a_step_for_cuda_has_the_kernel_once_per_segment(
     """Twice only where everything is computed again: `names` keeps what the kernel gave."""
     monkeypatch.setattr(transformer, "device", lambda: H100)
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)  # there is none to ask
-    model = dataclasses.replace(cfg.model, dtype="bfloat16", remat=remat)
-    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, image_size=16))
+    cfg = changed(cfg, data={"image_size": 16})
+    half = changed(cfg, model={"dtype": "bfloat16", "remat": remat})
     stacks = 2 + 1  # the encoder's image and masked twin, the decoder
-    found = calls(dataclasses.replace(cfg, model=model), one_device)
-    assert found == {
+    assert calls(half, one_device) == {
         "__cudnn$fmhaSoftmax": stacks * repeats,
         "__cudnn$fmhaSoftmaxBackward": stacks,
     }
     assert not calls(cfg, one_device)  # float32
-    odd = dataclasses.replace(model, pooling="cls")
-    assert not calls(dataclasses.replace(cfg, model=odd), one_device)
+    assert not calls(changed(half, model={"pooling": "cls"}), one_device)  # an odd number of tokens

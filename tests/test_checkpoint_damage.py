@@ -8,15 +8,13 @@ from pathlib import Path
 import fuzz_checkpoint
 import jax
 import pytest
-from conftest import restored
+from conftest import ONE, final_state, restored, same
 from etils import epath
 
-from supmim_jax import checkpoint, multihost, train_step
+from supmim_jax import checkpoint, multihost
 from supmim_jax.checkpoint import Checkpoint, checksums, restore
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
-
-ONE = jax.devices()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +62,17 @@ def test_the_sums_are_those_of_sha256sum(newest):
     assert written == sorted(written)  # before the commit
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"commit_timestamp_nsecs": 1e40}', "\xff"])
-def test_what_orbax_notes_as_it_commits_does_not_matter(saved, newest, text):
-    (newest / "_CHECKPOINT_METADATA").write_bytes(text.encode("latin1"))
+HARMLESS = [
+    *(("_CHECKPOINT_METADATA", x) for x in (b"", b"{", b"[1]", b"\xff")),  # orbax's own notes
+    ("_CHECKPOINT_METADATA", b'{"commit_timestamp_nsecs": 1e40}'),
+    *((x, b"x") for x in (".DS_Store", "state/._manifest.ocdbt", "state/d/.nfs00000000000a1")),
+    ("run/Thumbs.db", b"x"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), HARMLESS)
+def test_what_orbax_and_systems_note_in_directories_does_not_matter(saved, newest, name, content):
+    (newest / name).write_bytes(content)
     assert set(fuzz_checkpoint.outcomes(saved, saved.workdir).values()) == {"right"}
 
 
@@ -114,14 +120,6 @@ def test_each_damage_is_named_by_all_that_reads(saved, newest, kind):
         assert "--use_older_checkpoint" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", [".DS_Store", "state/._manifest.ocdbt", "state/d/.nfs00000000000a1", "run/Thumbs.db"]
-)
-def test_what_systems_leave_in_directories_does_not_matter(saved, newest, name):
-    (newest / name).write_text("x")
-    assert set(fuzz_checkpoint.outcomes(saved, saved.workdir).values()) == {"right"}
-
-
 def test_a_whole_checkpoint_with_more_files_is_refused_and_never_set_aside(saved, newest):
     (newest / "state/more").write_text("")
     for read in fuzz_checkpoint.READERS.values():
@@ -145,7 +143,7 @@ def test_a_save_that_cannot_be_restored_does_not_count(saved, newest, monkeypatc
 
     monkeypatch.setattr(checksums, "check_arrays", losing)
     checkpoints = checkpoint.Checkpoints(saved.workdir, saved.cfg.checkpoint)
-    state, _ = restored(checkpoints.workdir, 8, saved.built.state)
+    state, _ = restored(checkpoints.workdir, 8, saved.like)
     with pytest.raises(SetupError, match=r"state .*60 arrays"):
         checkpoints.save(state.replace(step=jax.numpy.int32(12)), saved.cfg, saved.run)
         checkpoints.wait()
@@ -177,7 +175,7 @@ def test_a_state_of_another_step_is_refused_whatever_the_rest_says(saved, newest
     shutil.copytree(newest.parent / "4" / "state", newest / "state")
     monkeypatch.setattr(restore, "verify", lambda directory: None)
     with pytest.raises(SetupError, match=f"{newest} is damaged: it holds the state of step 4"):
-        restored(saved.workdir, 8, saved.built.state)
+        restored(saved.workdir, 8, saved.like)
 
 
 def test_what_orbax_cannot_read_is_no_traceback(saved, newest, monkeypatch):
@@ -219,7 +217,7 @@ def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
         assert f"It is kept as {root / expected}; going on from step 4." in capsys.readouterr().err
         assert largest(root / expected).read_bytes() == kept
         assert checkpoint.steps(saved.workdir) == [4]
-        state, _ = restored(checkpoints.workdir, 4, saved.built.state)
+        state, _ = restored(checkpoints.workdir, 4, saved.like)
         checkpoints.save(state.replace(step=jax.numpy.int32(8)), saved.cfg, saved.run)
         checkpoints.close()
         assert not (root / "12.orbax-checkpoint-tmp").exists()  # left by a save that was killed
@@ -232,18 +230,17 @@ def test_damaged_checkpoints_are_set_aside_if_asked(saved, newest, capsys):
     assert names == {"4.damaged", "8.damaged", "8.damaged-2", "8.damaged-3"}
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_as_if_nothing_was(supervised, tmp_path, one_device):
+def test_a_run_goes_on_from_an_older_checkpoint_as_if_nothing_was(supervised, tmp_path):
     results = train(supervised, tmp_path, devices=ONE)
     assert set(results) >= {"top1", "knn"} == set(supervised.metrics)
-    like = train_step.build(supervised, one_device).state
-    whole, _ = restored(tmp_path, 12, like)
+    whole, _ = final_state(supervised, tmp_path)
     change(largest(tmp_path / "checkpoints" / "12"))
     (tmp_path / "results.json").unlink()
     with pytest.raises(SetupError, match=r"checkpoints/12 is damaged.*--use_older_checkpoint"):
         train(supervised, tmp_path, devices=ONE)
     again = train(supervised, tmp_path, devices=ONE, use_older_checkpoint=True)
-    found, _ = restored(tmp_path, 12, like)
-    assert fuzz_checkpoint.same(found, whole) and again["knn"] == results["knn"]
+    found, _ = final_state(supervised, tmp_path)
+    assert same(found, whole) and again["knn"] == results["knn"]
     assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
 
 

@@ -1,12 +1,10 @@
 """CMAE: its three losses by hand, the momentum branch, and what the position task can see."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch
+from conftest import make_batch, train_on
 from flax import nnx
 
 from supmim_jax import sharding, train_step
@@ -87,7 +85,7 @@ def test_reconstruction_is_the_sum_over_views_with_one_mask(cmae):
     single = with_tasks(cmae, contrastive=OFF, position=NOWHERE)
     batch = make_batch(cfg)
     _, terms = model(cfg).loss(batch, KEY)
-    views = [dataclasses.replace(batch, views=(view,)) for view in batch.views]
+    views = [batch.replace(views=(view,)) for view in batch.views]
     each = [model(single).loss(view, KEY)[0] for view in views]
     np.testing.assert_allclose(terms["reconstruction"], sum(each), rtol=1e-6)
     assert each[0] != each[1]
@@ -207,18 +205,13 @@ def test_keys_are_constants_of_the_gradient(cmae, one_device, monkeypatch):
 
 def test_eight_devices_give_what_one_gives(cmae, one_device):
     """InfoNCE's negatives are those of the global batch, wherever they are."""
-    found = []
-    for devices in (one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))):
-        built = train_step.build(cmae, devices)
-        state, metrics = built.init(jax.random.key(0)), []
-        for step in range(4):
-            batch = sharding.put(make_batch(cmae, step), built.batch)
-            state, values = built.step(state, batch, {})
-            metrics.append([float(values[k]) for k in sorted(values)])
-        found.append((np.array(metrics), jax.tree.map(np.asarray, state)))
-    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    meshes = one_device, sharding.make_mesh(MeshConfig(data=4, fsdp=2))
+    batches = [make_batch(cmae, step) for step in range(4)]
+    (one, expected), (eight, found) = (train_on(cmae, mesh, batches) for mesh in meshes)
+    close(found, expected, rtol=1e-5)
     # Where a gradient is next to nothing, Adam magnifies its rounding: the norm of all is compared.
-    a, b = (np.concatenate([x.ravel() for x in jax.tree.leaves(s.moving)]) for _, s in found)
+    states = [jax.tree.leaves(x.moving) for x in (one, eight)]
+    a, b = (np.concatenate([np.ravel(x) for x in state]) for state in states)
     assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a)
 
 
@@ -226,13 +219,9 @@ def test_every_term_falls_on_one_batch(cmae, one_device):
     cfg = with_tasks(cmae, contrastive=ContrastiveConfig(weight=1.0, temperature=0.2))
     optim = OptimConfig(lr=3e-3, warmup_epochs=1, weight_decay=0.0)
     cfg = changed(cfg, epochs=40, optim=optim)
-    built = train_step.build(cfg, one_device)
-    state, batch, terms = built.init(jax.random.key(0)), make_batch(cfg), []
-    batch = dataclasses.replace(batch, views=batch.views[:1] * 2)  # noise has nothing in common
-    for _ in range(cfg.total_steps):
-        state, metrics = built.step(state, batch, {})
-        terms.append({k: float(v) for k, v in metrics.items()})
-    first, last = terms[0], terms[-1]
+    batch = make_batch(cfg)
+    batch = batch.replace(views=batch.views[:1] * 2)  # noise has nothing in common
+    _, (first, *_, last) = train_on(cfg, one_device, [batch] * cfg.total_steps)
     assert last["reconstruction"] < 0.95 * first["reconstruction"]
     assert last["position"] < 0.8 * first["position"]
     assert last["contrastive"] < first["contrastive"] - 0.5

@@ -1,13 +1,10 @@
 """Config files: found with what they import from anywhere, and their mistakes are told by line."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 
 from supmim_jax import cli
 from supmim_jax.errors import SetupError
@@ -135,12 +132,6 @@ COMMANDS = [
 def test_every_command_ends_with_2_and_a_paragraph(command, tmp_path):
     (tmp_path / "mine.py").write_text("x = undefined")
     name, *flags = command
-    out = subprocess.run(
-        [sys.executable, "-m", f"supmim_jax.{name}", *flags, "--config=mine.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": REPOSITORY},
-        capture_output=True,
-        text=True,
-    )
+    out = python("-m", f"supmim_jax.{name}", *flags, "--config=mine.py", cwd=tmp_path)
     assert out.returncode == 2 and "mine.py, line 1: NameError" in out.stderr
     assert "Traceback" not in out.stderr and list(tmp_path.iterdir()) == [tmp_path / "mine.py"]

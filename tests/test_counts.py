@@ -4,7 +4,6 @@ Of configs/debug.py and its kin, compiled as the other tests compile (XLA's CPU 
 Where a number here moves on purpose, or with a new compiler, take over the one that the test found.
 """
 
-import dataclasses
 import re
 from collections import Counter
 
@@ -14,12 +13,12 @@ import pytest
 from configs import debug, debug_supervised
 from supmim_jax import sharding, train_step
 from supmim_jax.config import (
-    ClassificationConfig,
     CMAEConfig,
     DecoderConfig,
     MAEConfig,
     MeshConfig,
     SupervisedConfig,
+    changed,
 )
 from supmim_jax.models import transformer
 from supmim_jax.models.masking import num_masked
@@ -41,10 +40,8 @@ def config(name: str):
         return debug_supervised.experiment()
     cfg = debug.experiment()
     if name == "visible":
-        objective = dataclasses.replace(cfg.objective, encoder_input="visible", mask_ratio=0.75)
-        return dataclasses.replace(cfg, objective=objective)
-    remat = {"masked": "none"}.get(name, name)
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat=remat))
+        return changed(cfg, objective={"encoder_input": "visible", "mask_ratio": 0.75})
+    return changed(cfg, model={"remat": {"masked": "none"}.get(name, name)})
 
 
 def compiled(cfg, mesh):
@@ -98,19 +95,16 @@ DECODER = DecoderConfig(depth=2, width=32, mlp_dim=64, heads=2)
 @pytest.mark.parametrize("name", ["mae", "cmae", "supmim", "drawn"])
 def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_device, name):
     """SupMIM with visible patches only, CLS, LayerScale and rematerialization; or drawn ratios."""
-    supmim = dataclasses.replace(
-        cfg.objective, decoder=DECODER, encoder_input="visible", mask_ratio=0.75
-    )
-    mixed = ClassificationConfig(mixup=0.5)  # so that the branches embed different images
-    drawn = dataclasses.replace(cfg.objective, mask_ratio_std=0.25, classification=mixed)
-    objective, changes = {
+    supmim = {"decoder": DECODER, "encoder_input": "visible", "mask_ratio": 0.75}
+    mixed = {"mixup": 0.5}  # so that the branches embed different images
+    objective, model = {
         "mae": (MAEConfig(), {"pooling": "cls"}),
         "cmae": (CMAEConfig(), {"pooling": "gap"}),
         "supmim": (supmim, {"pooling": "cls", "layer_scale": 1e-4, "remat": "names"}),
-        "drawn": (drawn, {}),
+        "drawn": ({"mask_ratio_std": 0.25, "classification": mixed}, {}),
     }[name]
-    model = dataclasses.replace(cfg.model, width=64, mlp_dim=128, drop_path=0.0, **changes)
-    cfg = dataclasses.replace(cfg, model=model, objective=objective)
+    model |= {"width": 64, "mlp_dim": 128, "drop_path": 0.0}
+    cfg = changed(cfg, model=model, objective=objective)
     result = flops.measure(cfg, one_device)
     assert result["ratio_with_recomputed"] == pytest.approx(1.0, abs=1e-6)
     assert result["ratio"] < 1.02  # attention's logits only, LayerScale or not
@@ -122,11 +116,10 @@ def test_objectives_with_everything_on_cost_what_the_arithmetic_says(cfg, one_de
 def test_a_step_repeats_no_work_and_sends_parameters_and_gradients_alone(cfg, branch, fsdp):
     """In bytes of all parameters: gathered twice by FSDP, reduced once; XLA's CPU backend reduces
     whole gradients where a TPU's scatters them, which sends as much as each is given."""
-    objective = SupervisedConfig()
-    if branch == "supmim":  # of a single block of a decoder XLA repeats nothing
-        objective = dataclasses.replace(cfg.objective, decoder=DECODER)
-    model = dataclasses.replace(cfg.model, width=128, mlp_dim=512, remat="names")
-    cfg = dataclasses.replace(cfg, objective=objective, model=model)
+    # Of a single block of a decoder XLA repeats nothing.
+    objective = {"decoder": DECODER} if branch == "supmim" else SupervisedConfig()
+    model = {"width": 128, "mlp_dim": 512, "remat": "names"}
+    cfg = changed(cfg, objective=objective, model=model)
     prog, step, result = compiled(cfg, sharding.make_mesh(MeshConfig(fsdp=fsdp)))
     work = result["analytic_gf_per_image"] + result["recomputed_gf_per_image"]
     assert result["hlo_gf_per_image"] + shared_embedding(cfg) == pytest.approx(work, rel=1e-6)
@@ -148,13 +141,12 @@ def test_logits_are_of_masked_patches_alone_and_all_but_the_head_is_in_bfloat16(
     """Forward and backward; and no gather or scatter, which XLA does not fuse, makes others."""
     monkeypatch.setattr(transformer, "on_one_cpu", lambda: False)  # which has flat rows
     cfg, codes = config(name), 40  # no other array has 40 columns
-    target = dataclasses.replace(cfg.objective.target, codes=codes)
-    cfg = dataclasses.replace(
+    cfg = changed(
         cfg,
         batch_size=8,
-        model=dataclasses.replace(cfg.model, dtype="bfloat16"),
-        objective=dataclasses.replace(cfg.objective, target=target),
-        tokens=dataclasses.replace(cfg.tokens, cache="any"),
+        model={"dtype": "bfloat16"},
+        objective={"target": {"codes": codes}},
+        tokens={"cache": "any"},
     )
     prog = train_step.build(cfg, one_device)
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()

@@ -1,24 +1,19 @@
 """Whole runs: resume, commands, and what a person sees when something is wrong."""
 
-import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import REPOSITORY, restored
+from conftest import ONE, final_state, metric_lines, python, same, train_command
 from etils import epath
 
-from supmim_jax import checkpoint, evals, init_from, probe, sharding, train_step, visualize
+from supmim_jax import checkpoint, evals, init_from, probe, train_step, visualize
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import CheckpointConfig, InitConfig, SupervisedConfig
+from supmim_jax.config import CheckpointConfig, InitConfig, changed
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data import loader
 from supmim_jax.errors import SetupError
@@ -26,32 +21,15 @@ from supmim_jax.metrics import MetricsWriter
 from supmim_jax.train import train
 from supmim_jax.watchdog import Diverged
 
-ONE = jax.devices()[:1]
 
-
-def final_state(cfg, workdir, one_device):
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, run = restored(
-        checkpoints.workdir, checkpoints.latest(), train_step.build(cfg, one_device).state
-    )
-    return jax.tree.map(np.asarray, checkpoint.plain(state)), run
-
-
-def metric_lines(workdir) -> list[dict]:
-    timing = ("images_per_second", "data_wait")
-    lines = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timing} for line in lines]
-
-
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, one_device, tmp_path):
-    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=3))
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, tmp_path):
+    cfg = changed(cfg, eval={"every": 3})
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     results = train(cfg, whole, devices=ONE)
     for stop_at in (3, 7, None):
         resumed = train(cfg, parts, stop_at=stop_at, devices=ONE)
-    (a, run), (b, other) = (final_state(cfg, d, one_device) for d in (whole, parts))
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    (a, run), (b, other) = (final_state(cfg, d) for d in (whole, parts))
+    assert same(a, b)
     assert run["position"] == other["position"] == 12 * 16 and run["seconds"] > 0
     assert (results["top1"], results["knn"]) == (resumed["top1"], resumed["knn"])
     a, b = metric_lines(whole), metric_lines(parts)
@@ -95,7 +73,7 @@ def test_metrics_after_the_checkpoint_are_rewritten_on_resume(cfg, tmp_path):
 
 
 def test_an_evaluation_that_was_done_is_not_repeated(cfg, tmp_path, monkeypatch):
-    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, every=3))
+    cfg = changed(cfg, eval={"every": 3})
     train(cfg, tmp_path, stop_at=4, devices=ONE)
     shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if killed before it was complete
     monkeypatch.setattr(evals, "run_all", lambda *_: pytest.fail("it was done"))
@@ -109,30 +87,27 @@ def test_a_workdir_of_another_config_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=2, devices=ONE)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(SetupError, match=r"another config: config\.seed: 0; 1 .*Choose another"):
-        train(dataclasses.replace(cfg, seed=1), tmp_path, devices=ONE)
+        train(changed(cfg, seed=1), tmp_path, devices=ONE)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 
-def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, one_device, tmp_path):
+def test_a_run_goes_on_with_another_mesh_and_other_logging(cfg, tmp_path):
     train(cfg, tmp_path, stop_at=4, devices=ONE)
-    mesh, log = dataclasses.replace(cfg.mesh, fsdp=2), dataclasses.replace(cfg.log, every=1)
-    train(dataclasses.replace(cfg, mesh=mesh, log=log), tmp_path, 6, jax.devices()[:2])
+    train(changed(cfg, mesh={"fsdp": 2}, log={"every": 1}), tmp_path, 6, jax.devices()[:2])
     assert [line["step"] for line in metric_lines(tmp_path)] == [2, 4, 5, 6]
-    assert final_state(cfg, tmp_path, one_device)[1]["position"] == 96
+    assert final_state(cfg, tmp_path)[1]["position"] == 96
     assert probe.probe(Checkpoint.open(str(tmp_path))).mesh.size == 8
 
 
 def test_a_tokenizer_that_cannot_be_fitted_leaves_nothing_behind(cfg, tmp_path):
-    tokenizer = dataclasses.replace(cfg.objective.target, codes=60000)
-    objective = dataclasses.replace(cfg.objective, target=tokenizer)
+    cfg = changed(cfg, objective={"target": {"codes": 60000}})
     with pytest.raises(SetupError, match="distinct patches"):
-        train(dataclasses.replace(cfg, objective=objective), tmp_path / "run", devices=ONE)
+        train(cfg, tmp_path / "run", devices=ONE)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_stops_and_says_where(cfg, tmp_path):
-    optim = dataclasses.replace(cfg.optim, lr=1e30, warmup_epochs=0.0, clip=0.0)
-    cfg = dataclasses.replace(cfg, optim=optim)
+    cfg = changed(cfg, optim={"lr": 1e30, "warmup_epochs": 0.0, "clip": 0.0})
     with pytest.raises(Diverged, match=r"Step \d+ is not finite: .*mim=.*Ids of its batch: \d+, "):
         train(cfg, tmp_path, devices=ONE)
     assert checkpoint.Checkpoints(tmp_path, cfg.checkpoint).latest() is None
@@ -155,16 +130,6 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     assert (tokens[~hidden] == predicted[~hidden]).all()
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -180,48 +145,33 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--config=configs/debug.py:dbug"], "argument 'dbug' is unknown"),
         (["--config=configs/none.py"], "--config names no readable file"),
         (["--config.data.data_dir=/proc/here"], "Set config.data.data_dir"),
+        (["--workdir=setup.py/run"], "setup.py/run cannot be written"),
+        (["--workdir=s3://bucket/run"], "s3://bucket/run"),
         (["--distributed"], "--distributed found no TPU VM or Slurm job"),
         (["--confg=x"], "confg"),
         (["surplus"], "Unknown argument 'surplus'"),
     ],
 )
-def test_a_mistake_is_answered_by_a_paragraph_and_nothing_written(arguments, message, tmp_path):
-    out = command(
-        "supmim_jax.train", "--config=configs/debug.py", f"--workdir={tmp_path / 'run'}", *arguments
-    )
+def test_a_mistake_is_answered_by_a_paragraph_and_nothing_written(
+    arguments, message, data_dir, tmp_path
+):
+    command = train_command(tmp_path / "run", data_dir, *arguments, config="debug")
+    out = python(*command, JAX_NUM_CPU_DEVICES="2")
     assert out.returncode == 2 and message in out.stderr
     assert "Traceback" not in out.stderr and out.stderr.count("error: ") == 1
     assert len(out.stderr.strip().splitlines()) <= 4
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_workdir_is_answered_by_a_paragraph(tmp_path, data_dir):
-    (tmp_path / "file").write_text("")
-    out = command(
-        "supmim_jax.train",
-        "--config=configs/debug.py",
-        f"--config.data.data_dir={data_dir}",
-        f"--workdir={tmp_path}/file/run",
-    )
-    assert out.returncode == 2 and "Traceback" not in out.stderr
-    assert "file/run cannot be written" in out.stderr and "Choose a directory" in out.stderr
-
-
 def test_probe_without_a_checkpoint_is_answered_by_a_paragraph(tmp_path):
-    out = command("supmim_jax.probe", f"--checkpoint={tmp_path}")
+    out = python("-m", "supmim_jax.probe", f"--checkpoint={tmp_path}")
     assert out.returncode == 2 and "There is no checkpoint in" in out.stderr
     assert "Traceback" not in out.stderr
 
 
 def test_training_from_the_command_line(data_dir, tmp_path):
-    overrides = ["epochs=0.4", "log.every=1", "model.depth=1", "checkpoint.every=1"]
-    out = command(
-        "supmim_jax.train",
-        "--config=configs/debug_supervised.py",
-        f"--workdir={tmp_path}",
-        f"--config.data.data_dir={data_dir}",
-        *(f"--config.{override}" for override in overrides),
-    )
+    more = "--config.epochs=0.4", "--config.checkpoint.every=1"
+    out = python(*train_command(tmp_path, data_dir, *more), JAX_NUM_CPU_DEVICES="2")
     assert out.returncode == 0, out.stderr
     saved = from_configdict(json.loads((tmp_path / "config.json").read_text()))
     assert (saved.epochs, saved.model.depth, saved.total_steps) == (0.4, 1, 2)
@@ -229,10 +179,9 @@ def test_training_from_the_command_line(data_dir, tmp_path):
 
 
 def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought_along(
-    cfg, tmp_path
+    supervised, one_device, tmp_path
 ):
-    plain = dataclasses.replace(cfg, objective=SupervisedConfig())
-    ema = dataclasses.replace(plain, optim=dataclasses.replace(plain.optim, ema=0.9))
+    plain, ema = supervised, changed(supervised, optim={"ema": 0.9})
     ways = {name: tmp_path / name for name in ("plain", "whole", "resumed")}
     train(plain, ways["plain"], devices=ONE)
     results = train(ema, ways["whole"], devices=ONE)
@@ -247,26 +196,21 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     jax.tree.map(np.testing.assert_array_equal, found["params"], without["params"])
     assert "ema" not in without
     # By hand, from the parameters after each step.
-    steps = dataclasses.replace(plain, checkpoint=CheckpointConfig(every=1, keep=99))
-    train(steps, tmp_path / "steps", devices=ONE)
     ways["steps"] = tmp_path / "steps"
-    first = (
-        train_step.build(plain, sharding.make_mesh(plain.mesh, ONE)).init(jax.random.key(0)).params
-    )
+    train(changed(plain, checkpoint=CheckpointConfig(every=1, keep=99)), ways["steps"], devices=ONE)
+    first = train_step.build(plain, one_device).init(jax.random.key(0)).params
     average = jax.tree.map(lambda x: np.asarray(x, np.float64), first)
     for step in range(1, 13):
         params = state("steps", step)["params"]
         average = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, average, params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found["ema"], average)
-    assert (
-        probe.probe(Checkpoint.open(str(ways["whole"])), devices=ONE).results.metrics["knn"]
-        == results["knn"]
-    )
+    probed = probe.probe(Checkpoint.open(str(ways["whole"])), devices=ONE)
+    assert probed.results.metrics["knn"] == results["knn"]
     for location in (f"{ways['whole']}@ema", f"{ways['whole']}@8@ema"):
         assert checkpoint.locate(location).name in location + "@12"
     with pytest.raises(SetupError, match="plain@ema"):
         Checkpoint.open(f"{ways['plain']}@ema")
-    tuned = dataclasses.replace(plain, init=InitConfig(checkpoint=str(ways["whole"])))
-    built = train_step.build(tuned, sharding.make_mesh(tuned.mesh, ONE))
+    tuned = changed(plain, init=InitConfig(checkpoint=str(ways["whole"])))
+    built = train_step.build(tuned, one_device)
     begun = init_from.InitialState.open(tuned, built).make().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, begun, found["ema"]["encoder"])

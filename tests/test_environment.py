@@ -1,16 +1,12 @@
 """What a run notes about where it was trained."""
 
-import dataclasses
 import json
-import os
 import subprocess
-import sys
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import FAST, REPOSITORY
+from conftest import ONE, python, same, train_command
 from etils import epath
 
 from supmim_jax import environment as environment_module
@@ -21,6 +17,7 @@ from supmim_jax.config import (
     SupMIMConfig,
     VQGANConfig,
     VQGANObjectiveConfig,
+    changed,
 )
 from supmim_jax.errors import SetupError
 from supmim_jax.workdir import Workdir
@@ -68,7 +65,7 @@ def test_parts_are_noted_where_the_environment_changes_and_no_later():
 
 
 def test_training_notes_what_it_runs_on(cfg, tmp_path):
-    train.train(cfg, tmp_path, stop_at=1, devices=jax.devices()[:1])
+    train.train(cfg, tmp_path, stop_at=1, devices=ONE)
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:2])
     Workdir(epath.Path(tmp_path), cfg).record_environment(1, mesh)
     parts = json.loads((tmp_path / "environment.json").read_text())
@@ -133,44 +130,28 @@ def test_a_run_that_noted_no_settings_goes_on(cfg, tmp_path):
     ids=lambda x: x.name,
 )
 def test_types_do_not_depend_on_jax_enable_x64(objective, cfg, one_device, jax_setting):
-    model = dataclasses.replace(cfg.model, pooling="cls", positions="learned", layer_scale=1e-4)
-    crop = "contrastive" if objective.name == "cmae" else cfg.data.crop
-    data = dataclasses.replace(cfg.data, crop=crop)
-    cfg = dataclasses.replace(cfg, model=model, data=data, objective=objective)
+    model = {"pooling": "cls", "positions": "learned", "layer_scale": 1e-4}
+    data = {"crop": "contrastive"} if objective.name == "cmae" else {}
+    cfg = changed(cfg, model=model, data=data, objective=objective)
     jax_setting("jax_enable_x64", True)
     prog = train_step.build(cfg, one_device)
     found = {str(x.dtype) for x in jax.tree.leaves((prog.state, prog.frozen))}
     assert found == {"float32", "int32"}
 
 
-def run(*arguments: str, **env) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"} | env
-    environment["XLA_FLAGS"] = FAST
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_what_the_code_relies_on_is_so_whatever_the_environment_says(data_dir, tmp_path):
-    command = ["-m", "supmim_jax.train", "--config=configs/debug_supervised.py"]
-    command += ["--config.model.width=16", "--config.model.depth=1", "--config.epochs=1"]
-    command += ["--config.model.layer_scale=0.1"]
-    command += ["--config.eval.which=('top1',)", f"--config.data.data_dir={data_dir}", "--workdir"]
+    flags = ["--config.model.width=16", "--config.epochs=1", "--config.model.layer_scale=0.1"]
+    flags += ["--config.eval.which=('top1',)"]
     env = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict"}
     env["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     found = []
     for name, given in (("plain", {}), ("set", env)):
-        out = run(*command, str(tmp_path / name), **given)
+        out = python(*train_command(tmp_path / name, data_dir, *flags), **given)
         assert out.returncode == 0, out.stderr
         state = tmp_path / name / "checkpoints" / "4" / "state"
         found.append(jax.tree.leaves(ocp.PyTreeCheckpointer().restore(state)))
     plain, other = found
-    assert [x.dtype for x in plain] == [x.dtype for x in other]
-    assert all(np.array_equal(x, y) for x, y in zip(plain, other, strict=True))
+    assert [x.dtype for x in plain] == [x.dtype for x in other] and same(plain, other)
 
 
 def test_steps_of_a_command_on_a_cpu_reuse_memory():
@@ -188,7 +169,7 @@ def test_steps_of_a_command_on_a_cpu_reuse_memory():
         "before = faults()\n"
         "print(faults() - before)\n"
     )
-    out = run("-c", code, JAX_PLATFORMS="cpu")
+    out = python("-c", code, JAX_PLATFORMS="cpu")
     assert out.returncode == 0, out.stderr
     # 20 steps with an array of 16,384 pages each; blocks of other threads may cost a few new ones
     assert int(out.stdout) < 5 * 16384
@@ -202,7 +183,7 @@ def test_a_device_that_is_not_there(command, platforms, tmp_path):
     flags = ["--config=configs/debug.py", f"--workdir={tmp_path}/run"]
     if command == "cache_tokens":
         flags = [flags[0], f"--cache={tmp_path}/run", "--epochs=1"]
-    out = run("-m", f"supmim_jax.{command}", *flags, JAX_PLATFORMS=platforms)
+    out = python("-m", f"supmim_jax.{command}", *flags, JAX_PLATFORMS=platforms)
     assert out.returncode == 2 and "Traceback" not in out.stderr
     assert f"JAX_PLATFORMS is '{platforms}'" in out.stderr and "There is cpu" in out.stderr
 
@@ -217,5 +198,5 @@ def test_a_device_that_another_process_has_may_be_there_the_next_time():
         "xla_bridge.register_backend_factory('busy', busy)\n"
         "cli.start(jax.devices)\n"
     )
-    out = run("-c", code, JAX_PLATFORMS="busy")
+    out = python("-c", code, JAX_PLATFORMS="busy")
     assert out.returncode == 1 and "pid 7" in out.stderr and "Traceback" not in out.stderr

@@ -10,11 +10,10 @@ import typing
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ONE
 from flax import nnx
-from test_end_to_end import ONE
 
 from supmim_jax import cli, probe
 from supmim_jax.checkpoint import Checkpoint
@@ -106,6 +105,6 @@ def test_a_sixth_objective_and_another_evaluation(
     assert results["objective"] == "brightness" and {"knn", "norm"} <= set(results)
     best = Checkpoint.open(f"{tmp_path / 'run'}@best")
     assert best.config == cfg
-    measured = probe.probe(best, devices=jax.devices()[:1]).results.metrics
+    measured = probe.probe(best, devices=ONE).results.metrics
     assert set(measured) == {"knn", "norm"}
     assert "brightness" in write(str(tmp_path / "run")).read_text()

@@ -1,17 +1,16 @@
 """Runs that start from another run's encoder."""
 
-import dataclasses
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_batch, make_frozen, restored
+from conftest import ONE, make_batch, make_frozen, random_state, restored, same, save
 from flax import nnx
 from PIL import Image
 
-from supmim_jax import checkpoint, init_from, sharding, train_step
 from supmim_jax import encoder as encoder_module
+from supmim_jax import init_from, sharding, train_step
 from supmim_jax.config import (
     Config,
     InitConfig,
@@ -26,25 +25,6 @@ from supmim_jax.models.transformer import sincos2d
 from supmim_jax.models.vit import ViT
 from supmim_jax.train import train
 
-ONE = jax.devices()[:1]
-
-
-def written(cfg: Config, workdir) -> dict:
-    """A checkpoint of random numbers; its parameters."""
-    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
-    random = np.random.default_rng(0)
-    state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), prog.state).replace(step=7)
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    numbers = {"position": 7 * cfg.batch_size, "seconds": 0.0}
-    checkpoints.save(sharding.put(state, prog.state), cfg, numbers)
-    checkpoints.close()
-    return jax.tree.map(np.float32, state.params)
-
-
-def same(a, b) -> bool:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
-
 
 def started(cfg: Config, step_fn):
     return init_from.InitialState.open(cfg, step_fn).make()
@@ -53,7 +33,8 @@ def started(cfg: Config, step_fn):
 @pytest.fixture
 def source(cfg, tmp_path) -> tuple[str, dict]:
     """The workdir of a SupMIM run, and its parameters."""
-    return str(tmp_path / "source"), written(cfg, tmp_path / "source")
+    state = random_state(cfg, 7)
+    return save(cfg, tmp_path / "source", state), jax.tree.map(np.asarray, state.params)
 
 
 @pytest.mark.parametrize(("objective", "head"), [("supervised", "new"), ("supmim", "keep")])
@@ -70,7 +51,7 @@ def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
     assert set(state.params) == set(fresh.params) == set(prog.state.params)
     for name in state.params:
         assert same(state.params[name], (theirs if name in kept else fresh.params)[name]), name
-    assert same(dataclasses.replace(state, params=0), dataclasses.replace(fresh, params=0))
+    assert same(state.replace(params=0), fresh.replace(params=0))
     assert int(state.step) == 0
     layouts = [jax.tree.map(lambda x: x.sharding, x) for x in (state, prog.state)]
     assert layouts[0] == layouts[1]
@@ -157,9 +138,9 @@ def test_what_is_not_the_same_encoder_is_refused(supervised, source, one_device)
 def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, tmp_path):
     tokenizer = VQGANConfig(filters=4, multipliers=(1, 1), res_blocks=1, groups=2, code_dim=4)
     vqgan = changed(cfg, objective=VQGANObjectiveConfig(tokenizer=tokenizer))
-    written(vqgan, tmp_path / "vqgan")
+    other = save(vqgan, tmp_path / "vqgan", random_state(vqgan, 7))
     for base, workdir, message in (
-        (supervised, str(tmp_path / "vqgan"), "has no params/encoder; it has params/tokenizer"),
+        (supervised, other, "has no params/encoder; it has params/tokenizer"),
         (vqgan, source[0], "objective 'vqgan' trains no encoder"),
     ):
         cfg = changed(base, init={"checkpoint": workdir})
@@ -173,8 +154,8 @@ def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, 
 
 def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_device, tmp_path):
     cfg = changed(cfg, model={"positions": "sincos2d"})
-    written(cfg, tmp_path)
-    cfg = changed(cfg, init={"checkpoint": str(tmp_path)}, data={"image_size": 24})
+    workdir = save(cfg, tmp_path, random_state(cfg, 7))
+    cfg = changed(cfg, init={"checkpoint": workdir}, data={"image_size": 24})
     step_fn = train_step.build(cfg, one_device)
     with pytest.raises(SetupError, match=r"config\.model\.position_grid: 5; 6"):
         init_from.InitialState.open(cfg, step_fn)
@@ -184,7 +165,7 @@ def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_
 
 
 def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
-    supervised, source, tmp_path
+    supervised, source, one_device, tmp_path
 ):
     workdir, theirs = source
     init = {"checkpoint": workdir, "head": "keep"}
@@ -194,7 +175,7 @@ def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
     train(cfg, parts, stop_at=2, devices=ONE)
     shutil.rmtree(workdir)
     train(cfg, parts, stop_at=4, devices=ONE)
-    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(), ONE))
+    prog = train_step.build(cfg, one_device)
     ends = [restored(d, 4, prog.state)[0] for d in (whole, parts)]
     assert same(*ends)
     kernel = [p["encoder"]["patches"]["kernel"] for p in (ends[0].params, theirs)]

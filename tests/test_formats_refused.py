@@ -165,7 +165,7 @@ def test_a_run_of_neither_classifier_nor_encoder_is_not_exported_nor_a_config(
     name = {"segmenter": "finetune_segmentation_debug", "tokenizer": "vqgan_debug"}[leaves]
     cfg = importlib.import_module(f"configs.{name}").experiment()
     state = TrainState(jnp.zeros((), jnp.int32), {"x": jnp.zeros(1)}, {}, ())
-    save(state, cfg, tmp_path / "run")
+    save(cfg, tmp_path / "run", state)
     with pytest.raises(SetupError, match=f"leaves a {leaves}"):
         export.export(str(tmp_path / "run"), "timm", tmp_path / "out")
     assert not (tmp_path / "out").exists()

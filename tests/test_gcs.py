@@ -1,30 +1,24 @@
 """The life of a run in a bucket, gs:// as an emulator on this machine serves it (gcs.py)."""
 
-import dataclasses
 import http.server
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
-import jax
 import pytest
-from conftest import REPOSITORY
+from conftest import ONE, REPOSITORY, metric_lines, python, train_command
 from etils import epath
 from test_processes import ended, places, started
 
 from supmim_jax import cache_tokens, checkpoint, export, import_weights, probe, storage
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import Config, InitConfig, TokensConfig
+from supmim_jax.config import Config, InitConfig, TokensConfig, changed
 from supmim_jax.data.prepare import folder
 from supmim_jax.errors import SetupError
 from supmim_jax.report import __main__ as report
 from supmim_jax.train import train
-
-ONE = jax.devices()[:1]
 
 
 @pytest.fixture
@@ -42,17 +36,12 @@ def beasts(cfg, photos, here) -> Config:
     said = folder.prepare(epath.Path(photos), "beasts", str(here / "data"))
     again = folder.prepare(epath.Path(photos), "beasts", str(here / "data"))
     assert "beasts" in said and "Prepared already" in again
-    # fmt: off
-    data = dataclasses.replace(
-        cfg.data, name="beasts", data_dir=str(here / "data"), num_classes=3, train_split="train",
-        train_examples=36, channels=3, image_size=20, crop="inception",
-    )
-    # fmt: on
-    rules = dataclasses.replace(cfg.checkpoint, every=2, keep=2)
-    cfg = dataclasses.replace(cfg, batch_size=12, data=data, checkpoint=rules)
+    data = {"name": "beasts", "data_dir": str(here / "data"), "num_classes": 3, "channels": 3}
+    data |= {"train_split": "train", "train_examples": 36, "crop": "inception"}
+    cfg = changed(cfg, batch_size=12, data=data, checkpoint={"every": 2, "keep": 2})
     for _ in range(2):  # the second finds all shards there
         cache_tokens.tokenize(cfg, here / "tokens", views=3, records_per_shard=40)
-    return dataclasses.replace(cfg, tokens=TokensConfig(cache=str(here / "tokens")))
+    return changed(cfg, tokens=TokensConfig(cache=str(here / "tokens")))
 
 
 def test_the_life_of_a_run(beasts, here, tmp_path):
@@ -61,9 +50,7 @@ def test_the_life_of_a_run(beasts, here, tmp_path):
     assert checkpoint.steps(run) == [8, 9]
     on_disk = train(beasts, tmp_path / "run", devices=ONE)
     assert results.items() >= {(k, v) for k, v in on_disk.items() if k != "seconds"}
-    lines = [(epath.Path(x) / "metrics.jsonl").read_text() for x in (run, tmp_path / "run")]
-    steps = [[json.loads(line)["step"] for line in text.splitlines()] for text in lines]
-    assert steps[0] == steps[1]
+    assert metric_lines(run) == metric_lines(tmp_path / "run")
 
     assert probe.probe(Checkpoint.open(run), devices=ONE).results.metrics["knn"] == results["knn"]
     export.export(run, "timm", here / "exported")
@@ -73,17 +60,15 @@ def test_the_life_of_a_run(beasts, here, tmp_path):
     with pytest.raises(SetupError, match="already exists"):
         export.export(run, "timm", here / "exported")
     with storage.fetched(here / "exported") as local:
-        base = dataclasses.replace(beasts, tokens=TokensConfig())
+        base = changed(beasts, tokens=TokensConfig())
         imported = import_weights.load("timm", local, base)
         import_weights.save(here / "imported", *imported)
-    assert (
-        probe.probe(Checkpoint.open(str(here / "imported")), devices=ONE).results.metrics["knn"]
-        == results["knn"]
-    )
+    probed = probe.probe(Checkpoint.open(str(here / "imported")), devices=ONE).results
+    assert probed.metrics["knn"] == results["knn"]
     assert report.write(run) == epath.Path(run) / "report.html"
     assert (epath.Path(run) / "report.html").read_text().startswith("<!doctype html>")
-    started = dataclasses.replace(beasts, init=InitConfig(checkpoint=f"{run}@8"))
-    assert train(started, here / "started", stop_at=1, devices=ONE) == {}
+    begun = changed(beasts, init=InitConfig(checkpoint=f"{run}@8"))
+    assert train(begun, here / "started", stop_at=1, devices=ONE) == {}
     assert checkpoint.steps(here / "started") == [1]
 
 
@@ -196,14 +181,12 @@ def test_what_is_uploaded_is_compared(here, tmp_path, monkeypatch):
 
 def test_two_processes_train_in_a_bucket_and_go_on(data_dir, here, tmp_path):
     """From another clone, in another directory, after a kill."""
-    flags = ["--config.batch_size=24", "--config.checkpoint.every=4", "--config.model.depth=1"]
-    flags += [f"--config.data.data_dir={data_dir}", "--config.epochs=2", "--config.log.every=1"]
+    flags = "--config.batch_size=24", "--config.checkpoint.every=4", "--config.epochs=2"
     clone = tmp_path / "clone"
     shutil.copytree(Path(REPOSITORY, "supmim_jax"), clone / "supmim_jax")
     shutil.copytree(Path(REPOSITORY, "configs"), clone / "configs")
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "", "PYTHONPATH": ""}
-    run = ["-m", "supmim_jax.train", "--config=configs/debug_supervised.py"]
-    run += [f"--workdir={here / 'run'}", *flags]
+    run = train_command(here / "run", data_dir, *flags)
     first = started([[*run, *place] for place in places(2)], env=env)
     try:
         while 4 not in checkpoint.steps(here / "run"):
@@ -223,9 +206,7 @@ def test_each_command_of_the_readme_in_a_bucket(photos, here, tmp_path):
     """From a directory that is not the checkout; the tests above call what they call."""
 
     def command(name: str, *flags: str) -> str:
-        env = os.environ | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
-        run = [sys.executable, "-m", f"supmim_jax.{name}", *flags]
-        out = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
+        out = python("-m", f"supmim_jax.{name}", *flags, cwd=tmp_path)
         assert out.returncode == 0, out.stderr
         return out.stdout
 
@@ -233,12 +214,8 @@ def test_each_command_of_the_readme_in_a_bucket(photos, here, tmp_path):
     prepare = f"--image_folder={photos}", "--as=beasts", f"--data_dir={here / 'data'}"
     assert "Nothing was written" in command("data.prepare", *prepare, "--dry_run")
     command("data.prepare", *prepare)
-    # fmt: off
-    data = {
-        "name": "beasts", "data_dir": here / "data", "num_classes": 3, "channels": 3,
-        "train_split": "train", "train_examples": 36, "eval_split": "validation",
-    }
-    # fmt: on
+    data = {"name": "beasts", "data_dir": here / "data", "num_classes": 3, "channels": 3}
+    data |= {"train_split": "train", "train_examples": 36, "eval_split": "validation"}
     overrides = [f"--config.data.{name}={value}" for name, value in data.items()]
     overrides += ["--config.batch_size=12", "--config.epochs=3", "--config.eval.batch_size=9"]
     overrides += ["--config.checkpoint.every=3", "--config.checkpoint.keep=2"]

@@ -52,7 +52,7 @@ def run(tmp_path_factory) -> str:
     state = train_step.build(COLOUR, sharding.make_mesh(MeshConfig(), ONE)).init(jax.random.key(0))
     head = state.params["head"]
     head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
-    workdir = save(state, COLOUR, tmp_path_factory.mktemp("runs") / "run")
+    workdir = save(COLOUR, tmp_path_factory.mktemp("runs") / "run", state)
     write_json(epath.Path(workdir) / CLASS_NAMES, NAMES)
     return workdir
 

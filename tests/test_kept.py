@@ -1,6 +1,5 @@
 """What earlier versions wrote still opens: a data set, a token cache and a run's checkpoint."""
 
-import dataclasses
 import json
 import tarfile
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from supmim_jax import probe
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import InitConfig, TokensConfig
+from supmim_jax.config import InitConfig, TokensConfig, changed
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.train import train
 
@@ -28,16 +27,14 @@ def test_a_run_of_an_earlier_version_is_probed_and_trained_on(kept):
     one = jax.devices()[:1]
     results = json.loads((kept / "run" / "results.json").read_text())
     saved = from_configdict(json.loads((kept / "run" / "config.json").read_text()))
-    asked = probe.own(saved)
-    asked = dataclasses.replace(
-        asked, data=dataclasses.replace(asked.data, data_dir=str(kept / "data"))
-    )
+    data = {"data_dir": str(kept / "data")}
+    asked = changed(probe.own(saved), data=data)
     found = probe.probe(Checkpoint.open(str(kept / "run")), asked, one)
     assert found.results.metrics == {name: results[name] for name in ("top1", "knn")}
 
-    cfg = dataclasses.replace(
+    cfg = changed(
         saved,
-        data=dataclasses.replace(saved.data, data_dir=str(kept / "data")),
+        data=data,
         tokens=TokensConfig(cache=str(kept / "tokens")),
         init=InitConfig(checkpoint=str(kept / "run"), head="keep"),
     )

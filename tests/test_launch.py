@@ -5,12 +5,11 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 
 from supmim_jax import multihost
 
@@ -207,24 +206,33 @@ def verbs(calls: list[list[str]]) -> list[str]:
 
 
 RUN = ["create", "scp", "setsid", "cat ~/exit"]
+ONCE = [*RUN, "delete"]
 
 
 def test_a_slice_is_made_used_and_deleted(pod):
     out, calls = pod("--", "--config.seed=1", states=("CREATING", "WAITING", "READY"))
     assert out.returncode == 0, out.stderr
-    assert verbs(calls) == [*RUN, "delete"]
+    assert verbs(calls) == ONCE
     assert out.stderr.count("The slice is ") == 2
     assert all("--zone=z" in call for call in calls)
     assert sum("--worker=all" in call for call in calls) == 4  # copy, install, begin, exit codes
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"),
-    [(["0 2"], 2), (["1 3"], 3), (["0 1"], 1), (["143 129"], 1), (["130 143"], 130), ([], 1)],
+    ("arguments", "codes", "expected", "done"),
+    [
+        # That of the worst worker.
+        *(("", [x], y, ONCE) for x, y in (("0 2", 2), ("1 3", 3), ("0 1", 1), ("143 129", 1))),
+        *(("", ["130 143"], 130, ONCE), ("", [], 1, ONCE)),
+        # A crash is run again on the same slice, up to the limit; what cannot be mended is not.
+        ("--resume --attempts 3", ["1 0"] * 9, 1, [*RUN, *RUN[1:], *RUN[1:], "delete"]),
+        *(("--resume", [f"{x} {x}", "0 0"], x, ONCE) for x in (2, 3, 130)),
+        ("--keep", ["1 1", "0 0"], 1, RUN),  # one attempt, without --resume
+    ],
 )
-def test_the_exit_code_is_that_of_the_worst_worker(pod, codes, expected):
-    out, calls = pod(codes=codes)
-    assert out.returncode == expected and verbs(calls) == [*RUN, "delete"]
+def test_the_exit_code_and_what_is_tried_again(pod, arguments, codes, expected, done):
+    out, calls = pod(*arguments.split(), codes=codes)
+    assert out.returncode == expected and verbs(calls) == done
 
 
 def test_a_preempted_run_is_made_again_and_goes_on(pod):
@@ -239,26 +247,10 @@ def test_a_preempted_run_is_made_again_and_goes_on(pod):
     assert begun[0] == begun[1]
 
 
-def test_a_crash_is_run_again_on_the_same_slice_up_to_the_limit(pod):
-    out, calls = pod("--resume", "--attempts", "3", codes=["1 0"] * 9)
-    assert out.returncode == 1 and verbs(calls) == [*RUN, *RUN[1:], *RUN[1:], "delete"]
-
-
 def test_a_run_that_a_lost_terminal_left_is_followed_and_not_begun_again(pod):
     out, calls = pod("--resume", there=True)
     assert out.returncode == 0 and "The run is there" in out.stderr
     assert verbs(calls) == ["cat ~/exit", "delete"]
-
-
-@pytest.mark.parametrize("code", [2, 3, 130])
-def test_what_another_try_cannot_mend_is_not_tried_again(pod, code):
-    out, calls = pod("--resume", codes=[f"{code} {code}", "0 0"])
-    assert out.returncode == code and verbs(calls) == [*RUN, "delete"]
-
-
-def test_without_resume_there_is_one_attempt_and_keep_keeps_the_slice(pod):
-    out, calls = pod("--keep", codes=["1 1", "0 0"])
-    assert out.returncode == 1 and verbs(calls) == RUN
 
 
 def test_a_request_that_fails_is_no_slice(pod):
@@ -349,8 +341,7 @@ def split_lines(text: str) -> list[list[str]]:
 
 
 def jobset(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(Path(REPOSITORY, "launch/gke/jobset.py"))]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True)
+    return python("launch/gke/jobset.py", *arguments)
 
 
 ODD = ["--config", "configs/x.py", "--workdir", "gs://b/it's $(X)", '--config.y="$(HOME)": {#}']
@@ -379,11 +370,8 @@ def test_a_jobset_has_what_jax_and_gke_need(kind):
     env = {x["name"]: x["value"].replace("$$", "$") for x in container["env"]}
     assert env.pop("JAX_COMPILATION_CACHE_DIR") == "gs://b/it's $(X)/compiled"
     (rule,) = spec["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"] == {
-        "containerName": "train",
-        "operator": "In",
-        "values": [2, 3, 130],
-    }
+    ends = {"containerName": "train", "operator": "In", "values": [2, 3, 130]}
+    assert rule["onExitCodes"] == ends
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 20
     if kind is TPU:
         topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]

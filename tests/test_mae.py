@@ -1,12 +1,10 @@
 """MAE: on one batch, what it may not see, and what its picture shows."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch, save_initial
+from conftest import make_batch, save_initial, train_on
 from flax import nnx
 
 from supmim_jax import train_step, visualize
@@ -42,11 +40,8 @@ def test_the_loss_falls_far_on_one_batch(mae, one_device):
     optim = OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98)
     # 800 steps, each with another mask.
     cfg = changed(mae, batch_size=4, epochs=50, objective={"mask_ratio": 0.5}, optim=optim)
-    built = train_step.build(cfg, one_device)
-    state, batch, found = built.init(jax.random.key(0)), make_batch(cfg), []
-    for _ in range(cfg.total_steps):
-        state, metrics = built.step(state, batch, {})
-        found.append(float(metrics["loss"]))
+    _, metrics = train_on(cfg, one_device, [make_batch(cfg)] * cfg.total_steps)
+    found = [x["loss"] for x in metrics]
     # 15/16 is the error of predicting each patch's mean; the images are noise.
     assert found[0] > 0.9 and np.mean(found[-20:]) < 0.4, (found[0], found[-20:])
 
@@ -75,7 +70,7 @@ def test_masked_pixels_reach_no_prediction_and_kept_patches_no_loss(mae, monkeyp
         where = jnp.broadcast_to(where[..., None], (*where.shape, 16))
         where = unpatchify(where, mae.model.patch, model.encoder.side)
         view = jnp.where(where, other, batch.views[0])
-        losses.append(float(model.loss(dataclasses.replace(batch, views=(view,)), key)[0]))
+        losses.append(float(model.loss(batch.replace(views=(view,)), key)[0]))
     assert losses[0] == losses[1] != losses[2]
 
 

@@ -1,10 +1,10 @@
 """Masks beside images, data sets with other fields, and what `probe` makes of them."""
 
 import cv2
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from conftest import ONE
 
 from supmim_jax import probe, sharding
 from supmim_jax.checkpoint import Checkpoint
@@ -22,8 +22,6 @@ from supmim_jax.config import (
 from supmim_jax.data import decode, fractals, source, transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-
-ONE = jax.devices()[:1]
 
 
 class MaskedShapes(tfds.core.GeneratorBasedBuilder):

@@ -1,6 +1,6 @@
 """The step on any mesh, the sharding table, and inference without overhead."""
 
-import dataclasses
+import itertools
 import re
 import types
 
@@ -8,34 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_frozen
+from conftest import save_initial, train_on
 
-from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax import encoder, sharding, train_step
 from supmim_jax.batch import Batch
 from supmim_jax.checkpoint import Checkpoint
-from supmim_jax.config import MeshConfig, OptimConfig
+from supmim_jax.config import MeshConfig, changed
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError
+from supmim_jax.models import masking
 
 MESHES = [MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
 def run(cfg, mesh, steps: int):
-    """Losses, ids of every step, and the first step's masks on this mesh."""
-    built = train_step.build(cfg, mesh)
-    state = built.init(jax.random.key(cfg.seed))
-    frozen = sharding.put(make_frozen(cfg), built.frozen)
-    losses, ids = [], []
-    for batch, _ in zip(Dataset.open(cfg).train(mesh), range(steps)):
-        state, metrics = built.step(state, batch, frozen)
-        losses.append([float(metrics[k]) for k in ("loss", "ce", "mim", "grad_norm")])
-        ids.append(np.asarray(batch.id))
-    return np.array(losses), np.array(ids)
+    """Losses and ids of every step on this mesh."""
+    batches = list(itertools.islice(Dataset.open(cfg).train(mesh), steps))
+    _, metrics = train_on(cfg, mesh, batches)
+    losses = [[x[k] for k in ("loss", "ce", "mim", "grad_norm")] for x in metrics]
+    return np.array(losses), np.array([batch.id for batch in batches])
 
 
 @pytest.fixture
 def twenty_steps(cfg):
-    return dataclasses.replace(cfg, epochs=5, optim=OptimConfig(warmup_epochs=1))
+    return changed(cfg, epochs=5, optim={"warmup_epochs": 1})
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +51,7 @@ def on_one_device():
 def test_eight_devices_give_the_losses_of_one(
     twenty_steps, one_device, on_one_device, mesh, encoder_input
 ):
-    objective = dataclasses.replace(twenty_steps.objective, encoder_input=encoder_input)
-    cfg = dataclasses.replace(twenty_steps, objective=objective)
+    cfg = changed(twenty_steps, objective={"encoder_input": encoder_input})
     if encoder_input not in on_one_device:
         on_one_device[encoder_input] = run(cfg, one_device, 20)
     losses, ids = on_one_device[encoder_input]
@@ -94,8 +89,6 @@ def test_slices_are_told_by_their_devices():
 
 @pytest.mark.parametrize("form", ["random", "block"])
 def test_masks_are_the_same_on_any_mesh(form):
-    from supmim_jax.models import masking
-
     ids = jnp.arange(16) * 7
 
     def sample(ids):
@@ -109,14 +102,10 @@ def test_masks_are_the_same_on_any_mesh(form):
 def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
     mesh = sharding.make_mesh(MESHES[2])
     for changes in (
-        {},
-        {"pooling": "cls"},
-        {"layer_scale": 0.1},
-        {"registers": 2},
+        {"pooling": "cls", "layer_scale": 0.1, "registers": 2},
         {"positions": "sincos2d"},
     ):
-        model = dataclasses.replace(cfg.model, **changes)
-        state = train_step.build(dataclasses.replace(cfg, model=model), mesh).state
+        state = train_step.build(changed(cfg, model=changes), mesh).state
         for path, x in jax.tree_util.tree_leaves_with_path(state):
             spec = x.sharding.spec
             assert len(spec) in (0, x.ndim) or not any(spec[x.ndim :]), (path, spec)
@@ -128,7 +117,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
 
 def test_what_does_not_fit_the_mesh_is_named(cfg):
     with pytest.raises(ConfigError, match=r"config\.batch_size is 12, which the 8 batch shards"):
-        sharding.run_mesh(dataclasses.replace(cfg, batch_size=12, mesh=MESHES[0]))
+        sharding.run_mesh(changed(cfg, batch_size=12, mesh=MESHES[0]))
     with pytest.raises(ConfigError, match=r"data=3, fsdp=1, tensor=1, but there are 8 devices"):
         sharding.make_mesh(MeshConfig(data=3))
     with pytest.raises(ConfigError, match=r"config\.mesh\.fsdp is 8.*does not divide the 30 of"):
@@ -150,21 +139,15 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
     """From two checkpoints, one of each objective: the same parameters' shapes, the same HLO."""
     programs = []
     for run_cfg in (cfg, supervised):
-        state = train_step.build(run_cfg, one_device).init(jax.random.key(0))
-        directory = tmp_path / run_cfg.objective.name
-        checkpoints = checkpoint.Checkpoints(directory, run_cfg.checkpoint)
-        checkpoints.save(state, run_cfg, checkpoint.BEGIN)
-        checkpoints.close()
-        found = checkpoint.locate(str(directory))
-        runner = encoder.build_encoder(Checkpoint.read(found).config, 16, one_device)
-        params = Checkpoint.read(found).restore_params(runner.params)
+        saved = Checkpoint.open(save_initial(run_cfg, tmp_path / run_cfg.objective.name))
+        runner = encoder.build_encoder(saved.config, 16, one_device)
+        params = saved.restore_params(runner.params)
         assert set(params) == {"encoder", "head"}
         lowered = runner.features.lower(params, runner.images)
         programs.append(canonical(lowered.compile().as_text()))
     assert "fusion" in programs[0] and "metadata" not in programs[0]
     assert programs[0] == programs[1]
-    wider = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mlp_dim=96))
-    other = encoder.build_encoder(wider, 16, one_device)
+    other = encoder.build_encoder(changed(cfg, model={"mlp_dim": 96}), 16, one_device)
     text = other.features.lower(other.params, other.images).compile().as_text()
     assert canonical(text) != programs[0]
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_batch, make_frozen
+from conftest import make_batch, train_on
 from flax import nnx
 
-from supmim_jax import train_step
 from supmim_jax.config import (
     ClassificationConfig,
     Config,
@@ -27,10 +26,6 @@ from supmim_jax.models.vit import pixels
 from supmim_jax.objectives import OBJECTIVES, losses
 from supmim_jax.objectives import supervised as supervised_module
 from supmim_jax.objectives.supmim import SupMIM
-
-
-def mae_of(cfg: Config) -> Config:
-    return changed(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
 
 
 def test_only_real_examples_count():
@@ -182,11 +177,8 @@ def test_every_term_falls_far_on_one_batch(cfg, supervised, one_device, which):
         model={"drop_path": 0.0},
         optim=OptimConfig(lr=3e-3, weight_decay=0.0, warmup_epochs=2, b2=0.98),
     )
-    built = train_step.build(cfg, one_device)
-    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
-    for _ in range(cfg.total_steps):
-        state, metrics = built.step(state, batch, codes)
-    terms = {name: float(metrics[name]) for name in ("loss", "ce", "mim") if name in metrics}
+    _, (*_, metrics) = train_on(cfg, one_device, [make_batch(cfg)] * cfg.total_steps)
+    terms = {name: metrics[name] for name in ("loss", "ce", "mim") if name in metrics}
     assert len(terms) == (1 if which == "supervised" else 3)
     assert max(terms.values()) < 0.05, terms
 
@@ -277,11 +269,9 @@ INTENDED = (
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_three_steps_give_the_golden_numbers(cfg, supervised, one_device, name):
-    cfg = {"supervised": supervised, "supmim": cfg, "mae": mae_of(cfg)}[name]
-    built = train_step.build(cfg, one_device)
-    state, batch, codes = built.init(jax.random.key(0)), make_batch(cfg), make_frozen(cfg)
-    for _ in range(3):
-        state, metrics = built.step(state, batch, codes)
-    found = {k: float(metrics[k]) for k in ("loss", "grad_norm")}
+    mae = changed(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
+    cfg = {"supervised": supervised, "supmim": cfg, "mae": mae}[name]
+    state, (*_, metrics) = train_on(cfg, one_device, [make_batch(cfg)] * 3)
+    found = {k: metrics[k] for k in ("loss", "grad_norm")}
     found["params"] = float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(state.params)))
     assert found == pytest.approx(GOLDEN[name], rel=1e-4), INTENDED.format({name: found})

@@ -1,16 +1,14 @@
 """Schedule, weight decay, LAMB and learning rates by layer."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_batch, make_frozen
+from conftest import make_batch, train_on
 
 from supmim_jax import optim, train_step
-from supmim_jax.config import OptimConfig
+from supmim_jax.config import changed
 from supmim_jax.sharding import path_name
 
 
@@ -25,42 +23,36 @@ def test_weight_decay_is_on_matrices_only(cfg, one_device):
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_the_learning_rate_warms_up_and_decays(cfg, one_device, name):
-    changed = OptimConfig(name=name, lr=0.1, final_lr=0.01, warmup_epochs=1)
-    cfg = dataclasses.replace(cfg, epochs=10, optim=changed)  # 4 steps of 40
+    fields = {"name": name, "lr": 0.1, "final_lr": 0.01, "warmup_epochs": 1}
+    cfg = changed(cfg, epochs=10, optim=fields)  # 4 steps of 40
     rate = optim.schedule(cfg)
     np.testing.assert_allclose([rate(s) for s in (0, 2, 4, 40)], [0, 0.05, 0.1, 0.01], rtol=1e-5)
     np.testing.assert_allclose(rate(22), (0.1 + 0.01) / 2, rtol=1e-5)
-    built = train_step.build(cfg, one_device)
-    state = built.init(jax.random.key(0))
-    for step in range(2):
-        state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
-        np.testing.assert_allclose(metrics["learning_rate"], rate(step), rtol=1e-6)
+    _, found = train_on(cfg, one_device, [make_batch(cfg)] * 2)
+    np.testing.assert_allclose([x["learning_rate"] for x in found], [rate(0), rate(1)], rtol=1e-6)
 
 
 def test_a_rate_for_each_epoch_is_timms(cfg):
     """CosineLRScheduler(t_in_epochs) of timm: warm-up by epochs, then the cosine of all of them."""
-    changed = OptimConfig(
-        lr=0.1, final_lr=0.01, warmup_epochs=2, warmup_lr=0.02, schedule="per_epoch"
-    )
-    cfg = dataclasses.replace(cfg, epochs=10, optim=changed)  # of 4 steps each
+    fields = {"lr": 0.1, "final_lr": 0.01, "warmup_epochs": 2, "warmup_lr": 0.02}
+    cfg = changed(cfg, epochs=10, optim=fields | {"schedule": "per_epoch"})  # of 4 steps each
     rate = optim.schedule(cfg)
     cosine = [0.01 + 0.09 * (1 + np.cos(np.pi * epoch / 10)) / 2 for epoch in range(10)]
     expected = [0.02, 0.06, *cosine[2:]]
     np.testing.assert_allclose([rate(s) for s in range(40)], np.repeat(expected, 4), rtol=1e-5)
-    by_step = dataclasses.replace(changed, schedule="per_step")
-    rate = optim.schedule(dataclasses.replace(cfg, optim=by_step))
+    rate = optim.schedule(changed(cfg, optim={"schedule": "per_step"}))
     np.testing.assert_allclose([rate(s) for s in (0, 4, 8)], [0.02, 0.06, 0.1], rtol=1e-5)
 
 
 def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
-    changed = OptimConfig(lr=0.1, warmup_epochs=2.5, schedule="product")
-    rate = optim.schedule(dataclasses.replace(cfg, epochs=10, optim=changed))  # 10 steps of 40
+    fields = {"lr": 0.1, "warmup_epochs": 2.5, "schedule": "product"}
+    rate = optim.schedule(changed(cfg, epochs=10, optim=fields))  # 10 steps of 40
     expected = [0.05 * (1 + np.cos(np.pi * s / 40)) * min(s / 10, 1) for s in range(40)]
     np.testing.assert_allclose([rate(s) for s in range(40)], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls", registers=2))
+    cfg = changed(cfg, model={"pooling": "cls", "registers": 2})
     params = train_step.build(cfg, one_device).state.params
     masks = (optim.decay_mask(params, on) for on in ("matrices", "matrices_and_tokens", "all"))
     matrices, tokens, everything = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
@@ -72,7 +64,7 @@ def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
 @pytest.mark.parametrize("decay_on", ["matrices", "all"])
 def test_what_decays_moves_without_a_gradient(cfg, decay_on):
     """AdamW's step of a zero gradient is -lr * weight_decay * parameter, or nothing."""
-    cfg = dataclasses.replace(cfg, optim=OptimConfig(weight_decay=0.1, decay_on=decay_on))
+    cfg = changed(cfg, optim={"weight_decay": 0.1, "decay_on": decay_on})
     params = {"qkv": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "positions": jnp.ones(3)}
     made = optim.make(cfg)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -119,15 +111,15 @@ SCALES = {  # decay 0.5, depth 2: 0.5^(depth + 1 - layer)
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
 def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
     """Adam's first step is lr * sign(g); with it, and with weight decay, each layer's share."""
-    fixed = OptimConfig(name=name, warmup_epochs=0.0, clip=0.0)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, pooling="cls", registers=2))
+    fixed = {"name": name, "warmup_epochs": 0.0, "clip": 0.0}
+    cfg = changed(cfg, model={"pooling": "cls", "registers": 2}, optim=fixed)
     like = train_step.build(cfg, one_device).state.params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.normal(size=(2,) * x.ndim).astype(np.float32), like)
     grads = jax.tree.map(lambda x: 1e-3 * random.choice([-1.0, 1.0], x.shape), params)
 
     def updates(**fields) -> dict[str, np.ndarray]:
-        made = optim.make(dataclasses.replace(cfg, optim=dataclasses.replace(fixed, **fields)))
+        made = optim.make(changed(cfg, optim=fields))
         found, _ = made.update(grads, made.init(params), params)
         flat = jax.tree_util.tree_leaves_with_path(found)
         return {path_name(path): np.asarray(x) for path, x in flat}
@@ -142,8 +134,8 @@ def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
         np.testing.assert_array_equal(head_only[path], update * (expected == 1.0), path)
     if name == "adamw":
         sign = np.sign(grads["encoder"]["patches"]["kernel"])
-        wanted = sign + fixed.weight_decay * params["encoder"]["patches"]["kernel"]
-        wanted = -fixed.lr * 0.125 * wanted
+        wanted = sign + cfg.optim.weight_decay * params["encoder"]["patches"]["kernel"]
+        wanted = -cfg.optim.lr * 0.125 * wanted
         np.testing.assert_allclose(decayed["encoder/patches/kernel"], wanted, rtol=1e-4)
 
 

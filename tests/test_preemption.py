@@ -1,7 +1,6 @@
 """Runs that are killed, told to stop or hang, as processes; the long storms are tests/storm.py."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,10 +11,9 @@ import pytest
 import storm
 from conftest import FAST, REPOSITORY
 from etils import epath
-from test_processes import command, ended, places, started
+from test_processes import ended, faulty, places
 
-from supmim_jax import checkpoint
-from supmim_jax import multihost as multihost_module
+from supmim_jax import checkpoint, multihost
 from supmim_jax.data import fractals
 
 
@@ -75,55 +73,37 @@ def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, place, tmp_
     assert found[1]["saved"] >= found[0]["saved"] > 0
 
 
-def faulty(workdir, fault: dict, *flags: str) -> tuple[list[str], dict]:
-    run = command(workdir, workdir.parent / "data", *flags)[2:]
-    env = os.environ | {"FAULT": json.dumps(fault | {"log": str(workdir.parent / "log")})}
-    return ["tests/faulty.py", *run], env | {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1"}
-
-
 def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path):
     """The evaluation of 8 batches would take 24 s."""
-    workdir, evaluates = tmp_path / "run", ("--config.eval.every=3", "--config.eval.batch_size=64")
-    (tmp_path / "data").symlink_to(data_dir)
     fractals.prepare("tiny", data_dir)
+    slowly = "--config.epochs=9", "--config.eval.every=3", "--config.eval.batch_size=64"
     processes = []
     for i, flags in enumerate(places(2)):
         fault = {"slow": 3.0} | ({"signal": 15, "at": "evaluation", "count": 1} if i else {})
-        run, env = faulty(workdir, fault, "--config.epochs=9", *evaluates, *flags)
-        processes += started([run], env=env)
+        processes.append(faulty(tmp_path / "run", data_dir, fault, *slowly, *flags))
     for process in ended(processes, within=90):
-        assert process.code == 143 and multihost_module.stopped()[0] in process.err
-    assert checkpoint.steps(workdir) == [3]
+        assert process.code == 143 and multihost.stopped()[0] in process.err
+    assert checkpoint.steps(tmp_path / "run") == [3]
 
 
 def test_a_run_that_hangs_says_where_and_ends(data_dir, tmp_path):
-    (tmp_path / "data").symlink_to(data_dir)
     fault = {"signal": "hang", "at": "batch", "count": 12}
-    quick = ("--config.watch.stall_seconds=2", "--config.watch.stall_factor=10")
-    run, env = faulty(tmp_path / "run", fault, "--config.epochs=99", *quick)
-    (process,) = ended(started([run], env=env), within=90)
+    quick = "--config.epochs=99", "--config.watch.stall_seconds=2", "--config.watch.stall_factor=10"
+    (process,) = ended([faulty(tmp_path / "run", data_dir, fault, *quick)], within=90)
     assert process.code == 1 and "after step 11" in process.err
     assert 'faulty.py", line' in process.err and "in following" in process.err
 
 
 def test_sigterm_while_python_compiles_or_computes_ends_at_once(tmp_path):
     """A signal's handler would run only when C code returns to Python; here it never does."""
-    code = (
-        "import hashlib, os, threading\n"
-        "from supmim_jax import multihost\n"
-        "multihost.listen()\n"
-        "threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()\n"
-        "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=40
-    )
-    assert out.returncode == 143 and multihost_module.stopped()[0] in out.stderr
+    code = "import hashlib, threading\n"
+    code += "threading.Timer(0.2, os.kill, (os.getpid(), 15)).start()\n"
+    code += "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+    _, err = (process := listening(code)).communicate(timeout=40)
+    assert process.returncode == 143 and multihost.stopped()[0] in err
 
 
 def test_who_is_behind_is_named(monkeypatch):
-    from supmim_jax import multihost
-
     class Store:
         def key_value_dir_get(self, key):
             return [(f"{key}/0", "9 41"), (f"{key}/1", "8 40"), (f"{key}/2", "9 41")]
@@ -137,20 +117,18 @@ def test_who_is_behind_is_named(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(number, data_dir, tmp_path):
     """As `timeout` or a terminal sends it: also to the one that decodes, on whom the run waits."""
-    (tmp_path / "data").symlink_to(data_dir)
     fault = {"signal": number, "at": "batch", "count": 30, "group": True}
     small = ("width=8", "heads=1", "mlp_dim=8")  # so that all time is the decoder's
     flags = [f"--config.model.{x}" for x in small] + ["--config.batch_size=240"]
     flags += ["--config.epochs=99", "--config.data.workers=1", "--config.data.crop=inception"]
-    run, env = faulty(tmp_path / "run", fault, *flags)
-    (process,) = ended(started([run], env=env), within=90)
+    (process,) = ended([faulty(tmp_path / "run", data_dir, fault, *flags)], within=90)
     assert process.code == 128 + number and "Traceback" not in process.err, process.err
     assert f"Stopped by {number.name}" in process.err
     done = [json.loads(x).get("done", 0) for x in (tmp_path / "log").read_text().splitlines()]
     assert checkpoint.steps(tmp_path / "run") == [max(done)] and 29 <= max(done) < 35
 
 
-def python(code: str, ignored: tuple = ()) -> subprocess.Popen:
+def listening(code: str, ignored: tuple = ()) -> subprocess.Popen:
     """A process with `code` after it has begun to listen; a parent may have it ignore signals."""
     start = "import os, signal, sys, time\nfrom supmim_jax import multihost\n"
     before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
@@ -172,13 +150,13 @@ def test_a_second_ctrl_c_ends_at_once(first):
     """Not the one that a wrapper passes on in the same moment."""
     code = f"multihost.hold()\nos.kill(os.getpid(), {first:d})\nos.kill(os.getpid(), 2)\n"
     code += "time.sleep(1)\nprint('waits', flush=True)\nos.kill(os.getpid(), 2)\ntime.sleep(99)"
-    out, err = (process := python(code)).communicate(timeout=60)
+    out, err = (process := listening(code)).communicate(timeout=60)
     assert process.returncode == 130 and out == "waits\n" and "Traceback" not in err
 
 
 def test_signals_that_nohup_or_a_shell_has_it_ignore_stay_ignored():
     code = "os.kill(os.getpid(), 1)\nos.kill(os.getpid(), 2)\ntime.sleep(1)\nprint('goes on')"
-    out, _ = (process := python(code, (signal.SIGINT, signal.SIGHUP))).communicate(timeout=60)
+    out, _ = (process := listening(code, (signal.SIGINT, signal.SIGHUP))).communicate(timeout=60)
     assert process.returncode == 0 and out == "goes on\n"
 
 
@@ -193,7 +171,7 @@ def test_a_process_that_stood_still_goes_on_and_a_stall_after_it_is_found():
         "        print(step, flush=True)\n"
         "    time.sleep(99)\n"
     )
-    process = python(code)
+    process = listening(code)
     for _ in range(10):
         process.stdout.readline()
     process.send_signal(signal.SIGSTOP)
@@ -205,11 +183,10 @@ def test_a_process_that_stood_still_goes_on_and_a_stall_after_it_is_found():
 
 @pytest.mark.slow
 def test_several_processes_go_back_together(data_dir, tmp_path):
-    (tmp_path / "data").symlink_to(data_dir)
     going_back = ("--config.epochs=3", "--config.checkpoint.every=4", "--config.watch.roll_backs=1")
     processes = []
     for i, flags in enumerate(places(2)):
-        run, env = faulty(tmp_path / "run", {"nan": 7, "slow": 0.3 * i}, *going_back, *flags)
-        processes += started([run], env=env)
+        fault = {"nan": 7, "slow": 0.3 * i}
+        processes.append(faulty(tmp_path / "run", data_dir, fault, *going_back, *flags))
     assert [x.code for x in ended(processes, within=120)] == [0, 0]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_batches"] == 3

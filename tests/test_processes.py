@@ -15,16 +15,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import FAST, REPOSITORY, restored
+from conftest import FAST, ONE, REPOSITORY, final_state, metric_lines, train_command
 
-from supmim_jax import checkpoint, multihost, train_step
+from supmim_jax import checkpoint, multihost
+from supmim_jax.config import changed
 from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.data import fractals
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
 ENV = os.environ | {"XLA_FLAGS": FAST, "JAX_NUM_CPU_DEVICES": "1"}
-TIMING = ("images_per_second", "data_wait")
 
 
 def free_port() -> int:
@@ -81,12 +81,12 @@ def trained(cfg, workdir: Path, processes: int, stop_at: int | None = None) -> l
     return found
 
 
-def command(workdir, data_dir, *more: str) -> list[str]:
-    return [
-        *("-m", "supmim_jax.train", "--config=configs/debug_supervised.py"),
-        *(f"--workdir={workdir}", f"--config.data.data_dir={data_dir}", "--config.model.depth=1"),
-        *("--config.log.every=1", *more),
-    ]
+def faulty(workdir, data_dir, fault: dict, *more: str, log="log") -> subprocess.Popen:
+    """A small run with a fault in it; see faulty.py."""
+    _, _, *flags = train_command(workdir, data_dir, *more)
+    fault = json.dumps(fault | {"log": str(workdir.parent / log)})
+    env = ENV | {"FAULT": fault, "PYTHONPATH": REPOSITORY}
+    return started([["tests/faulty.py", *flags]], env=env)[0]
 
 
 def places(count: int) -> list[list[str]]:
@@ -98,14 +98,9 @@ def places(count: int) -> list[list[str]]:
     ]
 
 
-def lines(workdir) -> list[dict]:
-    found = Path(workdir, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMING} for x in found]
-
-
 def assert_same_run(workdir, other) -> None:
     """Rankings jump where two similarities are next to equal; the first neighbours must not."""
-    a, b = lines(workdir), lines(other)
+    a, b = metric_lines(workdir), metric_lines(other)
     assert [x.keys() for x in a] == [x.keys() for x in b]
     for x, y in zip(a, b):
         for key in x:
@@ -113,17 +108,10 @@ def assert_same_run(workdir, other) -> None:
             assert x[key] == pytest.approx(y[key], rel=close, abs=close), (x["step"], key)
 
 
-def final_params(cfg, workdir, mesh) -> np.ndarray:
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.checkpoint)
-    state, _ = restored(
-        checkpoints.workdir, checkpoints.latest(), train_step.build(cfg, mesh).state
-    )
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.params)])
-
-
-def assert_same_end(cfg, workdir, other, mesh) -> None:
+def assert_same_end(cfg, workdir, other) -> None:
     """Adam magnifies rounding where a gradient is next to nothing; all in all it must not show."""
-    a, b = (final_params(cfg, x, mesh) for x in (workdir, other))
+    states = [jax.tree.leaves(final_state(cfg, x)[0]["params"]) for x in (workdir, other)]
+    a, b = (np.concatenate([np.ravel(x) for x in state]) for state in states)
     assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a)
     a, b = (json.loads((x / "results.json").read_text()) for x in (workdir, other))
     assert a.keys() == b.keys() and (a["knn"], a["top1"]) == (b["knn"], b["top1"])
@@ -132,29 +120,22 @@ def assert_same_end(cfg, workdir, other, mesh) -> None:
 @pytest.fixture
 def short(cfg):
     """With a fitted codebook; evaluated once on the way."""
-    data = dataclasses.replace(cfg.data, eval_split="validation[:240]")
-    evaluation = dataclasses.replace(cfg.eval, every=3)
-    log = dataclasses.replace(cfg.log, every=1)
-    saving = dataclasses.replace(cfg.checkpoint, every=100)
-    return dataclasses.replace(
-        cfg, data=data, epochs=1.5, eval=evaluation, log=log, checkpoint=saving
-    )
+    often = {"eval": {"every": 3}, "log": {"every": 1}, "checkpoint": {"every": 100}}
+    return changed(cfg, data={"eval_split": "validation[:240]"}, epochs=1.5, **often)
 
 
 @pytest.mark.parametrize(
     "parts_of", [((2, 3),), pytest.param(((2, 3), (4, 5)), marks=pytest.mark.slow)], ids=str
 )
-def test_other_numbers_of_processes_go_on_as_one_would(
-    short, one_device, data_dir, tmp_path, parts_of
-):
+def test_other_numbers_of_processes_go_on_as_one_would(short, data_dir, tmp_path, parts_of):
     fractals.prepare("tiny", data_dir)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(short, whole, devices=jax.devices()[:1])
+    train(short, whole, devices=ONE)
     told = [trained(short, parts, count, stop_at=step) for count, step in parts_of]
-    train(short, parts, devices=jax.devices()[:1])
+    train(short, parts, devices=ONE)
     assert_same_run(whole, parts)
-    assert "eval/knn" in "".join(map(str, lines(parts)[:4]))  # which two processes found
-    assert_same_end(short, whole, parts, one_device)
+    assert "eval/knn" in "".join(map(str, metric_lines(parts)[:4]))  # which two processes found
+    assert_same_end(short, whole, parts)
     assert "supmim 1/6" in told[0][0].err and "supmim" not in told[0][1].err
     hosts = json.loads((parts / "environment.json").read_text())
     starts = [0, *(step for _, step in parts_of)]
@@ -165,21 +146,16 @@ def test_other_numbers_of_processes_go_on_as_one_would(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "fsdp"), [(2, 1), (4, 2), (4, 4)])
-def test_whole_runs_of_several_processes_equal_one(
-    short, one_device, data_dir, tmp_path, processes, fsdp
-):
+def test_whole_runs_of_several_processes_equal_one(short, data_dir, tmp_path, processes, fsdp):
     """All evaluations that gather features; parameters split over processes."""
     fractals.prepare("tiny", data_dir)
     which = ("top1", "knn", "retrieval", "linear")
-    linear = dataclasses.replace(short.eval.linear, strengths=(1.0,))
-    evaluation = dataclasses.replace(short.eval, which=which, linear=linear)
-    cfg = dataclasses.replace(short, epochs=3, eval=evaluation)
+    cfg = changed(short, epochs=3, eval={"which": which, "linear": {"strengths": (1.0,)}})
     whole, several = tmp_path / "whole", tmp_path / "several"
-    train(cfg, whole, devices=jax.devices()[:1])
-    mesh = dataclasses.replace(cfg.mesh, fsdp=fsdp)
-    trained(dataclasses.replace(cfg, mesh=mesh), several, processes)
+    train(cfg, whole, devices=ONE)
+    trained(changed(cfg, mesh={"fsdp": fsdp}), several, processes)
     assert_same_run(whole, several)
-    assert_same_end(cfg, whole, several, one_device)
+    assert_same_end(cfg, whole, several)
 
 
 def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
@@ -189,7 +165,7 @@ def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
         shutil.copytree(Path(REPOSITORY, part), root / part)
     with (root / "supmim_jax" / "optim.py").open("a") as file:
         file.write("# edited\n")
-    run = command(tmp_path / "run", data_dir)
+    run = train_command(tmp_path / "run", data_dir)
     first, second, third = places(3)
     mine = ["--config.seed=7", "--config.data.threads=3", f"--config.data.data_dir={tmp_path}"]
     commands = [[*run, *first], [*run, *second, *mine], [*run, *third]]
@@ -208,7 +184,7 @@ def test_another_config_or_code_is_named_on_every_process(data_dir, tmp_path):
 
 
 def test_a_missing_process_is_told_within_the_time_to_join(data_dir, tmp_path):
-    run = command(tmp_path / "run", data_dir, "--join_timeout=15")
+    run = train_command(tmp_path / "run", data_dir, "--join_timeout=15")
     first, _, third = places(3)
     _, alone, _ = places(3)
     a, c, b = ended(started([[*run, *first], [*run, *third], [*run, *alone]]), within=60)
@@ -234,11 +210,10 @@ def test_when_a_process_dies_the_others_say_so_and_the_run_goes_on(data_dir, tmp
     """It ends like one process that nobody killed."""
     parts, whole = tmp_path / "parts", tmp_path / "whole"
     flags = ("--config.epochs=3", "--config.checkpoint.every=4", "--config.eval.batch_size=400")
-    run, processes = command(parts, data_dir, *flags), []
+    run, processes = train_command(parts, data_dir, *flags), []
     for i, place in enumerate(places(2)):
-        fault = {"log": str(tmp_path / f"log{i}"), "until": 10 if i == killed else 0}
-        env = ENV | {"FAULT": json.dumps(fault | {"signal": 9}), "PYTHONPATH": REPOSITORY}
-        processes += started([["tests/faulty.py", *run[2:], *place]], env=env)
+        fault = {"signal": 9, "until": 10 if i == killed else 0}
+        processes.append(faulty(parts, data_dir, fault, *flags, *place, log=f"log{i}"))
     processes[killed].wait(timeout=90)
     other = ended(processes, within=60)[1 - killed]
     assert other.code not in (0, 2, 3)
@@ -247,13 +222,13 @@ def test_when_a_process_dies_the_others_say_so_and_the_run_goes_on(data_dir, tmp
     assert checkpoint.steps(parts)[0] == 4  # for which the save after 8 waits
     assert [x.code for x in ended(started([[*run, *place] for place in places(2)]))] == [0, 0]
     cfg = from_configdict(json.loads((parts / "config.json").read_text()))
-    train(cfg, whole, devices=jax.devices()[:1])
+    train(cfg, whole, devices=ONE)
     assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_saves_and_ends_all_and_the_run_goes_on(number, data_dir, tmp_path):
-    run = command(tmp_path, data_dir, "--config.epochs=9999")
+    run = train_command(tmp_path, data_dir, "--config.epochs=9999")
     processes = started([[*run, *flags] for flags in places(2)])
     until(tmp_path, 3)
     processes[1].send_signal(number)
@@ -263,17 +238,20 @@ def test_a_signal_to_one_saves_and_ends_all_and_the_run_goes_on(number, data_dir
         assert "Stopped by SIG" in process.err and "Traceback" not in process.err
     assert codes == [143, 128 + number]
     saved = checkpoint.steps(tmp_path)
-    assert len(saved) == 1 and saved[0] == lines(tmp_path)[-1]["step"]
+    assert len(saved) == 1 and saved[0] == metric_lines(tmp_path)[-1]["step"]
 
 
 def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
     """The second host lacks the data, and the first would wait for it."""
-    run = command(tmp_path / "run", data_dir)
+    run = train_command(tmp_path / "run", data_dir)
     first, second = places(2)
     found = ended(started([[*run, *first], [*run, *second, "--config.data.data_dir=/proc/here"]]))
     for process in found:
         assert process.code == 2 and "Set config.data.data_dir" in process.err
     assert f"process 1 on {socket.gethostname()}" in found[0].err
+
+
+GKE = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}
 
 
 @pytest.mark.parametrize(
@@ -282,15 +260,7 @@ def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
         (("", 0, -1), {}, multihost.Place()),
         (("a:1", 4, 0), {}, multihost.Place("a:1", 4, 0)),
         (("", 0, -1), {"JOB_COMPLETION_INDEX": "3"}, multihost.Place()),  # a TPU pod on GKE
-        (
-            ("", 0, -1),
-            {
-                "JAX_COORDINATOR_ADDRESS": "a:1",
-                "JAX_NUM_PROCESSES": "4",
-                "JOB_COMPLETION_INDEX": "3",
-            },
-            multihost.Place("a:1", 4, 3),
-        ),
+        (("", 0, -1), GKE, multihost.Place("a:1", 4, 3)),
         (("b:2", 2, 1), {"JAX_PROCESS_ID": "0"}, multihost.Place("b:2", 2, 1)),
     ],
 )

@@ -3,10 +3,9 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
-from test_end_to_end import ONE, final_state
+from conftest import ONE, final_state, same
 
 from supmim_jax.config import WatchConfig
 from supmim_jax.data import loader
@@ -40,7 +39,7 @@ def going_back(cfg, times: int):
     return dataclasses.replace(cfg, watch=WatchConfig(roll_backs=times))
 
 
-def test_a_run_goes_back_once_and_leaves_the_batches_out(cfg, poison, one_device, tmp_path, capsys):
+def test_a_run_goes_back_once_and_leaves_the_batches_out(cfg, poison, tmp_path, capsys):
     poisonous, came = poison
     poisonous.add(7)
     cfg = going_back(cfg, 1)  # checkpoints after 4 and 8
@@ -57,8 +56,8 @@ def test_a_run_goes_back_once_and_leaves_the_batches_out(cfg, poison, one_device
     # Ended before NaN and after it went back, which saves there too: the same end.
     for stop_at in (6, 9, None):
         train(cfg, parts, stop_at=stop_at, devices=ONE)
-    (a, run), (b, other) = (final_state(cfg, d, one_device) for d in (whole, parts))
-    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    (a, run), (b, other) = (final_state(cfg, d) for d in (whole, parts))
+    assert same(a, b)
     assert run["position"] == other["position"] == 15 * 16
 
 

@@ -1,14 +1,11 @@
 """The time from a command to its first step is said, and a second start finds compiled programs."""
 
 import io
-import os
 import re
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
-from conftest import REPOSITORY
+from conftest import python, train_command
 
 from supmim_jax import metrics
 
@@ -32,9 +29,7 @@ runpy.run_module("supmim_jax.train", run_name="__main__")
 def test_seconds_since_the_process_began():
     program = "import time; time.sleep(0.3); from supmim_jax import metrics; "
     program += "print(metrics.seconds_since_start())"
-    out = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    out = python("-c", program)
     assert 0.3 < float(out.stdout) < 600  # an upper bound that no load reaches
 
 
@@ -56,19 +51,11 @@ def test_the_first_step_is_said_once(cfg):
 
 def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
     compiled = tmp_path / "compiled"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
-    command = [sys.executable, "-c", PROGRAM, "--config=configs/debug.py", "--config.epochs=1"]
-    command += ["--config.model.width=16", "--config.model.depth=1"]
-    command += ["--config.eval.which=('top1',)", f"--config.data.data_dir={data_dir}", "--workdir"]
+    flags = "--config.eval.which=('top1',)", "--config.model.width=16", "--config.epochs=1"
 
     def run(name: str) -> str:
-        out = subprocess.run(
-            [*command, str(tmp_path / name)],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        _, _, *command = train_command(tmp_path / name, data_dir, *flags, config="debug")
+        out = python("-c", PROGRAM, *command, JAX_COMPILATION_CACHE_DIR=str(compiled))
         assert out.returncode == 0, out.stderr
         return out.stderr
 
@@ -81,29 +68,48 @@ def test_a_run_keeps_its_programs_and_says_when_it_begins(tmp_path, data_dir):
         assert len(programs.split()) <= 4, programs
 
 
+ENDED = """
+import errno, os, sys
+from supmim_jax import cli, errors
+
+def told():
+    try:
+        raise eval(raised)
+    except Exception as error:
+        raise errors.SetupError(f"no: {error}") from None
+
+def not_told():
+    raise eval(raised)
+
+_, how, *cases = sys.argv
+sys.argv[1:] = []
+for raised in cases:
+    if not os.fork():
+        cli.start({"told": told, "not told": not_told}[how])
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
 @pytest.mark.parametrize(
-    ("raised", "code"),
+    ("how", "codes"),
     [
-        ("OSError(errno.EIO, 'x')", 1),
-        ("ConnectionResetError('of a moment')", 1),
-        ("TimeoutError(errno.ETIMEDOUT, 'x')", 1),
-        ("PermissionError(errno.EACCES, 'x')", 2),
-        ("FileNotFoundError('an object')", 2),
-        ("OSError('Forbidden: b/bucket')", 2),
-        ("ValueError('x')", 2),
+        (
+            "told",
+            {
+                "OSError(errno.EIO, 'x')": 1,
+                "ConnectionResetError('of a moment')": 1,
+                "TimeoutError(errno.ETIMEDOUT, 'x')": 1,
+                "PermissionError(errno.EACCES, 'x')": 2,
+                "FileNotFoundError('an object')": 2,
+                "OSError('Forbidden: b/bucket')": 2,
+                "ValueError('x')": 2,
+            },
+        ),
+        ("not told", {f"OSError({x}, 'x')": y for x, y in ((28, 2), (30, 2), (5, 1))}),
     ],
 )
-def test_only_what_may_pass_is_worth_another_try(raised, code):
+def test_only_what_may_pass_is_worth_another_try(how, codes):
     """Launchers start a command that exits with 1 again, and leave 2 to a person."""
-    text = (
-        "import errno\n"
-        "from supmim_jax import cli, errors\n"
-        "def run():\n"
-        f"    try: raise {raised}\n"
-        "    except Exception as error: raise errors.SetupError(f'no: {error}') from None\n"
-        "cli.start(run)"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", text], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert out.returncode == code and "Traceback" not in out.stderr
+    out = python("-c", ENDED, how, *codes)
+    assert dict(zip(codes, map(int, out.stdout.split()), strict=True)) == codes
+    assert out.stderr.count("Traceback") == (how == "not told")  # of the I/O error alone

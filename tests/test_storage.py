@@ -1,15 +1,11 @@
 """Where runs and data are: the one door that every path of a user goes through."""
 
 import ast
-import os
 import pwd
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
 import pytest
-from conftest import REPOSITORY
+from conftest import ONE, REPOSITORY
 from etils import epath
 
 from supmim_jax import checkpoint, storage
@@ -75,19 +71,6 @@ def test_every_flag_with_a_path_goes_through_the_door():
                 assert name not in paths, (file, name)
 
 
-def command(*flags: str, cwd=REPOSITORY) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": REPOSITORY}
-    run = [sys.executable, "-m", *flags]
-    return subprocess.run(run, capture_output=True, text=True, cwd=cwd, env=env, timeout=120)
-
-
-def test_a_command_says_in_a_paragraph_what_place_it_cannot_use(tmp_path):
-    config = f"--config={REPOSITORY}/configs/debug.py"
-    out = command("supmim_jax.train", config, "--workdir=s3://bucket/run", cwd=tmp_path)
-    assert out.returncode == 2 and "s3://bucket/run" in out.stderr
-    assert "Traceback" not in out.stderr and list(tmp_path.iterdir()) == []
-
-
 def test_files_appear_whole(tmp_path):
     path = epath.Path(tmp_path / "x.json")
     storage.write(path, "1")
@@ -113,6 +96,6 @@ def test_a_user_without_a_name_trains_and_goes_on(cfg, tmp_path, monkeypatch):
         raise KeyError(f"getpwuid(): uid not found: {number}")
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    train(cfg, tmp_path, stop_at=2, devices=jax.devices()[:1])
-    train(cfg, tmp_path, stop_at=4, devices=jax.devices()[:1])
+    train(cfg, tmp_path, stop_at=2, devices=ONE)
+    train(cfg, tmp_path, stop_at=4, devices=ONE)
     assert checkpoint.steps(tmp_path)[-1] == 4

@@ -1,13 +1,14 @@
 """Training a tokenizer: each term by hand, dead codes, both sides of the game, whole runs."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_batch
+from conftest import ONE, make_batch, train_on
 from etils import epath
 from flax import nnx
 
@@ -28,7 +29,6 @@ from supmim_jax.evals import evaluate
 from supmim_jax.objectives.vqgan import VQGANTraining
 from supmim_jax.train import train
 
-ONE = jax.devices()[:1]
 TINY = VQGANConfig(filters=8, multipliers=(1, 1, 2), res_blocks=1, groups=4, codes=16, code_dim=4)
 
 
@@ -154,11 +154,9 @@ def test_the_game_has_two_sides_that_do_not_meet(vqgan):
 
 def test_the_discriminator_acts_from_its_start_on(vqgan, one_device):
     game = AdversarialConfig(weight=1.0, start=0.25, filters=4, layers=2)
-    built = train_step.build(with_terms(vqgan, adversarial=game), one_device)
-    state, terms = built.init(jax.random.key(0)), []
-    for _ in range(5):
-        state, metrics = built.step(state, make_batch(vqgan), {})
-        terms.append(float(metrics["generator"]))
+    cfg = with_terms(vqgan, adversarial=game)
+    state, metrics = train_on(cfg, one_device, [make_batch(cfg)] * 5)
+    terms = [x["generator"] for x in metrics]
     assert terms[:3] == [0, 0, 0] and min(terms[3:]) > 0 and int(state.moving["steps"]) == 5
 
 
@@ -200,27 +198,19 @@ def test_several_devices_give_the_losses_of_one(vqgan, one_device, mesh):
     game = AdversarialConfig(weight=0.1, start=0.0, filters=8, layers=2)
     cfg = with_terms(vqgan, adversarial=game, revive_below=0.5, usage_decay=0.5)
 
-    def run(mesh):
-        built = train_step.build(cfg, mesh)
-        state, found = built.init(jax.random.key(0)), []
-        for batch, _ in zip(Dataset.open(cfg).train(mesh), range(3)):
-            state, metrics = built.step(state, batch, {})
-            found.append([float(metrics[k]) for k in ("loss", "perplexity", "r1")])
-        return found
-
-    devices = jax.devices()[: mesh.data * mesh.fsdp]
-    np.testing.assert_allclose(run(sharding.make_mesh(mesh, devices)), run(one_device), rtol=2e-4)
+    batches = list(itertools.islice(Dataset.open(cfg).train(one_device), 3))
+    several = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
+    (_, expected), (_, found) = (train_on(cfg, x, batches) for x in (one_device, several))
+    for one, other in zip(expected, found, strict=True):
+        terms = "loss", "perplexity", "r1"
+        np.testing.assert_allclose([other[k] for k in terms], [one[k] for k in terms], rtol=2e-4)
 
 
 def test_a_tokenizer_learns_one_batch(vqgan, one_device):
     cfg = changed(vqgan, batch_size=4, epochs=20)
-    built = train_step.build(cfg, one_device)
-    state, batch = built.init(jax.random.key(0)), next(Dataset.open(cfg).train(one_device))
-    first = None
-    for _ in range(cfg.total_steps):
-        state, metrics = built.step(state, batch, {})
-        first = first or float(metrics["psnr"])
-    assert float(metrics["psnr"]) > first + 4 and float(metrics["perplexity"]) > 4
+    batch = next(Dataset.open(cfg).train(one_device))
+    _, (first, *_, last) = train_on(cfg, one_device, [batch] * cfg.total_steps)
+    assert last["psnr"] > first["psnr"] + 4 and last["perplexity"] > 4
 
 
 def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_path):
