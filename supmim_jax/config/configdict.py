@@ -106,8 +106,7 @@ def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
             f"{path} is {_shown(value)} of type {type(value).__name__}; it must be {hint.__name__}."
         )
     if hint is str:
-        text = _text(value, path)
-        return _place(text, path) if text and spec.metadata.get("path") else text
+        return _text(value, path, spec.metadata.get("path", False))
     low, high = spec.metadata.get("range", (None, None))
     if low is not None and not low <= value <= min(high, LARGEST[hint]):
         top = "or more" if high > LARGEST[hint] >= value else f"to {min(high, LARGEST[hint])}"
@@ -117,8 +116,11 @@ def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
     return value
 
 
-def _text(value: str, path: str) -> str:
-    """The text, if it may be a name or a path: none has control characters or ends of lines."""
+def _text(value: str, path: str, is_place: bool) -> str:
+    """The text, if it may be a name or a path: none has control characters or ends of lines.
+
+    A place becomes absolute, so that it is the same from every directory.
+    """
     if len(value) > LONGEST:
         raise ConfigError(f"{path} has {len(value)} characters; it must have {LONGEST} or less.")
     if any(unicodedata.category(c) in UNPRINTABLE for c in value):
@@ -126,13 +128,8 @@ def _text(value: str, path: str) -> str:
             f"{path} is {_shown(value)}, which has control characters or is not Unicode; it must "
             f"be one line of text."
         )
-    return value
-
-
-def _place(text: str, path: str) -> str:
-    """The path that the field at `path` names, absolute: it is the same from every directory."""
     try:
-        return str(storage.location(text))
+        return str(storage.location(value)) if value and is_place else value
     except SetupError as error:
         raise ConfigError(f"{path}: {error}") from None
 
