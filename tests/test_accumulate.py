@@ -14,7 +14,6 @@ from supmim_jax.config import (
     MeshConfig,
     SupervisedConfig,
     SupMIMConfig,
-    VQGANObjectiveConfig,
     changed,
 )
 from supmim_jax.errors import ConfigError
@@ -75,6 +74,3 @@ def test_what_does_not_divide_is_named(cfg):
         build(3)
     with pytest.raises(ConfigError, match=r"accumulate is 4.*micro-batches of 3 examples"):
         build(4, batch_size=12)
-    data = {"image_size": 16, "eval_resize": 16}
-    with pytest.raises(ConfigError, match="accumulate must be 1 with objective 'vqgan'"):
-        build(2, objective=VQGANObjectiveConfig(), data=data)

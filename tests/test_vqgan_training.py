@@ -24,7 +24,7 @@ from supmim_jax.config import (
     changed,
 )
 from supmim_jax.data.loader import Dataset
-from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.errors import SetupError
 from supmim_jax.evals import evaluate
 from supmim_jax.objectives.vqgan import VQGANTraining
 from supmim_jax.train import train
@@ -270,14 +270,3 @@ def test_evaluation_counts_by_hand(vqgan, one_device):
     assert found["psnr"] == pytest.approx(psnr.mean(), abs=0.02)
     assert found["codes_used"] == 50.0
     assert found["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
-
-
-def test_what_cannot_be_is_refused(vqgan):
-    for objective, message in (
-        ({"tokenizer": {"multipliers": (1, 1, 2, 2)}}, "image_size is 20, .* makes tokens of 8"),
-        ({"perceptual": PerceptualConfig(weight=1.0)}, "names no encoder"),
-        ({"tokenizer": {"groups": 3}}, "not a multiple of groups = 3"),
-        ({"tokenizer": {"path": "x"}}, "this run trains the tokenizer"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            with_terms(vqgan, **objective)
