@@ -1,10 +1,9 @@
 """What an evaluation needs is looked at first; one that cannot be made leaves the others alone."""
 
-import functools
 import json
 
 import pytest
-from conftest import REPOSITORY, python
+from conftest import python
 
 from supmim_jax import evals
 from supmim_jax.config import MasksConfig, changed
@@ -66,31 +65,28 @@ runpy.run_module("supmim_jax.train", run_name="__main__")
 """
 
 
-command = functools.partial(python, PYTHONPATH=REPOSITORY, JAX_NUM_CPU_DEVICES="1")
-
-
 def test_the_others_are_written_and_the_command_measures_again_once_it_can(data_dir, tmp_path):
     """As in a data set that is too large to be looked through first."""
     run = ["--config=configs/debug_supervised.py", "--config.epochs=1", "--config.model.depth=1"]
     run += ["--config.data.train_split=train[:64]", "--config.data.train_examples=64"]
     run += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}", "--config.batch_size=16"]
     run += ["--config.eval.which=('few_shot','knn','linear')", "--config.model.width=16"]
-    first = command("-c", SKIPPED, *run)
+    first = python("-c", SKIPPED, *run)
     results = json.loads((tmp_path / "results.json").read_text())
     assert first.returncode == 2 and "few_shot" in first.stderr and "Traceback" not in first.stderr
     assert {"knn", "linear"} <= results.keys() and list(results["errors"]) == ["few_shot"]
-    report = command("-m", "supmim_jax.report", f"--checkpoint={tmp_path}")
+    report = python("-m", "supmim_jax.report", f"--checkpoint={tmp_path}")
     assert report.returncode == 0, report.stderr
-    refused = command("-m", "supmim_jax.train", *run)
+    refused = python("-m", "supmim_jax.train", *run)
     assert refused.returncode == 2 and "few_shot.shots is 10" in refused.stderr
-    again = command("-m", "supmim_jax.train", *run, "--config.eval.few_shot.shots=2")
+    again = python("-m", "supmim_jax.train", *run, "--config.eval.few_shot.shots=2")
     results = json.loads((tmp_path / "results.json").read_text())
     assert again.returncode == 0 and "few_shot" in results and "errors" not in results
 
 
 def test_a_checkpoint_that_cannot_be_probed_leaves_the_others(initial, tmp_path):
     both = [f"--checkpoint={tmp_path}/none", f"--checkpoint={initial}"]
-    out = command("-m", "supmim_jax.probe", *both)
+    out = python("-m", "supmim_jax.probe", *both)
     assert out.returncode == 2 and f"{tmp_path}/none" in out.stderr
     assert "kNN" in out.stdout and "Traceback" not in out.stderr
     (file,) = (tmp_path / "run" / "evals").glob("*.json")

@@ -106,8 +106,7 @@ def test_a_row_leaves_the_sweep_out_and_a_table_takes_rows_of_other_columns():
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    two = "--xla_force_host_platform_device_count=2"
-    return python("-m", "supmim_jax.probe", *arguments, XLA_FLAGS=two)
+    return python("-m", "supmim_jax.probe", *arguments, JAX_NUM_CPU_DEVICES="2")
 
 
 def test_the_command_takes_a_config_overrides_and_several_checkpoints(initial, data_dir):

@@ -21,11 +21,12 @@ from conftest import REPOSITORY
 from etils import epath
 from pictures import contents
 
+from supmim_jax import storage
 from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
 from supmim_jax.data import decode, source
 from supmim_jax.data.prepare import catalogue, folder, tfrecords
 from supmim_jax.errors import SetupError
-from supmim_jax.formats.files import read_json, read_npz, read_safetensors
+from supmim_jax.formats.files import read_npz, read_safetensors
 from supmim_jax.models import kmeans, vqgan
 
 PACKAGE = Path(REPOSITORY, "supmim_jax")
@@ -140,7 +141,7 @@ def test_damaged_weights_are_refused_or_read_whatever_is_wrong_with_them(tmp_pat
     (tmp_path / "x.safetensors").write_bytes(whole)
     readers = {
         "x.npz": read_npz,
-        "x.json": read_json,
+        "x.json": lambda path: storage.read_json(path, ""),
         "x.safetensors": read_safetensors,
         "x.msgpack": lambda path: vqgan.load_maskgit(epath.Path(path), VQGANConfig(), {}),
     }
@@ -161,7 +162,7 @@ def test_damaged_weights_are_refused_or_read_whatever_is_wrong_with_them(tmp_pat
 def test_json_that_is_nested_without_end_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(200_000 * "[")
     with pytest.raises(SetupError, match=r"config\.json cannot be read"):
-        read_json(tmp_path / "config.json")
+        storage.read_json(tmp_path / "config.json", "")
 
 
 def png(side: int, rows: bytes) -> bytes:
