@@ -92,6 +92,14 @@ def test_importing_code_of_workers_and_of_data_prepare_is_light(modules, heavy):
     assert out.strip() == "set()"
 
 
+def test_evaluation_counts_every_example_once(cfg, one_device):
+    cfg = changed(cfg, eval={"batch_size": 48})
+    batches = list(Dataset(cfg).eval("validation[:100]", one_device))
+    ids, weight = (np.concatenate([getattr(b, x) for b in batches]) for x in ("id", "weight"))
+    assert ids.tolist() == [*range(100), *[-1] * 44]
+    assert weight.sum() == 100 and (weight[:100] == 1).all()
+
+
 def test_an_examples_image_depends_on_seed_epoch_and_id_alone():
     cfg = dataclasses.replace(CFG, augment="rand_augment")
 
