@@ -236,7 +236,7 @@ def size(cfg: Config) -> float:
 
 def trace(cfg: Config) -> None:
     """Traces start and step, abstractly."""
-    mesh = sharding.make_mesh(cfg.mesh)
+    mesh = sharding.run_mesh(cfg)
     built = train_step.build(cfg, mesh)
     state, metrics = jax.eval_shape(built.step, built.state, built.batch, built.frozen)
     assert jax.tree.structure(state) == jax.tree.structure(built.state)
