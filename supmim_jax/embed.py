@@ -76,6 +76,7 @@ def embed(
 
     Args:
       encoder: on this process's devices.
+      images: from `folder` or `split`.
       out: *.npz, *.parquet, or a directory.
       checkpoint: its name, which goes on with shards of the same alone.
       dtype: of DTYPES. numpy shows bfloat16 as 2 raw bytes: x.view(ml_dtypes.bfloat16).

@@ -30,7 +30,9 @@ SOURCES = ("augreg", *READERS)
 
 
 def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str, ...]]:
-    """Config, parameters and names of the classes, () where there are none, of the model at `path`.
+    """The config, the parameters and the names of the classes of the model at `path`.
+
+    There are no names, (), where the file has none.
 
     Args:
       source: "augreg" or one of READERS; "": of these the one that config.json is of.

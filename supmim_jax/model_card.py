@@ -86,7 +86,7 @@ def write(checkpoint: Checkpoint, to: str, loading: str, class_names: Sequence[s
 
 
 def measured(checkpoint: Checkpoint) -> list[Metric]:
-    """All that was measured of a checkpoint's step."""
+    """All that was measured of a checkpoint's step; raises SetupError if a file of it is broken."""
     data, workdir = checkpoint.config.data, checkpoint.workdir
     found = []
     for name, points in files.curves(workdir).items():

@@ -105,23 +105,33 @@ def probe(
     run = checkpoint.config
     asked = asked or own(run)
     mesh = sharding.make_mesh(asked.mesh, devices)
+    dataset = open_data(run, asked, mesh)
+    data = dataset.cfg.data
+    model = encoder.restore(checkpoint, mesh, dataset.cfg.eval.batch_size)
+    if hidden := unknown_heads(run.data, data):
+        model = WithoutHeads(model, hidden)
+    results = evals.run_all(model, dataset, data.eval_split, mesh)
+    return Report(checkpoint, asked, data, mesh, results)
+
+
+def open_data(run: Config, asked: ProbeConfig, mesh: Mesh) -> Dataset:
+    """What a checkpoint of `run` is measured on; its config has the evaluations that are asked for.
+
+    Raises:
+      SetupError: the data are missing, or cannot be evaluated as asked.
+    """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-asked.eval.batch_size // shards) * shards
-    data = asked.data.over(run.data)
     cfg = changed(
         run,
-        data=data,
+        data=asked.data.over(run.data),
         eval=changed(asked.eval, batch_size=batch_size),
         # Which checkpoints stayed was the run's affair; here nothing is evaluated while training.
         checkpoint={"keep_best": ""},
     )
     dataset = Dataset(cfg)
-    evals.check(dataset, data.eval_split)
-    model = encoder.restore(checkpoint, mesh, batch_size)
-    if hidden := unknown_heads(run.data, data):
-        model = WithoutHeads(model, hidden)
-    results = evals.run_all(model, dataset, data.eval_split, mesh)
-    return Report(checkpoint, asked, data, mesh, results)
+    evals.check(dataset, cfg.data.eval_split)
+    return dataset
 
 
 def unknown_heads(run: DataConfig, data: DataConfig) -> tuple[str, ...]:

@@ -258,7 +258,7 @@ def upload_all(source: epath.Path, target: epath.Path, last: str) -> None:
 
 
 def _with_last(last: str, names: Iterable[str], do: Callable[[str], None]) -> None:
-    """Does it for each name, for `last` after all others."""
+    """Calls `do` with each name in threads, with `last` after all others."""
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(do, [name for name in names if name != last]))
     do(last)

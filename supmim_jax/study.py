@@ -30,7 +30,7 @@ from absl import flags
 from etils import epath
 from scipy import stats
 
-from supmim_jax import cli, environment, multihost, probe, storage
+from supmim_jax import cli, environment, multihost, probe, sharding, storage
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, ProbeConfig
 from supmim_jax.config.configdict import section
@@ -78,6 +78,8 @@ class Cell(NamedTuple):
 def train_cell(study: Study, cell: Cell, directory: epath.Path) -> None:
     """Trains and probes one cell; the results are a file in its workdir, written last."""
     cfg = study.config(cell)
+    # Before hours of training: what the probe cannot do.
+    probe.open_data(cfg, study.probe, sharding.make_mesh(study.probe.mesh))
     probed = environment.collect(jax.devices())  # now: later the files of this code may be others
     if not train(cfg, directory):
         cli.fail(*multihost.stopped())

@@ -106,7 +106,7 @@ def restore(checkpoint: Checkpoint) -> Restored:
 
 
 def one_device() -> Mesh:
-    """All that a picture needs, whatever mesh the run had."""
+    """A mesh of one device, which a picture needs, whatever mesh the run had."""
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 

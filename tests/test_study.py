@@ -18,7 +18,7 @@ from etils import epath
 from scipy import stats
 
 from supmim_jax import sharding, storage, study, train_step
-from supmim_jax.config import EvalConfig, ProbeConfig
+from supmim_jax.config import EvalConfig, FewShotConfig, ProbeConfig
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.study import Cell, Study, compared
@@ -65,6 +65,15 @@ def test_differences_are_paired_and_their_interval_is_students():
     assert one.differences.tolist() == [2.0] and math.isnan(one.margin)
     assert not len(compared(rows[:1] + rows[4:5], "without", "with", "top1").differences)
     assert compared(rows, "without", "with", "knn") is None
+
+
+def test_what_the_probe_cannot_do_is_told_before_a_cell_trains(small, tmp_path):
+    few = EvalConfig(which=("few_shot",), few_shot=FewShotConfig(shots=9))
+    wrong = dataclasses.replace(small, probe=ProbeConfig(eval=few), metrics={"few_shot": "9-shot"})
+    directory = epath.Path(tmp_path) / "cell"
+    with pytest.raises(SetupError, match=r"few_shot\.shots is 9.*'train\[:64\]'"):
+        study.train_cell(wrong, Cell("without", 0), directory)
+    assert not directory.exists()
 
 
 def test_what_is_there_is_written_while_the_rest_is_missing(small, tmp_path):

@@ -79,10 +79,13 @@ def measure(
     where: bool = False,
     data: bool = False,
 ) -> dict:
-    """All results as a dict that JSON can hold; `report` says what they mean, --help what is asked.
+    """All results as a dict that JSON can hold; `report` says what they mean.
+
+    The options are the command's flags, which --help explains.
 
     Raises:
-      SetupError: the objective has no arithmetic, or PyTorch or data are missing or both asked for.
+      SetupError: the objective has no arithmetic, PyTorch or data are asked for and missing, or
+        both are asked for.
     """
     flops.check(cfg)
     if rival and data:

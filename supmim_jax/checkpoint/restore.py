@@ -174,7 +174,7 @@ class Checkpoint:
         return self._restore("boxes", like)["boxes"]
 
     def _restore(self, item: str, like: dict) -> dict:
-        """The part of a saved item that `like` names, laid out like it; it is known to be there."""
+        """The part of a saved item that `like` names, laid out like it. They were compared."""
         layout = ocp.checkpoint_utils.construct_restore_args(like)
         part = ocp.args.PyTreeRestore(item=like, restore_args=layout, partial_restore=True)
         with self._readable(item):

@@ -131,7 +131,11 @@ def lot(pair: tuple[str, str]) -> str:
 
 
 def svgs(directory: epath.Path, name: str) -> dict[str, str]:
-    """A package's SVGs by the emoji's names; raises SetupError if it is missing or another."""
+    """A package's drawings as SVG, by each name of an emoji.
+
+    Raises:
+      SetupError: the package is missing or another one.
+    """
     package = PACKAGES[name]
     path = directory / package.file(name)
     get = f"In {directory}: npm pack @iconify-json/{name}@{package.version}"
@@ -175,7 +179,11 @@ def classes(drawings: dict[str, dict[str, str]]) -> list[str]:
 
 
 def rendered(text: str) -> bytes:
-    """A PNG of SIZE x SIZE pixels, on white; without fonts, so the same on every machine."""
+    """A PNG of SIZE x SIZE pixels, on white; without fonts, so the same on every machine.
+
+    Raises:
+      SetupError: the renderer is not installed.
+    """
     try:
         import resvg_py
     except ImportError:

@@ -66,7 +66,11 @@ class Saved(NamedTuple):
 
 
 def read_directory(path: Path) -> Saved:
-    """What is in a directory, or beside a file of weights; SetupError if one is broken."""
+    """What is in a directory, or beside a file of weights.
+
+    Raises:
+      SetupError: model.safetensors or config.json is missing or broken.
+    """
     weights = path / WEIGHTS if path.is_dir() else path
     config, processor = weights.with_name(CONFIG), weights.with_name(PROCESSOR)
     for file in (weights, config):

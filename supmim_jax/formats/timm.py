@@ -201,7 +201,7 @@ def read(saved: Saved) -> Foreign:
 
 
 def _heads_and_gelu(name: str, args: Section, width: int) -> tuple[int, str]:
-    """From the arguments, else from the architecture's name; raises SetupError, never guesses."""
+    """From the arguments, else from the architecture's name; raises SetupError if neither tells."""
     known = next((x for form, x in ARCHITECTURES.items() if re.fullmatch(form, name)), None)
     missing = [x for x in ("num_heads", "act_layer") if args.values.get(x) is None]
     if missing and known is None:

@@ -16,6 +16,8 @@ from supmim_jax.report.page import Report, render
 def gather(location: str, split: str = "", data_dir: str = "") -> Report:
     """All that the page of the checkpoint at `workdir` or `workdir@step` shows.
 
+    Its images are from `split` in `data_dir`; by default both are the run's.
+
     Raises:
       SetupError: the checkpoint, the data or a file of the workdir is missing or not of its form.
     """

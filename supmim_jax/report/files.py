@@ -1,4 +1,4 @@
-"""The files of a workdir as plain values; SetupError says which is not of its form."""
+"""The files of a workdir as plain values. What reads one raises SetupError if its form is wrong."""
 
 import json
 from typing import Any, NamedTuple

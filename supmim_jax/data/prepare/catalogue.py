@@ -183,7 +183,11 @@ def _build(
 
 
 def check_archives(manual_dir: epath.Path, verify: bool) -> None:
-    """Raises SetupError unless size and headers of both archives are right; `verify`: all bytes."""
+    """Checks the size and first headers of both archives; with `verify` their MD5.
+
+    Raises:
+      SetupError: an archive is missing or another one; all faults are named.
+    """
     faults = [_fault(manual_dir / archive.file, archive, verify) for archive in ARCHIVES]
     rows = [f"{archive.file}: {fault}" for archive, fault in zip(ARCHIVES, faults) if fault]
     if rows:
