@@ -91,6 +91,9 @@ def test_a_best_that_was_not_measured_is_refused(tmp_path):
 
 
 def test_a_checkpoint_on_gs_is_committed_by_a_file_and_has_sums_too(tmp_path, monkeypatch):
+    local = checksums.temporary_path_class(epath.Path(tmp_path))
+    assert issubclass(local, checksums.Summed)
+    assert issubclass(local, atomicity.AtomicRenameTemporaryPath)
     by_file = checksums.temporary_path_class(epath.Path("gs://bucket/run"))
     assert issubclass(by_file, atomicity.CommitFileTemporaryPath)
     monkeypatch.setattr(checksums, "temporary_path_class", lambda root: by_file)
