@@ -9,8 +9,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="supmim_jax_compiled_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+# Threads of OpenMP spin while they wait for each other, and tests share their cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Of programs as small as these, in half the time; then, by another emitter, in a third of that.
 FAST = "--xla_backend_optimization_level=0"
 if metadata.version("jaxlib").startswith("0.10."):  # an unknown flag would end the process
@@ -20,6 +22,7 @@ for flag in ("--xla_force_host_platform_device_count=8", *FAST.split()):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -50,6 +53,7 @@ from supmim_jax.config import (
     SupMIMConfig,
     ViTConfig,
 )
+from supmim_jax.train_step import TrainStep
 
 # Under nohup, or in the background of a shell, the tests and what they start would ignore these.
 for number, default in (
@@ -59,6 +63,7 @@ for number, default in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, default)
 
+BUILD = TrainStep.build
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE = jax.devices()[:1]
 ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
@@ -170,6 +175,17 @@ def supervised(cfg) -> Config:
 @pytest.fixture
 def one_device():
     return ON_ONE
+
+
+@functools.cache
+def build_step(cfg: Config, mesh) -> TrainStep:
+    return BUILD(cfg, mesh)
+
+
+@pytest.fixture
+def build_once(monkeypatch) -> None:
+    """Runs of the same config and mesh share one traced and compiled step, also between tests."""
+    monkeypatch.setattr(TrainStep, "build", build_step)
 
 
 def save(cfg: Config, workdir, state: TrainState) -> str:

@@ -68,12 +68,11 @@ def assert_equal(found: tuple, expected: tuple) -> None:
     )
 
 
-OBJECTIVES = [{}, {"encoder_input": "visible", "mask_ratio": 0.75}]
+FORMS = [("none", {}), ("names", {"encoder_input": "visible", "mask_ratio": 0.75})]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("remat", ["none", "names"])
-def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, objective, remat):
+@pytest.mark.parametrize(("remat", "objective"), FORMS)
+def test_groups_of_rows_give_what_xlas_form_gives(cfg, monkeypatch, remat, objective):
     """The loss and every gradient, on 4 shards of rows and 2 of heads, each in several groups."""
     model = {"remat": remat, "pooling": "cls", "drop_path": 0.0}
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -137,9 +136,8 @@ def test_a_step_for_v5p_has_the_kernel_once_per_segment(cfg, monkeypatch, remat,
     }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("remat", ["none", "names"])
-def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, objective, remat):
+@pytest.mark.parametrize(("remat", "objective"), FORMS)
+def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, remat, objective):
     """The loss and every gradient: attention, and matmuls with and without LayerScale."""
     model = {"layer_scale": 0.1, "drop_path": 0.0, "remat": remat}
     cfg = changed(cfg, model=model, objective=objective)

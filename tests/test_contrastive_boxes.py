@@ -119,6 +119,7 @@ def test_what_takes_long_comes_after_a_checkpoint(cropping):
     assert [s for s in range(13) if cfg.saves_after(s)] == [0, 3, 5, 6, 9, 10]
 
 
+@pytest.mark.usefixtures("build_once")
 def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monkeypatch):
     passes = []
     finding = contrastive_boxes.boxes
@@ -140,6 +141,7 @@ def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monke
     assert saved[0].shape == (64, 4) and (saved[0] != np.array(WHOLE)).any()
 
 
+@pytest.mark.usefixtures("build_once")
 def test_boxes_of_another_number_of_images_or_none_are_refused(cropping, tmp_path):
     train(cropping, tmp_path, stop_at=4, devices=ONE)
     saved = Checkpoint.open(str(tmp_path))
