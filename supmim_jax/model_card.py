@@ -13,7 +13,7 @@ import jinja2
 
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config.configdict import to_configdict
-from supmim_jax.report import files
+from supmim_jax.report.measure import curves, evaluations
 from supmim_jax.report.page import METRICS
 
 # The hub's names of a metric's task and kind; all other metrics are of features.
@@ -89,12 +89,12 @@ def measured(checkpoint: Checkpoint) -> list[Metric]:
     """All that was measured of a checkpoint's step; raises SetupError if a file of it is broken."""
     data, workdir = checkpoint.config.data, checkpoint.workdir
     found = []
-    for name, points in files.curves(workdir).items():
+    for name, points in curves(workdir).items():
         value = dict(points).get(checkpoint.step)
         if name.startswith("eval/") and value is not None:
             where = f"{data.name}, split {data.eval_split}"
             found.append(Metric(name.removeprefix("eval/"), value, where))
-    for evaluation in files.evaluations(workdir):
+    for evaluation in evaluations(workdir):
         if re.search(rf"-{checkpoint.step}\.json$", evaluation.source):
             where = f"{evaluation.about} ({evaluation.source})"
             found += [Metric(name, value, where) for name, value in evaluation.metrics.items()]
