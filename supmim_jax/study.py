@@ -36,7 +36,7 @@ from supmim_jax.config import Config, ProbeConfig
 from supmim_jax.config.configdict import section
 from supmim_jax.errors import SetupError, first_few
 from supmim_jax.rehearse import flops
-from supmim_jax.report.files import environments
+from supmim_jax.report.measure import environments
 from supmim_jax.train import train
 
 CONFIDENCE = 0.95

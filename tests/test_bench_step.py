@@ -10,8 +10,7 @@ import pytest
 from conftest import python
 from rivals import torch_rival
 
-from supmim_jax import train_step
-from supmim_jax.bench import step
+from supmim_jax import bench, train_step
 from supmim_jax.config import (
     ClassificationConfig,
     MAEConfig,
@@ -29,7 +28,7 @@ from supmim_jax.rehearse import flops, hlo
 def test_fields_and_tables(cfg):
     """On a mesh, with the config's own pipeline."""
     cfg = changed(cfg, mesh=MeshConfig(data=2, fsdp=4))
-    result = step.measure(cfg, rounds=2, steps=1, where=True, data=True)
+    result = bench.measure(cfg, rounds=2, steps=1, where=True, data=True)
     result = json.loads(json.dumps(result))
     assert result["tokens"] == "in the step" and result["devices"].startswith("8 ")
     took = result["step"]
@@ -45,7 +44,7 @@ def test_fields_and_tables(cfg):
     fed = result["data"]
     assert fed["steps"] == 2 and 0 <= fed["wait_s"] < fed["step_s"]
     assert fed["wait_share"] == pytest.approx(fed["wait_s"] / fed["step_s"])
-    text = step.report(result)
+    text = bench.report(result)
     assert "| attention | " in text and "| images/s | " in text and "PyTorch" not in text
     assert f"| data wait | {fed['wait_share']:.1%}" in text
 
@@ -58,18 +57,18 @@ def test_a_pipeline_that_is_slow_is_seen(cfg, monkeypatch):
 
     prog = types.SimpleNamespace(state={}, fixed={}, compiled=lambda s, b, f: (s, b))
     like = jax.numpy.zeros(())
-    monkeypatch.setattr(step.Dataset, "train", slow)
-    found = step.fed_by_pipeline(cfg, None, prog, 3)
+    monkeypatch.setattr(bench.Dataset, "train", slow)
+    found = bench.fed_by_pipeline(cfg, None, prog, 3)
     assert found["wait_share"] > 0.9 and 0.2 <= found["wait_s"] < 0.4
     with pytest.raises(SetupError, match=r"--data takes 13 steps.* 12"):
-        step.fed_by_pipeline(cfg, None, prog, 11)
+        bench.fed_by_pipeline(cfg, None, prog, 11)
     with pytest.raises(SetupError, match="--rival and --data"):
-        step.measure(cfg, rounds=2, steps=1, data=True, rival=True)
+        bench.measure(cfg, rounds=2, steps=1, data=True, rival=True)
 
 
 def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
     cfg = changed(cfg, model={"dtype": "bfloat16"})
-    found = step.matmul_peak(cfg, jax.devices()[0])
+    found = bench.matmul_peak(cfg, jax.devices()[0])
     rows = cfg.batch_size * 25
     assert {"512x512x512", f"{rows}x32x64", f"{rows}x64x32"} <= set(found)
     assert all(rate > 0 for rate in found.values())
@@ -78,7 +77,7 @@ def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
 def test_random_batches_have_ids_of_the_codebook(cfg, one_device):
     cfg = changed(cfg, tokens={"cache": "any"})
     like = train_step.build(cfg, one_device).batch
-    batch = step.random_batch(cfg, like, np.random.default_rng(0))
+    batch = bench.random_batch(cfg, like, np.random.default_rng(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), like
     )
@@ -91,10 +90,10 @@ def test_turns_alternate_and_ratios_are_of_rounds():
 
     def runner(name: str, *turns):
         turns = iter(turns)
-        return lambda steps: order.append((name, steps)) or step.Turn(*next(turns))
+        return lambda steps: order.append((name, steps)) or bench.Turn(*next(turns))
 
     ours, theirs = runner("a", (1, 1), (2, 2), (1, 4)), runner("b", (3, 1), (2, 2), (2, 2))
-    turns = step.by_turns({step.OURS: ours, "eager": theirs}, 3, 7)
+    turns = bench.by_turns({bench.OURS: ours, "eager": theirs}, 3, 7)
     assert order == [("a", 7), ("b", 7)] * 3
     ratios = {"ratio": [2.0, 1.0, 3.0], "cpu_ratio": [1.0, 0.5, 1.0]}
     assert torch_rival.compared(turns) == {"eager": {"median_s": 2.0, "cpu_s": 2.0} | ratios}
@@ -104,14 +103,14 @@ def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
     prog = train_step.build(cfg, one_device)
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).compile().as_text()
     known = [x for part in hlo.parse(text).module.values() for x in part.instructions.values()]
-    parts = {step.part_of(instruction): instruction.name for instruction in known}
-    expected = {name.replace("_", " ") for name in step.SCOPES} - {"contrastive", "encoder"}
-    expected |= {"encoder, between blocks", step.LOSS_AND_HEAD, step.UNNAMED}
+    parts = {bench.part_of(instruction): instruction.name for instruction in known}
+    expected = {name.replace("_", " ") for name in bench.SCOPES} - {"contrastive", "encoder"}
+    expected |= {"encoder, between blocks", bench.LOSS_AND_HEAD, bench.UNNAMED}
     assert expected == set(parts)
-    spent = step.by_part(text, [(parts["attention"], 3), (parts["masks"], 5), ("?", 2)])
-    assert spent == {"attention": 3, "masks": 5, step.UNNAMED: 2}
+    spent = bench.by_part(text, [(parts["attention"], 3), (parts["masks"], 5), ("?", 2)])
+    assert spent == {"attention": 3, "masks": 5, bench.UNNAMED: 2}
     loops = [instruction.name for instruction in known if instruction.opcode == "while"]
-    assert not step.by_part(text, [(loops[0], 9)])  # its body is counted
+    assert not bench.by_part(text, [(loops[0], 9)])  # its body is counted
 
 
 def test_a_program_that_cannot_be_counted_is_still_timed(cfg, monkeypatch):
@@ -119,7 +118,7 @@ def test_a_program_that_cannot_be_counted_is_still_timed(cfg, monkeypatch):
         raise hlo.UnknownCost("a kernel")
 
     monkeypatch.setattr(flops, "counted", fails)
-    found = step.counts(cfg, None, None)
+    found = bench.counts(cfg, None, None)
     assert found["uncounted"] == "a kernel" and found["model_flops"] > 1e6
 
 
@@ -138,7 +137,7 @@ def test_what_has_no_arithmetic_or_rival_is_refused(cfg, monkeypatch):
     masks = {"masks": MasksConfig(field="segmentation")}
     other = changed(cfg, data=masks, objective=SegmentationObjectiveConfig())
     with pytest.raises(SetupError, match="'segmentation'"):
-        step.measure(other, rounds=2, steps=1)
+        bench.measure(other, rounds=2, steps=1)
     mixed = SupervisedConfig(classification=ClassificationConfig(cutmix=1.0))
     for changes, found in (
         ({"objective": MAEConfig()}, "'mae'"),
@@ -150,7 +149,7 @@ def test_what_has_no_arithmetic_or_rival_is_refused(cfg, monkeypatch):
             torch_rival.shapes(changed(cfg, **changes), "cpu", True)
     monkeypatch.setattr(torch_rival, "find_spec", lambda name: None)
     with pytest.raises(SetupError, match=r"pip install -e '\.\[parity\]'"):
-        step.measure(cfg, rounds=2, steps=1, rival=True)
+        bench.measure(cfg, rounds=2, steps=1, rival=True)
 
 
 def test_the_rivals_device_is_ours():

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from supmim_jax import sharding
 from supmim_jax.config import FewShotConfig, LinearProbeConfig, MeshConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.evals import few_shot, linear_probe
+from supmim_jax.evals import linear_probe
 from supmim_jax.evals.features import Extracted
 
 
@@ -115,20 +115,21 @@ def test_a_constant_dimension_is_left_out(one_device):
 @pytest.mark.parametrize(("count", "dim"), [(60, 12), (30, 50)])
 def test_few_shot_weights_are_those_of_a_direct_least_squares(count, dim):
     x, labels = make_clusters(count, dim=dim, spread=2.0)
-    mean, scale, weights = few_shot.fit(x, labels, 5, penalty=3.0)
+    probe = linear_probe.least_squares(x, labels, 5, penalty=3.0)
     z = (x.astype(np.float64) - x.mean(0, np.float64)) / (x.std(0, np.float64) + 1e-5)
     z = np.hstack([z, np.ones((count, 1))])
     augmented = np.vstack([z, np.sqrt(3.0) * np.eye(dim + 1)])  # the penalty as further rows
     targets = np.vstack([2 * np.eye(5)[labels] - 1, np.zeros((dim + 1, 5))])
     expected = np.linalg.lstsq(augmented, targets)[0]
+    weights = np.vstack([probe.kernel_DxV, probe.bias_V])
     np.testing.assert_allclose(weights, expected, atol=1e-9)
-    assert (few_shot.predict(x, mean, scale, weights) == (z @ expected).argmax(1)).all()
+    assert (linear_probe.predict(probe, x) == (z @ expected).argmax(1)).all()
 
 
 def test_draws_of_shots():
     labels = np.random.default_rng(0).integers(0, 6, 300)
     first, again, other, seeded = (
-        few_shot.draw_shots(labels, 6, 10, seed=seed, draw=draw)
+        linear_probe.draw_shots(labels, 6, 10, seed=seed, draw=draw)
         for seed, draw in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     assert (first == again).all()
@@ -136,19 +137,19 @@ def test_draws_of_shots():
     for rows in (first, other):
         assert len(set(rows)) == 60 and (np.bincount(labels[rows]) == 10).all()
     with pytest.raises(SetupError, match=r"3 shots .* class 1 has 2 training examples"):
-        few_shot.draw_shots(np.array([0, 0, 0, 1, 1]), 2, 3, seed=0, draw=0)
+        linear_probe.draw_shots(np.array([0, 0, 0, 1, 1]), 2, 3, seed=0, draw=0)
 
 
 @pytest.mark.parametrize("shots", [2, 10])
 def test_few_shot_accuracy_is_the_mean_over_draws(shots):
     (x, labels), (test, truth) = hard_problem(400), hard_problem(500, seed=1)
     cfg = FewShotConfig(shots=shots, draws=3, penalty=10.0)
-    mean, std = few_shot.evaluate(labelled(x, labels), labelled(test, truth), 10, cfg)
+    mean, std = linear_probe.few_shot(labelled(x, labels), labelled(test, truth), 10, cfg)
     accuracies = []
     for draw in range(3):
-        rows = few_shot.draw_shots(labels, 10, shots, seed=0, draw=draw)
-        fitted = few_shot.fit(x[rows], labels[rows], 10, 10.0)
-        accuracies.append(100 * (few_shot.predict(test, *fitted) == truth).mean())
+        rows = linear_probe.draw_shots(labels, 10, shots, seed=0, draw=draw)
+        fitted = linear_probe.least_squares(x[rows], labels[rows], 10, 10.0)
+        accuracies.append(100 * (linear_probe.predict(fitted, test) == truth).mean())
     assert mean == np.mean(accuracies) and std == np.std(accuracies) > 0
 
 
@@ -160,4 +161,4 @@ def test_features_that_are_not_finite_are_refused(one_device, place):
     with pytest.raises(SetupError, match="50 of 50 rows"):
         linear_probe.evaluate(*data, 5, LinearProbeConfig(), one_device)
     with pytest.raises(SetupError, match="50 of 50 rows"):
-        few_shot.evaluate(*data, 5, FewShotConfig(shots=2))
+        linear_probe.few_shot(*data, 5, FewShotConfig(shots=2))

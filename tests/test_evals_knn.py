@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.evals import knn, retrieval
+from supmim_jax.evals import knn
 from supmim_jax.rehearse import aot
 
 KS = (1, 5, 10, 20, 50)
@@ -122,12 +122,12 @@ def naive_map_at_r(index, labels) -> float:
 
 
 def test_retrieval_is_that_of_a_naive_loop(one_device, monkeypatch):
-    monkeypatch.setattr(retrieval, "CHUNK", 50)
+    monkeypatch.setattr(knn, "QUERY_CHUNK", 50)
     bank, labels = make_clusters(180, spread=2.0)
     labels[7] = 5  # the only one of its class: nothing to find
-    k = retrieval.depth(labels, (1, 10))
+    k = knn.retrieval_depth(labels, (1, 10))
     index = knn.neighbours(bank, bank, k, mesh=one_device, leave_one_out=True).index_QxK
-    scores = retrieval.score(index, labels, (1, 10))
+    scores = knn.recall_and_map(index, labels, (1, 10))
     assert scores["map@r"] == pytest.approx(naive_map_at_r(index, labels))
     kept = labels != 5
     for recall in (1, 10):
@@ -135,4 +135,4 @@ def test_retrieval_is_that_of_a_naive_loop(one_device, monkeypatch):
         assert scores[f"recall@{recall}"] == pytest.approx(100 * np.mean(hit))
     assert 20 < scores["map@r"] < scores["recall@1"] < scores["recall@10"] <= 100
     with pytest.raises(SetupError):
-        retrieval.depth(np.arange(5), (1,))
+        knn.retrieval_depth(np.arange(5), (1,))

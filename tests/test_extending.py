@@ -1,7 +1,7 @@
 """A sixth objective and another evaluation are added in the places that ARCHITECTURE.md names.
 
 The objective: its own file, a line of OBJECTIVES, its section in config/objective.py with the union
-in config/experiment.py, and a config file. The evaluation: evals/evaluate.py, config/evaluation.py.
+in config/experiment.py, and a config file. The evaluation: evals/evaluate.py, config/experiment.py.
 Nothing else is touched here, and commands, checkpoints and reports know them.
 """
 

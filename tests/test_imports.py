@@ -28,8 +28,7 @@ LAYERS = [
         "rehearse",
     },
     {"report", "bench", "inference"},
-    {"embed", "model_card", "study"},
-    {"export"},
+    {"embed", "study", "export"},
 ]
 APART = {("evals", "objectives"), ("evals", "encoder")}
 

@@ -15,7 +15,8 @@ from conftest import REPOSITORY
 from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.rehearse import aot, estimate
+from supmim_jax.rehearse import __main__ as rehearse
+from supmim_jax.rehearse import aot
 from supmim_jax.rehearse.hlo import Collective
 
 NO_SLICES = [
@@ -60,18 +61,18 @@ def test_links(case):
     kind, groups, expected = LINKS[case]
     at = np.array([(x, y, 0) for x in range(16) for y in range(16)])
     one = Collective(kind, 1_600_000, 1, groups, ("bf16",))
-    assert estimate.seconds(one, at, aot.parse("v5e:16x16")) == pytest.approx(expected)
+    assert rehearse.seconds(one, at, aot.parse("v5e:16x16")) == pytest.approx(expected)
 
 
 def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest(cfg):
     model = dataclasses.replace(cfg.model, width=768, depth=12, mlp_dim=3072, heads=12)
     cfg = dataclasses.replace(cfg, model=model, batch_size=4096)
-    found = estimate.candidates(cfg, aot.parse("v5e:16x16"))
+    found = rehearse.candidates(cfg, aot.parse("v5e:16x16"))
     shapes = {(c.mesh.data, c.mesh.fsdp, c.mesh.tensor) for c in found}
     assert (16, 16, 1) in shapes and (64, 1, 4) in shapes
     assert all(d * f * t == 256 and 768 % f == 0 and 12 % t == 0 for d, f, t in shapes)
     assert (found[0].mesh, found[0].model.remat) == (MeshConfig(16, 16, 1), "names")
-    few = estimate.candidates(dataclasses.replace(cfg, batch_size=256), aot.parse("v5e:8x8"))
+    few = rehearse.candidates(dataclasses.replace(cfg, batch_size=256), aot.parse("v5e:8x8"))
     assert few and all(256 / (c.mesh.data * c.mesh.fsdp) % 8 == 0 for c in few)
 
     def result(seconds: float, gib: float, fits: bool = True, data: int = 1) -> dict:
@@ -81,9 +82,9 @@ def test_the_sweep_tries_what_can_run_and_recommends_the_smallest_of_the_fastest
         }  # fmt: skip
 
     tried = [result(1.0, 9, data=2), result(1.01, 3, data=4), result(1.1, 1, data=8)]
-    told = estimate.recommend([*tried, result(0.5, 1, fits=False)])
+    told = rehearse.recommend([*tried, result(0.5, 1, fits=False)])
     assert "mesh.data=4" in told and "3.00 GiB" in told
-    assert "mesh." not in estimate.recommend([result(1.0, 20, fits=False)])
+    assert "mesh." not in rehearse.recommend([result(1.0, 20, fits=False)])
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,11 @@ def test_what_does_not_fit_is_reported(cfg, monkeypatch):
 
     monkeypatch.setattr(aot, "devices", lambda part: jax.devices())
     monkeypatch.setattr(aot, "compile_step", refuse)
-    result = estimate.rehearse(cfg, aot.parse("v5e:2x4"))
+    result = rehearse.rehearse(cfg, aot.parse("v5e:2x4"))
     assert not result["fits"] and (result["needed_gib"], result["available_gib"]) == (22.93, 15.75)
-    for text in (estimate.report(result), estimate.table([result])):
+    for text in (rehearse.report(result), rehearse.table([result])):
         assert "22.93 GiB of 15.75" in text
-    assert "model.remat='names'" in estimate.report(result)
+    assert "model.remat='names'" in rehearse.report(result)
 
 
 @pytest.mark.skipif(

@@ -41,10 +41,9 @@ from supmim_jax.config import (
 )
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-from supmim_jax.report import files
 from supmim_jax.report import page as pages
 from supmim_jax.report.__main__ import gather, write
-from supmim_jax.report.measure import Segmented
+from supmim_jax.report.measure import Segmented, curves, environments, evaluations
 from supmim_jax.report.page import overlaid, picture, render
 from supmim_jax.train import train
 
@@ -259,7 +258,7 @@ def test_a_file_that_no_run_wrote_is_refused(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SetupError, match=f"{name} cannot be (used|read)"):
-        for read in (files.curves, files.evaluations, files.environments):
+        for read in (curves, evaluations, environments):
             read(epath.Path(tmp_path))
 
 

@@ -9,8 +9,7 @@ torch = pytest.importorskip("torch")
 
 from rivals import torch_reference, torch_rival
 
-from supmim_jax import train_step
-from supmim_jax.bench import step
+from supmim_jax import bench, train_step
 from supmim_jax.config import ClassificationConfig, SupervisedConfig, changed
 
 
@@ -40,7 +39,7 @@ def test_both_models_have_the_same_parameters(cfg, one_device, name):
     cfg = variants(cfg, name)
     trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))
     params = train_step.build(cfg, one_device).state.params
-    ours = {name: step.sizes_of(tree) for name, tree in params.items()}
+    ours = {name: bench.sizes_of(tree) for name, tree in params.items()}
     assert trainer.parameters() == ours
     assert {"encoder", "head"} <= set(ours) and ("decoder" in ours) == (name != "supervised")
 
@@ -81,14 +80,14 @@ def test_both_do_the_same_flops(cfg, one_device, name):
 
 def test_by_turns_in_another_process(cfg, one_device):
     cfg = changed(cfg, mesh={"data": 8})
-    result = step.measure(cfg, rounds=2, steps=1, rival=True, compile_rival=False)
+    result = bench.measure(cfg, rounds=2, steps=1, rival=True, compile_rival=False)
     result = json.loads(json.dumps(result))
     assert result["tokens"] == "given"  # to both
     assert set(result["rival"]["times"]) == {"eager"}
     assert result["rival"]["threads"] == result["threads"]
     for median, least, most in map(result["rival"]["times"]["eager"].get, ("ratio", "cpu_ratio")):
         assert 0 < least <= median <= most
-    text = step.report(result)
+    text = bench.report(result)
     assert "| PyTorch 2" in text and "--nocompile_rival" in text
     assert jax.default_backend() == "cpu"
 

@@ -1,8 +1,8 @@
 """Checkpoints: plain nested dicts of arrays, with the config and the data position.
 
-`save` writes them in the background. `checksums` lists the SHA-256 of their files in the same
-commit, and verifies them before anything is read. `restore` finds and reads them. `retention`
-decides which ones stay.
+`save` writes them in the background, and decides which ones stay. `checksums` lists the SHA-256 of
+their files in the same commit, and verifies them before anything is read. `restore` finds and reads
+them.
 """
 
 from supmim_jax.checkpoint.checksums import verify

@@ -6,9 +6,9 @@ read: orbax alone accepts a misspelt subtree or another depth.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import logging
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import serialization
 
-from supmim_jax import storage
+from supmim_jax import metrics, storage
 from supmim_jax.batch import TrainState
-from supmim_jax.checkpoint import retention
 from supmim_jax.checkpoint.checksums import ANOTHER, Damaged, verify
 from supmim_jax.config import Config
 from supmim_jax.config.configdict import from_configdict
@@ -265,7 +264,7 @@ def locate(location: str) -> epath.Path:
 
 def _best(root: epath.Path, there: list[int]) -> int:
     metric = Checkpoint.read(root / str(there[-1])).config.checkpoint.keep_best
-    best = retention.Best(metric, root.parent).step(there) if metric else None
+    best = Best(metric, root.parent).step(there) if metric else None
     if best is None:
         why = f"none of them was evaluated for {metric!r}" if metric else "keep_best is ''"
         raise SetupError(
@@ -276,7 +275,40 @@ def _best(root: epath.Path, there: list[int]) -> int:
     return best
 
 
-@dataclasses.dataclass(frozen=True)
+class Best:
+    """Knows the checkpoint with the highest value of an evaluation's metric, if `metric` names one.
+
+    What was measured before this process is read from metrics.jsonl.
+    """
+
+    def __init__(self, metric: str, workdir: epath.Path):
+        self.metric, name, path = metric, f"eval/{metric}", workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if metric and path.exists() else []
+        self.values = {x["step"]: x[name] for x in map(metrics.values, lines) if name in x}
+
+    def measured(self, step: int, results: dict[str, float]) -> None:
+        """Records the results of the evaluation after `step`.
+
+        Raises:
+          SetupError: the metric is not among it.
+        """
+        if not self.metric:
+            return
+        if self.metric not in results:
+            raise SetupError(
+                f"config.checkpoint.keep_best is {self.metric!r}, but the evaluation gives "
+                f"{', '.join(results) or 'nothing'}. Name one of these, or leave it empty."
+            )
+        self.values[step] = results[self.metric]
+
+    def step(self, among: list[int]) -> int | None:
+        """The best of these steps, the newest of equals; None if none was evaluated."""
+        # Of all metrics of an evaluation more is better: shares that are right, dB, codes in use.
+        known = [(self.values[s], s) for s in among if math.isfinite(self.values.get(s, math.nan))]
+        return max(known)[1] if known else None
+
+
+@dataclass(frozen=True)
 class Step(ocp.path.step.Metadata):
     """A checkpoint as orbax knows it."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,9 +17,9 @@ from orbax.checkpoint import multihost as orbax_multihost
 
 from supmim_jax import multihost, storage
 from supmim_jax.batch import TrainState
-from supmim_jax.checkpoint import checksums, retention
+from supmim_jax.checkpoint import checksums
 from supmim_jax.checkpoint.checksums import Damaged
-from supmim_jax.checkpoint.restore import Checkpoint, Names, plain, steps, unfinished
+from supmim_jax.checkpoint.restore import Best, Checkpoint, Names, plain, steps, unfinished
 from supmim_jax.config import CheckpointConfig, Config
 from supmim_jax.config.configdict import to_configdict
 from supmim_jax.errors import OF_THE_USER, SetupError
@@ -56,7 +57,7 @@ class Checkpoints:
         self.scheduled = scheduled or (lambda step: step % cfg.every == 0)
         self.workdir, self.cfg = storage.location(workdir), cfg
         self.directory = self.workdir / "checkpoints"
-        self.best = retention.Best(cfg.keep_best, self.workdir)
+        self.best = Best(cfg.keep_best, self.workdir)
         self.failure: BaseException | None = None  # of a save in the background
         self.saving: int | None = None  # the step last begun to be saved
         with self._explained("made"):
@@ -84,7 +85,7 @@ class Checkpoints:
         multihost.barrier(f"unfinished saves, {next(_times)}")
         options = ocp.CheckpointManagerOptions(
             create=False,
-            preservation_policy=retention.Policy(self.cfg, self.best, self.scheduled),
+            preservation_policy=RetentionPolicy(self.cfg, self.best, self.scheduled),
             step_name_format=Names(),
             temporary_path_class=checksums.temporary_path_class(self.directory),
             async_options=ocp.AsyncOptions(
@@ -269,6 +270,25 @@ class Checkpoints:
         if not intact:
             return "There is none before it."
         return f"The one before it, step {intact[-1]}, is intact."
+
+
+@dataclass
+class RetentionPolicy(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps what any rule of `cfg` keeps, and the newest checkpoint that was `scheduled`.
+
+    A run rolls back to that one; repeated SIGTERMs would otherwise push it out.
+    """
+
+    cfg: CheckpointConfig
+    best: Best
+    scheduled: Callable[[int], bool]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """For orbax, which asks as each save begins."""
+        saved, every = [x.step for x in checkpoints], self.cfg.keep_every
+        kept = {*saved[-self.cfg.keep :], self.best.step(saved)}
+        kept.add(max(filter(self.scheduled, saved), default=None))
+        return [step in kept or (every > 0 and step % every == 0) for step in saved]
 
 
 def bytes_on_disk(arrays: Any) -> int:

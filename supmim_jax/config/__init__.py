@@ -11,17 +11,25 @@ from supmim_jax.config.data import (
     MasksConfig,
     ProbeDataConfig,
 )
-from supmim_jax.config.evaluation import (
+from supmim_jax.config.experiment import (
+    CheckpointConfig,
+    Config,
     EvalConfig,
     FewShotConfig,
     HeadTrainingConfig,
+    InitConfig,
     KNNConfig,
     LinearProbeConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
     ProbeConfig,
     RetrievalConfig,
     SegmentationConfig,
+    WatchConfig,
+    changed,
+    debug,
 )
-from supmim_jax.config.experiment import Config, changed, debug
 from supmim_jax.config.fields import INF, within
 from supmim_jax.config.model import (
     VARIANTS,
@@ -44,12 +52,4 @@ from supmim_jax.config.objective import (
     SupervisedConfig,
     SupMIMConfig,
     VQGANObjectiveConfig,
-)
-from supmim_jax.config.training import (
-    CheckpointConfig,
-    InitConfig,
-    LogConfig,
-    MeshConfig,
-    OptimConfig,
-    WatchConfig,
 )

@@ -1,4 +1,4 @@
-"""The one door between ml_collections and the schema of `config.py`.
+"""The one door between ml_collections and the schema of an experiment.
 
 A config file returns `to_configdict(Config(...))` (or a ProbeConfig); a command calls
 `from_configdict` once, and nothing below it ever sees a ConfigDict.

@@ -1,12 +1,14 @@
-"""A whole experiment: rules that its sections must satisfy together, and its debug version."""
+"""A whole experiment, with the sections of how it is carried out and judged.
+
+The rules that all sections must satisfy together are here, and the debug version.
+"""
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from supmim_jax.config.data import DataConfig, MasksConfig
-from supmim_jax.config.evaluation import EvalConfig
-from supmim_jax.config.fields import INF, LARGEST, within
+from supmim_jax.config.data import DataConfig, MasksConfig, ProbeDataConfig
+from supmim_jax.config.fields import INF, LARGEST, SMALLEST, path_field, within
 from supmim_jax.config.model import DecoderConfig, PatchCodesConfig, TokensConfig, ViTConfig
 from supmim_jax.config.objective import (
     CMAEConfig,
@@ -17,15 +19,194 @@ from supmim_jax.config.objective import (
     SupMIMConfig,
     VQGANObjectiveConfig,
 )
-from supmim_jax.config.training import (
-    CheckpointConfig,
-    InitConfig,
-    LogConfig,
-    MeshConfig,
-    OptimConfig,
-    WatchConfig,
-)
 from supmim_jax.errors import ConfigError
+
+# --- how a run is carried out
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What the first step starts from; a run with a checkpoint of its own resumes from that."""
+
+    checkpoint: str = path_field()  # workdir[@step] of a run whose encoder to take; "" draws one
+    head: Literal["new", "keep"] = "new"  # keep: the checkpoint's head too, of as many classes
+
+    def __post_init__(self):
+        if self.head == "keep" and not self.checkpoint:
+            raise ConfigError(
+                "head is 'keep', but checkpoint names no run to take it from: give its --workdir, "
+                "or set head to 'new'."
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "lamb"] = "adamw"
+    lr: float = within(1e-3, 0.0, INF)  # at lr_batch; see Config.peak_lr
+    lr_batch: int = within(0, 0, INF)  # 0: lr is the peak itself; else scaled by batch / lr_batch
+    final_lr: float = within(0.0, 0.0, INF)  # at the end of the cosine
+    warmup_epochs: float = within(5.0, 0.0, INF)
+    warmup_lr: float = within(0.0, 0.0, INF)  # that the warm-up begins with
+    # per_epoch: timm's. The rate stands for an epoch, and the cosine is one over all epochs, whose
+    # beginning the warm-up takes the place of. product: scenic's. The cosine is over all steps, and
+    # the warm-up, from 0, is a factor of it.
+    schedule: Literal["per_step", "per_epoch", "product"] = "per_step"
+    weight_decay: float = within(0.05, 0.0, INF)  # decoupled, times the learning rate
+    b1: float = within(0.9, 0.0, 0.999999)
+    b2: float = within(0.999, 0.0, 0.999999)
+    eps: float = within(1e-8, SMALLEST, 1.0)  # of Adam's denominator
+    # What decays: matrices; with CLS, mask tokens and mask embeddings, as in MAE's code; or all, as
+    # in scenic's, with biases, norms and positions.
+    decay_on: Literal["matrices", "matrices_and_tokens", "all"] = "matrices"
+    # Polyak's moving average of the parameters, new = ema * old + (1 - ema) * parameters; 0: none.
+    # Where there is one, it is what evaluations, probes, exports and other runs take.
+    ema: float = within(0.0, 0.0, 0.9999999)
+    clip: float = within(1.0, 0.0, INF)  # global gradient norm; 0 switches it off
+    layer_decay: float = within(1.0, 0.0, 1.0)  # of the rate, per encoder layer from the top
+    accumulate: int = within(1, 1, INF)  # micro-batches whose gradients make one step
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = within(0, 0, INF)  # 0: all devices that the other axes leave
+    fsdp: int = within(1, 1, INF)
+    tensor: int = within(1, 1, INF)
+    # TPU slices (or other groups with a fast network of their own); `data` runs across them, and
+    # what crosses the slow network between them is one reduction of gradients per step.
+    slices: int = within(1, 1, INF)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = within(50, 1, INF)  # steps between lines of metrics.jsonl
+    tensorboard: bool = False  # also events and profiles for TensorBoard, by clu and TensorFlow
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = within(500, 1, INF)  # steps
+    keep: int = within(2, 1, INF)  # newest ones kept
+    keep_every: int = within(0, 0, INF)  # steps; those of its multiples are kept too; 0: none
+    keep_best: str = ""  # a metric of the evaluation; the checkpoint where it is best is kept too
+
+    def __post_init__(self):
+        if self.keep_every % self.every:
+            below = self.keep_every - self.keep_every % self.every
+            raise ConfigError(
+                f"keep_every is {self.keep_every}, not a multiple of every = {self.every}, so "
+                f"those steps are not saved; {below or self.every} or {below + self.every} would "
+                f"do, and 0 keeps none of them."
+            )
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """What ends a run that goes wrong, or lets it roll back."""
+
+    stall_factor: float = within(50.0, 0.0, INF)  # no step in so many medians of a step's time: end
+    stall_seconds: float = within(300.0, 0.0, INF)  # but never before; stall_factor 0: never
+    # How often, in a run, NaN or infinity makes it go back to its newest checkpoint and leave out
+    # the batches since then; 0: it ends.
+    roll_backs: int = within(0, 0, INF)
+
+
+# --- what encoders are judged by, in training (EvalConfig) and by `probe` (ProbeConfig)
+
+# `top1` and `miou` ask the run's own heads; the others see frozen features.
+Evaluation = Literal["top1", "miou", "knn", "retrieval", "linear", "few_shot", "segmentation"]
+
+
+@dataclass(frozen=True)
+class KNNConfig:
+    """Votes of the nearest training images; more ks than are there to vote are left out."""
+
+    ks: tuple[int, ...] = within((20,), 1, INF)  # if several, each is reported as `knn/k=<k>`
+    report_k: int = within(20, 1, INF)  # reported as `knn`; at most the training images
+    temperature: float = within(0.07, 1e-6, INF)  # a neighbour's vote is exp(cosine / temperature)
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Each image of the evaluation split searches the others of it."""
+
+    recalls: tuple[int, ...] = within((1, 10, 100), 1, INF)
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig:
+    """Logistic regression; its strength is chosen on a held-out part of the training split."""
+
+    strengths: tuple[float, ...] = within(  # scikit-learn's C: a small one is a strong penalty
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0), 1e-12, 1e12
+    )
+    held_out: float = within(0.2, 0.01, 0.5)
+    seed: int = within(0, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """Least squares on a few images of each class, as in big_vision; the mean over draws."""
+
+    shots: int = within(10, 1, INF)
+    draws: int = within(5, 1, INF)
+    penalty: float = within(1024.0, 1e-12, INF)
+    seed: int = within(0, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class HeadTrainingConfig:
+    """AdamW with decay on matrices only; warm-up over a tenth of the steps, cosine to zero."""
+
+    steps: int = within(600, 1, INF)
+    batch_size: int = within(32, 1, INF)
+    learning_rate: float = within(3e-3, 0.0, INF)
+    weight_decay: float = within(1e-4, 0.0, INF)
+    seed: int = within(0, 0, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """Heads on frozen tokens, learning from the masks of the data section."""
+
+    heads: tuple[Literal["linear", "conv"], ...] = ("linear", "conv")
+    # First images of the training split that the heads learn from. Their tokens stay in the host's
+    # memory as float16: 0.4 MB an image for ViT-B/14 at 224 pixels.
+    max_examples: int = within(20_000, 1, INF)
+    training: HeadTrainingConfig = HeadTrainingConfig()
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = within(0, 0, INF)  # steps; 0 evaluates at the end only
+    batch_size: int = within(256, 1, INF)
+    which: tuple[Evaluation, ...] = ("top1", "knn")  # the others take a while: see configs/probes
+    knn: KNNConfig = KNNConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    linear: LinearProbeConfig = LinearProbeConfig()
+    few_shot: FewShotConfig = FewShotConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What `which` may give, by name; more is better of each."""
+        ks = sorted({*self.knn.ks, self.knn.report_k}) if len(self.knn.ks) > 1 else []
+        names = {
+            "top1": ["top1"],
+            "miou": ["miou", "pixel_accuracy"],
+            "knn": ["knn", *(f"knn/k={k}" for k in ks)],
+            "retrieval": [*(f"recall@{k}" for k in self.retrieval.recalls), "map@r"],
+            "linear": ["linear"],
+            "few_shot": ["few_shot"],
+            "segmentation": [
+                f"{name}/{head}"
+                for head in self.segmentation.heads
+                for name in ("miou", "pixel_accuracy")
+            ],
+        }
+        return tuple(name for evaluation in self.which for name in names[evaluation])
+
+
+# --- a run, and a probe of others
 
 
 @dataclass(frozen=True)
@@ -243,6 +424,19 @@ class Config:
     def peak_lr(self) -> float:
         scale = self.batch_size / self.optim.lr_batch if self.optim.lr_batch else 1.0
         return self.optim.lr * scale
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What to measure trained encoders by. The encoder itself is that of its own run's config."""
+
+    data: ProbeDataConfig = ProbeDataConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.eval.every:
+            raise ConfigError(f"eval.every is {self.eval.every}; only training evaluates again.")
 
 
 def changed(config: Any, **fields: Any) -> Any:

@@ -20,7 +20,7 @@ from supmim_jax.config import EvalConfig
 from supmim_jax.data.decode import BrokenRecord
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
-from supmim_jax.evals import features, few_shot, knn, linear_probe, retrieval, segmentation
+from supmim_jax.evals import features, knn, linear_probe, segmentation
 from supmim_jax.evals.features import CannotEvaluate, Results, on_host
 
 COUNTED = 20_000  # labels are counted in splits of so many records or fewer
@@ -224,9 +224,9 @@ def nearest(subject: Subject) -> Results:
 
 def retrieved(subject: Subject) -> Results:
     test, recalls = subject.test, subject.eval.retrieval.recalls
-    k = retrieval.depth(test.label, recalls)
+    k = knn.retrieval_depth(test.label, recalls)
     found = knn.neighbours(test.pooled, test.pooled, k, mesh=subject.mesh, leave_one_out=True)
-    return Results(retrieval.score(found.index_QxK, test.label, recalls), {})
+    return Results(knn.recall_and_map(found.index_QxK, test.label, recalls), {})
 
 
 def linear(subject: Subject) -> Results:
@@ -239,7 +239,7 @@ def linear(subject: Subject) -> Results:
 
 def least_squares(subject: Subject) -> Results:
     cfg, train, test = subject.eval.few_shot, subject.train, subject.test
-    mean, std = few_shot.evaluate(train, test, subject.classes, cfg)
+    mean, std = linear_probe.few_shot(train, test, subject.classes, cfg)
     return Results({"few_shot": mean}, {"std": std})
 
 

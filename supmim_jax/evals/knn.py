@@ -1,9 +1,9 @@
-"""Exact nearest neighbours by cosine, sharded over a mesh, and the vote of the nearest k.
+"""Exact nearest neighbours by cosine, the vote of the nearest k, and image retrieval.
 
-The bank is normalised once and stays on the devices, split by rows: 1.28 M x 768 float32 are
-3.9 GB in all, and sending them from the host for each chunk of queries would take longer than the
-products. One program searches for a chunk of queries: a scan over chunks of the bank keeps the best
-k so far, and then the best k of all devices are merged.
+The search is sharded over a mesh. The bank is normalised once and stays on the devices, split by
+rows: 1.28 M x 768 float32 are 3.9 GB in all, and sending them from the host for each chunk of
+queries would take longer than the products. One program searches for a chunk of queries: a scan
+over chunks of the bank keeps the best k so far, and then the best k of all devices are merged.
 
 All products have one shape, query chunk x bank chunk, and a row of the bank always has the same
 place in its chunk. So 1 and 8 devices give the same bits (checked on CPU; a GPU that tunes its
@@ -102,6 +102,51 @@ def vote(
             winners[k][part] = votes.reshape(len(labels), classes).argmax(axis=1)
             counted = k
     return winners
+
+
+def retrieval_depth(labels_N: np.ndarray, recalls: Sequence[int]) -> int:
+    """How many neighbours `recall_and_map` needs: the largest R or recall, at most all others.
+
+    Raises:
+      CannotEvaluate: there is nothing to find.
+    """
+    most = int(np.bincount(labels_N).max()) - 1
+    if not most:
+        raise features.CannotEvaluate(
+            "Retrieval has nothing to find: no two examples share a label."
+        )
+    return min(len(labels_N) - 1, max(most, *recalls))
+
+
+def recall_and_map(
+    index_NxK: np.ndarray, labels_N: np.ndarray, recalls: Sequence[int]
+) -> dict[str, float]:
+    """{"recall@k", ..., "map@r"} in per cent, of every example searching all others.
+
+    As in Musgrave et al., "A Metric Learning Reality Check" (arXiv 2003.08505, section 2.1 and its
+    appendix). The R of an example is the number of others of its class. An example with R = 0, the
+    only one of its class, has nothing to find and is left out of the means.
+
+    Recall@k is the share of queries with their label among the nearest k. mAP@R is the mean over
+    queries of 1/R * sum over ranks i <= R of precision at i, where rank i has the query's label.
+
+    Args:
+      index_NxK: the other examples, the nearest first; K is `retrieval_depth`.
+    """
+    found_N = np.bincount(labels_N)[labels_N] - 1  # R
+    counts = np.flatnonzero(found_N > 0)
+    depth_K = np.arange(1, index_NxK.shape[1] + 1)
+    first_hit, averages = [], []
+    for start in range(0, len(counts), QUERY_CHUNK):
+        part = counts[start : start + QUERY_CHUNK]
+        hit_QxK = labels_N[index_NxK[part]] == labels_N[part, None]
+        precision_QxK = hit_QxK.cumsum(axis=1) / depth_K
+        counted_QxK = hit_QxK & (depth_K <= found_N[part, None])
+        averages.append((precision_QxK * counted_QxK).sum(axis=1) / found_N[part])
+        first_hit.append(np.where(hit_QxK.any(axis=1), hit_QxK.argmax(axis=1), hit_QxK.shape[1]))
+    rank_Q = np.concatenate(first_hit)
+    scores = {f"recall@{k}": 100.0 * float((rank_Q < k).mean()) for k in recalls}
+    return scores | {"map@r": 100.0 * float(np.concatenate(averages).mean())}
 
 
 def search_program(

@@ -1,8 +1,9 @@
-"""Linear probe: multinomial logistic regression with L2 on frozen features, by Newton's method.
+"""Linear classifiers of frozen features: logistic regression, and few-shot least squares.
 
-The features are standardised by the training set's mean and deviation, so that the penalty treats
-all dimensions alike. The optimisation is full-batch, with rows split over the mesh. Scaled by
-1 / (c n), it minimises what scikit-learn's LogisticRegression(C=c) does:
+The linear probe is multinomial logistic regression with L2, by Newton's method. The features are
+standardised by the training set's mean and deviation, so that the penalty treats all dimensions
+alike. The optimisation is full-batch, with rows split over the mesh. Scaled by 1 / (c n), it
+minimises what scikit-learn's LogisticRegression(C=c) does:
 
   c * sum of cross-entropies + 0.5 * |kernel|^2       (the bias is free)
 
@@ -12,6 +13,11 @@ covariance, each scaled by about the root of the curvature along it: on correlat
 conjugate gradients, which solve for Newton's step, would need thousands of products. (L-BFGS on the
 same axes does not converge in 3,000 steps if the penalty is weak and the classes are nearly
 separable.)
+
+The few-shot classifier is that of big_vision's evaluator, as ViT (arXiv 2010.11929, section 4.1)
+reports it: regularised least squares in closed form, of features standardised by the shots, with a
+constant column for the bias and targets +1 on the label and -1 elsewhere. Everything is float64 on
+the host, so devices make no difference.
 """
 
 import functools
@@ -26,11 +32,11 @@ from absl import logging
 from jax.sharding import Mesh, PartitionSpec
 
 from supmim_jax import sharding
-from supmim_jax.config import LinearProbeConfig
+from supmim_jax.config import FewShotConfig, LinearProbeConfig
 from supmim_jax.evals import features
 from supmim_jax.evals.features import CannotEvaluate, Extracted
 
-ROWS = 4096  # of one chunk's logits: memory doesn't grow with the training set
+ROWS = 4096  # of one chunk's logits: memory doesn't grow with the number of examples
 TOLERANCE = 1e-9  # converged when the gradient's largest entry is this share of that at zero
 STEPS = 100  # of Newton's method, most
 PRODUCTS = 1000  # of the Hessian with a vector in each, most
@@ -43,8 +49,10 @@ class Probe(NamedTuple):
     bias_V: np.ndarray  # float64
     mean_D: np.ndarray  # float64
     scale_D: np.ndarray  # float64
-    steps: int
-    gradient: float  # its largest entry at the end, as a share of that at zero
+    # Of Newton's method, and the largest entry of its gradient at the end, as a share of that at
+    # zero; a closed form has neither.
+    steps: int = 0
+    gradient: float = 0.0
 
 
 class Result(NamedTuple):
@@ -223,3 +231,59 @@ def _minimise(x_CxNxD, labels_CxN, weight_CxN, penalty_D, *, classes, steps, mes
     carry = zero, gradient(zero), jnp.zeros((), jnp.int32)
     params, grad, taken = jax.lax.while_loop(unfinished, step, carry)
     return params, taken, largest(grad) / first
+
+
+# --- few-shot
+
+
+def few_shot(
+    train: Extracted, test: Extracted, classes: int, cfg: FewShotConfig
+) -> tuple[float, float]:
+    """Mean and deviation, over draws of the shots, of the accuracy on the test set in per cent.
+
+    Raises:
+      CannotEvaluate: features are not finite, or a class has too few examples.
+    """
+    features.check_finite(train.pooled, "features of few-shot training")
+    features.check_finite(test.pooled, "features of few-shot test")
+    accuracies = []
+    for draw in range(cfg.draws):
+        chosen = draw_shots(train.label, classes, cfg.shots, seed=cfg.seed, draw=draw)
+        probe = least_squares(train.pooled[chosen], train.label[chosen], classes, cfg.penalty)
+        accuracies.append(accuracy(probe, test.pooled, test.label))
+    return float(np.mean(accuracies)), float(np.std(accuracies))
+
+
+def draw_shots(labels_N: np.ndarray, classes: int, shots: int, *, seed: int, draw: int):
+    """`shots` examples of every class, rows in ascending order; a function of (seed, draw)."""
+    counts_V = np.bincount(labels_N, minlength=classes)
+    if counts_V.min() < shots:
+        scarce = int(counts_V.argmin())
+        raise CannotEvaluate(
+            f"{shots} shots are wanted of each class, but class {scarce} has {counts_V[scarce]} "
+            f"training examples. Take at most {counts_V[scarce]} shots."
+        )
+    order = np.random.default_rng([seed, draw]).permutation(len(labels_N))
+    by_class = order[np.argsort(labels_N[order], kind="stable")]
+    starts_V = np.cumsum(counts_V) - counts_V
+    return np.sort(by_class[(starts_V[:, None] + np.arange(shots)).ravel()])
+
+
+def least_squares(
+    features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, penalty: float
+) -> Probe:
+    """The kernel and bias, as one W, that minimise |X W - Y|^2 + penalty |W|^2.
+
+    The last row of W is the bias, of a column of ones in X (100 in big_vision, so that the penalty
+    hardly touches it: with as many shots of each class it is the same for all, and no matter).
+    The smaller of the two systems of normal equations is solved: D + 1 unknowns, or N, its dual.
+    """
+    x = features_NxD.astype(np.float64)
+    mean, scale = x.mean(axis=0), x.std(axis=0) + 1e-5
+    x = np.column_stack([(x - mean) / scale, np.ones(len(x))])
+    y = np.where(labels_N[:, None] == np.arange(classes), 1.0, -1.0)
+    if len(x) < x.shape[1]:
+        weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
+    else:
+        weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+    return Probe(weights[:-1], weights[-1], mean, scale)

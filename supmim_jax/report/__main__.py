@@ -8,8 +8,7 @@ from supmim_jax import cli, environment, storage
 from supmim_jax.checkpoint import Checkpoint, locate
 from supmim_jax.config import changed
 from supmim_jax.errors import SetupError
-from supmim_jax.report import files
-from supmim_jax.report.measure import measure
+from supmim_jax.report.measure import curves, environments, evaluations, measure
 from supmim_jax.report.page import Report, render
 
 
@@ -31,9 +30,9 @@ def gather(location: str, split: str = "", data_dir: str = "") -> Report:
         step=checkpoint.step,
         run=checkpoint.run,
         split=split,
-        curves=files.curves(workdir),
-        evaluations=files.evaluations(workdir),
-        trained_on=files.environments(workdir),
+        curves=curves(workdir),
+        evaluations=evaluations(workdir),
+        trained_on=environments(workdir),
         made_on=environment.collect(jax.devices()),
         measured=measure(checkpoint, here, split),
     )

@@ -19,8 +19,7 @@ import numpy as np
 
 from supmim_jax import environment
 from supmim_jax.config import IGNORED, Config
-from supmim_jax.report.files import Evaluation
-from supmim_jax.report.measure import GROUND, Measured, Segmented
+from supmim_jax.report.measure import GROUND, Evaluation, Measured, Segmented
 
 METRICS = {
     "top1": "top-1 %",

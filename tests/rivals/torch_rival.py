@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rivals.companion import Companion
-from supmim_jax.bench.step import OURS, Turn
+from supmim_jax.bench import OURS, Turn
 from supmim_jax.config import Config
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import num_masked

@@ -1,4 +1,9 @@
-"""The train step on this machine: speed, share of its matmul peak, memory, and a profile.
+"""Measures: python -m supmim_jax.bench step|flops; with a checkout also boxes|data|knn|tokens.
+
+`step` gives the train step's speed on this machine, its share of the matmul peak, its memory and a
+profile; `flops` counts its arithmetic. `boxes` judges ContrastiveCrop's boxes by masks, `data`
+compares the input pipeline with tf.data, `knn` the exact search with faiss, and `tokens` tells what
+a token cache costs; they are in tests/rivals of a checkout. --help behind a name lists its flags.
 
 Steps are timed in rounds, on one random batch that stays on the devices; with --data also as the
 run's own input pipeline feeds them. The profile (jax.profiler, read without TensorFlow) says where
@@ -8,9 +13,11 @@ jax.named_scope of each.
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,9 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import cli, sharding, storage, train_step
+from supmim_jax import cli, multihost, sharding, storage, train_step
 from supmim_jax.batch import Batch
-from supmim_jax.bench import rivals_of_checkout
 from supmim_jax.config import Config, changed
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.data.loader import Dataset
@@ -35,6 +41,43 @@ from supmim_jax.rehearse import aot, flops, hlo
 from supmim_jax.rehearse.hlo import Instruction
 from supmim_jax.train_step import TrainStep
 
+WITH_CHECKOUT = ("boxes", "data", "knn", "tokens")
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
+    if name == "--help":
+        print(__doc__)
+        return
+    benches = {"flops": flops, "step": sys.modules[__name__]}
+    if name in WITH_CHECKOUT and rivals_of_checkout():
+        bench = importlib.import_module(f"rivals.{name}")
+    elif name in benches:
+        bench = benches[name]
+    else:
+        known = ", ".join((*benches, *WITH_CHECKOUT))
+        missing = f" {', '.join(WITH_CHECKOUT)} need a checkout of the repository."
+        cli.fail(
+            f"There is no bench {name!r} here; known are {known}.{missing}", multihost.EXIT_SETUP
+        )
+    run = bench.command()
+    flags.adopt_module_key_flags(bench)  # --help lists those of the main module
+    cli.start(run)
+
+
+def rivals_of_checkout() -> bool:
+    """Whether tests/rivals of the checkout that this package is part of can be imported now."""
+    tests = CHECKOUT / "tests"
+    if not (tests / "rivals").is_dir():
+        return False
+    if str(tests) not in sys.path:
+        sys.path.append(str(tests))
+    return True
+
+
+# --- the train step
+
 OURS = "supmim_jax"
 WARM_UP = 2  # steps before the first round
 REPEATS = 5  # of each matmul; the fastest counts
@@ -42,7 +85,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def command() -> Callable[[], None]:
-    """Defines the flags of this bench; what it returns prints a table and the result as JSON."""
+    """Defines the flags of `step`; what it returns prints a table and the result as JSON."""
     config = cli.define("Experiment: configs/<name>.py")
     number, boolean = flags.DEFINE_integer, flags.DEFINE_bool
     given = {
@@ -412,3 +455,7 @@ def report(result: dict) -> str:
     elif "where" in result:
         lines += ["", "Where time goes: the profile of this device names no operations."]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
