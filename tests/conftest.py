@@ -3,6 +3,7 @@
 import os
 import tempfile
 from importlib import metadata
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs that several tests, or the commands that they start, compile alike are compiled once.
@@ -46,9 +47,11 @@ from supmim_jax.config import (
     DataConfig,
     DecoderConfig,
     EvalConfig,
+    HeadTrainingConfig,
     LogConfig,
     MeshConfig,
     PatchCodesConfig,
+    SegmentationConfig,
     SupervisedConfig,
     SupMIMConfig,
     ViTConfig,
@@ -66,6 +69,7 @@ for number, default in (
 BUILD = TrainStep.build
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE = jax.devices()[:1]
+QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # what reports fit
 ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
 
 
@@ -87,6 +91,7 @@ def train_command(workdir, data_dir, *more: str, config="debug_supervised") -> l
     return [
         *("-m", "supmim_jax.train", f"--config=configs/{config}.py", f"--workdir={workdir}"),
         *(f"--config.data.data_dir={data_dir}", "--config.model.depth=1", "--config.log.every=1"),
+        "--config.eval.segmentation.training.steps=20",
         *more,
     ]
 
@@ -149,7 +154,7 @@ def bucket() -> Iterator[str]:
         yield f"gs://{gcs.BUCKET}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cfg(data_dir) -> Config:
     """A SupMIM run of 12 steps on the first 64 images of fractals/tiny."""
     return Config(
@@ -161,13 +166,13 @@ def cfg(data_dir) -> Config:
             decoder=DecoderConfig(width=32, mlp_dim=64, heads=2),
             target=PatchCodesConfig(codes=16, fit_images=64),
         ),
-        eval=EvalConfig(batch_size=64),
+        eval=EvalConfig(batch_size=64, segmentation=QUICK),
         log=LogConfig(every=2),
         checkpoint=CheckpointConfig(every=4),
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def supervised(cfg) -> Config:
     return dataclasses.replace(cfg, objective=SupervisedConfig())
 
@@ -215,10 +220,8 @@ def initial(cfg, tmp_path) -> str:
     return save_initial(cfg, tmp_path / "run")
 
 
-@pytest.fixture
-def photos(tmp_path):
+def make_photos(root: Path) -> Path:
     """Training and validation images of three classes; deep, in both formats and any case."""
-    root = tmp_path / "photos"
     for label, name in enumerate(CLASSES):
         for i in range(12):
             ending = (".png", ".JPG", ".jpeg")[i % 3]
@@ -229,6 +232,11 @@ def photos(tmp_path):
     put(root / "train" / "ape" / "notes.txt", "no image")
     put(root / "train" / "ape" / ".hidden.png", "no image either")
     return root
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    return make_photos(tmp_path / "photos")
 
 
 @pytest.fixture(scope="session")

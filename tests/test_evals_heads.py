@@ -43,8 +43,7 @@ def objective(kernel, bias, x, labels, c: float) -> float:
     return losses.mean() + 0.5 / (c * len(x)) * (kernel**2).sum()
 
 
-@pytest.mark.parametrize("long_tailed", [False, True])
-@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize(("condition", "long_tailed"), [(1.0, False), (1e3, True), (1e6, False)])
 @pytest.mark.parametrize("c", [1e-4, 0.1, 100.0, 1e4])
 def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition, long_tailed):
     x, labels = unlike_scales(condition, long_tailed)
@@ -54,7 +53,7 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition
     least = objective(theirs.coef_.T, theirs.intercept_, z, labels, c)
     test, _ = unlike_scales(condition, long_tailed, seed=1)
     expected = None
-    for count in (1, 2, 4, 8):
+    for count in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
         probe = linear_probe.fit(x, labels, classes=6, c=c, mesh=mesh, chunk=100)
         own = (x - probe.mean_D) / probe.scale_D

@@ -72,6 +72,7 @@ def test_the_others_are_written_and_the_command_measures_again_once_it_can(data_
     run += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}", "--config.batch_size=16"]
     run += ["--config.eval.which=('few_shot','knn','linear')", "--config.model.width=16"]
     run += ["--config.eval.linear.strengths=(1.0,)"]
+    run += ["--config.eval.segmentation.training.steps=20"]  # of the report
     first = python("-c", SKIPPED, *run)
     results = json.loads((tmp_path / "results.json").read_text())
     assert first.returncode == 2 and "few_shot" in first.stderr and "Traceback" not in first.stderr

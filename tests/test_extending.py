@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import pytest
-from conftest import ONE
+from conftest import ONE, QUICK
 from flax import nnx
 
 from supmim_jax import cli, probe
@@ -97,7 +97,7 @@ def test_a_sixth_objective_and_another_evaluation(
         epochs=1,
         data={"data_dir": data_dir, "train_split": "train[:64]", "train_examples": 64},
         model={"width": 16, "depth": 1, "mlp_dim": 32},
-        eval={"which": ("knn", "norm"), "batch_size": 64, "every": 2},
+        eval={"which": ("knn", "norm"), "batch_size": 64, "every": 2, "segmentation": QUICK},
         checkpoint={"every": 2, "keep_best": "norm"},
     )
     results = train(cfg, tmp_path / "run", devices=jax_devices)

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ONE, REPOSITORY, metric_lines, python, train_command
+from conftest import FAST, ONE, REPOSITORY, make_photos, metric_lines, python, train_command
 from etils import epath
 from test_processes import ended, places, started
 
@@ -20,6 +21,8 @@ from supmim_jax.errors import SetupError
 from supmim_jax.report import __main__ as report
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 
 @pytest.fixture
 def here(bucket, tmp_path) -> epath.Path:
@@ -27,21 +30,22 @@ def here(bucket, tmp_path) -> epath.Path:
     return epath.Path(bucket) / tmp_path.name
 
 
-@pytest.fixture
-def beasts(cfg, photos, here) -> Config:
+@pytest.fixture(scope="module")
+def beasts(cfg, bucket, tmp_path_factory) -> Config:
     """A run on a folder of images that was prepared in the bucket, with tokens from a cache there.
 
     It has nine steps and a checkpoint after every second, of which two stay.
     """
-    said = folder.prepare(epath.Path(photos), "beasts", str(here / "data"))
-    again = folder.prepare(epath.Path(photos), "beasts", str(here / "data"))
+    photos, root = make_photos(tmp_path_factory.mktemp("photos")), epath.Path(bucket) / "beasts"
+    said = folder.prepare(epath.Path(photos), "beasts", str(root / "data"))
+    again = folder.prepare(epath.Path(photos), "beasts", str(root / "data"))
     assert "beasts" in said and "Prepared already" in again
-    data = {"name": "beasts", "data_dir": str(here / "data"), "num_classes": 3, "channels": 3}
+    data = {"name": "beasts", "data_dir": str(root / "data"), "num_classes": 3, "channels": 3}
     data |= {"train_split": "train", "train_examples": 36, "crop": "inception"}
     cfg = changed(cfg, batch_size=12, data=data, checkpoint={"every": 2, "keep": 2})
     for _ in range(2):  # the second finds all shards there
-        cache_tokens.tokenize(cfg, here / "tokens", views=3, records_per_shard=40)
-    return changed(cfg, tokens=TokensConfig(cache=str(here / "tokens")))
+        cache_tokens.tokenize(cfg, root / "tokens", views=3, records_per_shard=40)
+    return changed(cfg, tokens=TokensConfig(cache=str(root / "tokens")))
 
 
 def test_the_life_of_a_run(beasts, here, tmp_path):
@@ -185,12 +189,13 @@ def test_two_processes_train_in_a_bucket_and_go_on(data_dir, here, tmp_path):
     clone = tmp_path / "clone"
     shutil.copytree(Path(REPOSITORY, "supmim_jax"), clone / "supmim_jax")
     shutil.copytree(Path(REPOSITORY, "configs"), clone / "configs")
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": "", "PYTHONPATH": ""}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FAST, "PYTHONPATH": ""}
     run = train_command(here / "run", data_dir, *flags)
     first = started([[*run, *place] for place in places(2)], env=env)
     try:
         while 4 not in checkpoint.steps(here / "run"):
             assert all(process.poll() is None for process in first)
+            time.sleep(0.3)
     finally:
         for process in first:
             process.kill()
