@@ -48,6 +48,7 @@ from supmim_jax.config import (
     DecoderConfig,
     EvalConfig,
     HeadTrainingConfig,
+    InitConfig,
     LogConfig,
     MeshConfig,
     PatchCodesConfig,
@@ -55,6 +56,7 @@ from supmim_jax.config import (
     SupervisedConfig,
     SupMIMConfig,
     ViTConfig,
+    WatchConfig,
 )
 from supmim_jax.train_step import TrainStep
 
@@ -66,7 +68,6 @@ for number, default in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, default)
 
-BUILD = TrainStep.build
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE = jax.devices()[:1]
 QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # what reports fit
@@ -182,15 +183,24 @@ def one_device():
     return ON_ONE
 
 
-@functools.cache
-def build_step(cfg: Config, mesh) -> TrainStep:
-    return BUILD(cfg, mesh)
+BUILD = functools.cache(TrainStep.build)
+NO_MATTER = {  # to the step
+    "init": InitConfig(),
+    "eval": EvalConfig(),
+    "log": LogConfig(),
+    "checkpoint": CheckpointConfig(),
+    "watch": WatchConfig(),
+}
 
 
 @pytest.fixture
 def build_once(monkeypatch) -> None:
-    """Runs of the same config and mesh share one traced and compiled step, also between tests."""
-    monkeypatch.setattr(TrainStep, "build", build_step)
+    """Runs with the same step and mesh share it, traced and compiled, also between tests."""
+
+    def build(cfg: Config, mesh) -> TrainStep:
+        return BUILD(dataclasses.replace(cfg, **NO_MATTER), mesh)
+
+    monkeypatch.setattr(TrainStep, "build", build)
 
 
 def save(cfg: Config, workdir, state: TrainState) -> str:

@@ -25,6 +25,8 @@ from supmim_jax.errors import SetupError
 from supmim_jax.evals import features as features_module
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 ONE = jax.devices()[:1]
 EXAMPLES, BROKEN = 40, (3, 4, 17, 39)
 STAND_IN = {3: 5, 4: 5, 17: 18, 39: 0}

@@ -16,6 +16,8 @@ from supmim_jax.checkpoint import Checkpoint, checksums, restore
 from supmim_jax.errors import SetupError
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):

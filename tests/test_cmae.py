@@ -36,7 +36,7 @@ def cmae(cfg):
     contrastive = ContrastiveConfig(momentum=0.9)
     return changed(
         cfg,
-        model={"drop_path": 0.0},
+        model={"drop_path": 0.0, "depth": 1},
         objective=CMAEConfig(mask_ratio=0.6, decoder=DECODER, contrastive=contrastive),
         optim=OptimConfig(warmup_epochs=0),
         eval=EvalConfig(which=("knn",), batch_size=64),

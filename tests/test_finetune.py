@@ -24,6 +24,8 @@ from supmim_jax.models.transformer import sincos2d
 from supmim_jax.models.vit import ViT
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 
 def started(cfg: Config, step_fn):
     return init_from.InitialState.open(cfg, step_fn).make()

@@ -45,7 +45,7 @@ def left_alone(data_dir, tmp_path_factory):
         yield storm.undisturbed(2, tmp_path_factory.mktemp("storm"), data_dir)
 
 
-@pytest.fixture(params=["local", "bucket"])
+@pytest.fixture
 def place(request, tmp_path) -> epath.Path:
     """Where a run is, and that nothing else uses."""
     if request.param == "local":
@@ -53,6 +53,15 @@ def place(request, tmp_path) -> epath.Path:
     return epath.Path(request.getfixturevalue("bucket")) / tmp_path.name
 
 
+def in_each_place(*long: str) -> pytest.MarkDecorator:
+    """The test with a run on the local disk and in a bucket; in these places if --slow is given."""
+    places = [
+        pytest.param(x, marks=[pytest.mark.slow] * (x in long), id=x) for x in ("local", "bucket")
+    ]
+    return pytest.mark.parametrize("place", places, indirect=True)
+
+
+@in_each_place("bucket")
 def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(
     draws, left_alone, place, tmp_path
 ):
@@ -64,6 +73,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(
     assert found[1]["done"] > found[1]["saved"]
 
 
+@in_each_place("local")
 def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, place, tmp_path):
     """In the middle of a save and of an evaluation."""
     draws += [("before commit", 2), ("evaluation", 3)]

@@ -27,6 +27,8 @@ from supmim_jax.config.configdict import from_configdict, to_configdict
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 ONE = jax.devices()[:1]
 NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs/probes").glob("*.py"))
 ALL = ("top1", "knn", "retrieval", "linear", "few_shot", "segmentation")

@@ -13,6 +13,8 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.train import train
 from supmim_jax.watchdog import Diverged
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 
 @pytest.fixture
 def poison(cfg, one_device, monkeypatch):

@@ -35,6 +35,8 @@ from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.objectives.segmentation import Segmentation
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 ONE = jax.devices()[:1]
 FIGURES = MasksConfig(field="segmentation", num_classes=31)
 
