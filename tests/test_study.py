@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import FAST, REPOSITORY
 from etils import epath
 from scipy import stats
 
@@ -165,7 +165,7 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
         return subprocess.run(
             [sys.executable, "-m", "supmim_jax.study", "--study=mine.py", "--out=out", *more],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": REPOSITORY, "XLA_FLAGS": ""},
+            env=os.environ | {"PYTHONPATH": REPOSITORY, "XLA_FLAGS": FAST},
             capture_output=True,
             text=True,
         )

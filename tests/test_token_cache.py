@@ -21,6 +21,8 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 ONE = jax.devices()[:1]
 
 

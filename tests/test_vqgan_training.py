@@ -29,6 +29,8 @@ from supmim_jax.evals import evaluate
 from supmim_jax.objectives.vqgan import VQGANTraining
 from supmim_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 TINY = VQGANConfig(filters=8, multipliers=(1, 1, 2), res_blocks=1, groups=4, codes=16, code_dim=4)
 
 
@@ -41,6 +43,11 @@ def vqgan(cfg):
 
 def with_terms(vqgan, **changes):
     return changed(vqgan, objective=changes)
+
+
+@nnx.jit
+def loss_of(model: VQGANTraining, batch):
+    return model.loss(batch, jax.random.key(0))
 
 
 def test_the_terms_by_hand(vqgan):
@@ -65,7 +72,7 @@ def test_the_terms_by_hand(vqgan):
         "commitment": 0.25 * ((codes[ids] - z) ** 2).mean(),
         "entropy": 0.2 * entropy,
     }
-    loss, found = model.loss(batch, jax.random.key(0))
+    loss, found = loss_of(model, batch)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(loss, sum(expected.values()), rtol=1e-4)
@@ -80,7 +87,7 @@ def reached(name, model, cfg) -> dict[str, bool]:
     graph, params, moving, _ = train_step.parts(model)
     batch, key = make_batch(cfg), jax.random.key(0)
     term = lambda params: nnx.merge(graph, params, moving, {}).loss(batch, key)[1][name]  # noqa: E731
-    found = jax.grad(term)(params)
+    found = jax.jit(jax.grad(term))(params)
     return {k: optax.tree.norm(x) > 0 for k, x in (found | found["tokenizer"]).items()}
 
 
@@ -108,10 +115,10 @@ def test_dead_codes_are_moved_onto_latents_and_live_ones_stay(vqgan):
     latents = np.asarray(model.tokenizer.latents(batch.views[0] / 127.5 - 1.0)).reshape(-1, 4)
     ids = np.asarray(model.tokenizer.encode(batch.views[0] / 127.5 - 1.0))
     share = np.bincount(ids.ravel(), minlength=16) / ids.size
-    model.loss(batch, jax.random.key(0))
+    loss_of(model, batch)
     assert (model.tokenizer.codebook[...][:6] == far[:6]).all()  # 0.5 / 16 is not below the mark
     model.usage[...] = model.usage[...].at[6:].set(1.0)
-    model.loss(batch, jax.random.key(0))
+    loss_of(model, batch)
     codes = np.asarray(model.tokenizer.codebook[...])
     assert (codes[6:] == far[6:]).all() and (codes[:6] != far[:6]).all()
     nearest = np.abs(codes[:6, None] - latents).sum(-1).min(1)
@@ -141,7 +148,7 @@ def test_the_game_has_two_sides_that_do_not_meet(vqgan):
     judge = model.discriminator
     softplus = jax.nn.softplus
     slope = jax.vmap(jax.grad(lambda image: judge(image[None]).mean()))(x)
-    _, found = model.loss(batch, jax.random.key(0))
+    _, found = loss_of(model, batch)
     np.testing.assert_allclose(found["generator"], 0.7 * softplus(-judge(fake)).mean(), rtol=1e-4)
     both = softplus(-judge(x)).mean() + softplus(judge(fake)).mean()
     np.testing.assert_allclose(found["discriminator"], both, rtol=1e-4)
@@ -180,7 +187,7 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     fake = model.tokenizer.decode(model.tokenizer.encode(images))
     shown = ((fake.clip(-1, 1) + 1) * 127.5).astype(jnp.uint8)
     expected = 3.0 * ((tokens(shown) - tokens(batch.views[0])) ** 2).mean()
-    found = model.loss(batch, jax.random.key(0))[1]["perceptual"]
+    found = loss_of(model, batch)[1]["perceptual"]
     np.testing.assert_allclose(found, expected, rtol=0.1)  # 8 bits, and values beyond white
     results = train(run, tmp_path / "tokenizer", devices=ONE)
     assert results["psnr"] > 5 and not (tmp_path / "tokenizer" / tokenizers.FILE).exists()

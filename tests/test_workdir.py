@@ -16,6 +16,8 @@ from supmim_jax.tokenizers import Frozen
 from supmim_jax.train import train
 from supmim_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("build_once")
+
 NOTHING = Frozen({}, "")
 
 
