@@ -53,18 +53,18 @@ class TrainStep:
         transform = optim.make(cfg)
         learning_rate = optim.schedule(cfg)
 
-        def objective(key) -> tuple[nnx.GraphDef, Any, Any, Any]:
+        def begin(key) -> tuple[TrainState, Any, nnx.GraphDef]:
+            rngs = nnx.Rngs(jax.random.fold_in(key, INIT))
             with nnx.use_eager_sharding(False):
-                return parts(OBJECTIVES[cfg.objective.name](cfg, rngs=nnx.Rngs(key)))
-
-        def init(key) -> TrainState:
-            _, params, moving, _ = objective(jax.random.fold_in(key, INIT))
+                model = OBJECTIVES[cfg.objective.name](cfg, rngs=rngs)
+                graph, params, moving, frozen = parts(model)
             ema = jax.tree.map(jnp.copy, params) if cfg.optim.ema else {}
             opt_state = transform.init(params)
-            return TrainState(jnp.zeros((), jnp.int32), params, moving, opt_state, ema)
+            state = TrainState(jnp.zeros((), jnp.int32), params, moving, opt_state, ema)
+            return state, frozen, graph
 
-        graph, _, _, frozen = jax.eval_shape(objective, jax.random.key(0))
-        state = sharding.shard_like_params(jax.eval_shape(init, jax.random.key(0)), mesh)
+        abstract, frozen, graph = jax.eval_shape(begin, jax.random.key(0))
+        state = sharding.shard_like_params(abstract, mesh)
         frozen_arrays = sharding.replicated(frozen, mesh)
         layout = jax.tree.map(lambda x: x.sharding, state)
 
@@ -100,7 +100,7 @@ class TrainStep:
 
         return cls(
             mesh=mesh,
-            init=jax.jit(init, out_shardings=layout),
+            init=jax.jit(lambda key: begin(key)[0], out_shardings=layout),
             step=jax.jit(step, out_shardings=(layout, None), donate_argnums=0),
             state=state,
             batch=abstract_batch(cfg, cfg.batch_size, mesh),
