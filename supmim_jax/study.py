@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -54,6 +55,11 @@ class Study:
     metrics: dict[str, str]  # those of the table, with their titles
 
     def __post_init__(self):
+        if odd := [name for name in self.runs if not re.fullmatch(r"[\w.+ -]+", name)]:
+            raise SetupError(
+                f"runs has {first_few([repr(name) for name in odd])}; names of runs are parts of "
+                f"directories and of --only: take letters, digits, spaces and any of . _ + -"
+            )
         if self.baseline not in self.runs:
             raise SetupError(f"baseline is {self.baseline!r}; runs are {', '.join(self.runs)}.")
         given = self.probe.eval.metrics

@@ -152,6 +152,12 @@ def test_a_metric_that_the_probe_does_not_give_is_named_at_once(small):
         dataclasses.replace(small, metrics={"knn": "kNN"})
 
 
+@pytest.mark.parametrize("name", ["a, b", "a/b", ""])
+def test_a_name_that_no_directory_or_flag_can_hold_is_refused(small, name):
+    with pytest.raises(SetupError, match=f"runs has '{name}'"):
+        dataclasses.replace(small, runs=small.runs | {name: small.runs["with"]})
+
+
 def test_cells_are_run_by_name_and_seed(small):
     assert len(study.asked(small, "")) == 6
     assert study.asked(small, "with") == [Cell("with", i) for i in range(3)]

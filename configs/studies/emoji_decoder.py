@@ -10,7 +10,7 @@ from supmim_jax.study import Study
 
 
 def study() -> Study:
-    runs = {"depth 1, weight 1": supmim()}
+    runs = {"default": supmim()}  # depth 1, weight 1
     runs |= {f"depth {depth}": supmim(decoder={"depth": depth}) for depth in (2, 4)}
     runs |= {f"weight {weight}": supmim(mim_weight=weight) for weight in (0.5, 0.25)}
     return compared("Depth of the decoder, weight of its loss.", runs, "validation")
