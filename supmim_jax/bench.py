@@ -5,7 +5,7 @@ profile; `flops` counts its arithmetic. `boxes` judges ContrastiveCrop's boxes b
 compares the input pipeline with tf.data, `knn` the exact search with faiss, and `tokens` tells what
 a token cache costs; they are in tests/rivals of a checkout. --help behind a name lists its flags.
 
-Steps are timed in rounds, on one random batch that stays on the devices; with --data also as the
+`step` times steps in rounds, on one random batch that stays on the devices; with --data also as the
 run's own input pipeline feeds them. The profile (jax.profiler, read without TensorFlow) says where
 a step's time goes. It names operations as the compiled program does, whose text has the
 jax.named_scope of each.

@@ -58,7 +58,13 @@ class Study:
         if odd := [name for name in self.runs if not re.fullmatch(r"[\w.+ -]+", name)]:
             raise SetupError(
                 f"runs has {first_few([repr(name) for name in odd])}; names of runs are parts of "
-                f"directories and of --only: take letters, digits, spaces and any of . _ + -"
+                f"directories and of --only: take letters, digits, spaces and any of . _ + -."
+            )
+        cells = [f"{name}-{seed}" for name in self.runs for seed in self.seeds]
+        if twice := [name for name in self.runs if name in cells]:
+            raise SetupError(
+                f"runs has {first_few(twice)}, which is also the name of another run's cell "
+                f"(<run>-<seed>); choose another name."
             )
         if self.baseline not in self.runs:
             raise SetupError(f"baseline is {self.baseline!r}; runs are {', '.join(self.runs)}.")

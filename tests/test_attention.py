@@ -68,7 +68,7 @@ def assert_equal(found: tuple, expected: tuple) -> None:
     )
 
 
-FORMS = [("none", {}), ("names", {"encoder_input": "visible", "mask_ratio": 0.75})]
+FORMS = [("names", {}), ("none", {"encoder_input": "visible", "mask_ratio": 0.75})]
 
 
 @pytest.mark.parametrize(("remat", "objective"), FORMS)

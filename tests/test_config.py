@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import REPOSITORY, make_batch, make_frozen
+from conftest import NO_MATTER, REPOSITORY, make_batch, make_frozen
 
 from supmim_jax import cli, config, train_step
 from supmim_jax.config import Config, SupervisedConfig, SupMIMConfig, configdict
@@ -170,20 +170,40 @@ def test_every_config_file_loads_builds_and_lowers(name, one_device):
 
 
 def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
-    """All are built; of each objective and optimizer the smallest is compiled and run."""
+    """All are built; of each form of a loss, and optimizer, the smallest is run."""
     kinds = {}
     for name in NAMES:
         cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
         built = train_step.build(cfg, one_device)
         assert cfg.model.depth == 2
-        kind = kinds.setdefault((cfg.objective.name, cfg.optim.name), (cfg, built))
-        if cfg.data.image_size < kind[0].data.image_size:
-            kinds[cfg.objective.name, cfg.optim.name] = cfg, built
-    assert len(kinds) > 6
+        forms = [getattr(cfg.objective, x, None) for x in ("encoder_input", "mask_ratio_std")]
+        target = type(getattr(cfg.objective, "target", None))
+        kind = (cfg.objective.name, cfg.optim.name, target, *forms)
+        smallest, _ = kinds.setdefault(kind, (cfg, built))
+        if cfg.data.image_size < smallest.data.image_size:
+            kinds[kind] = cfg, built
+    assert len(kinds) > 7
     for cfg, built in kinds.values():
         state = built.init(jax.random.key(0))
         state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
         assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())
+
+
+def test_the_step_reads_no_section_that_shared_steps_leave_out(cfg, one_device):
+    """Tests with `build_once` take another run's step for that of `cfg`."""
+    sections = {
+        "init": {"checkpoint": "elsewhere", "head": "keep"},
+        "eval": {"every": 5},
+        "log": {"every": 7},
+        "checkpoint": {"every": 9, "keep": 3},
+        "watch": {"roll_backs": 2},
+    }
+    assert sections.keys() == NO_MATTER.keys()
+    programs = []
+    for run in (cfg, config.changed(cfg, **sections)):
+        built = train_step.build(run, one_device)
+        programs.append(built.step.lower(built.state, built.batch, built.frozen).as_text())
+    assert programs[0] == programs[1]
 
 
 def test_a_supmim_experiment_differs_from_its_twin_in_the_objective_only():

@@ -54,7 +54,7 @@ def place(request, tmp_path) -> epath.Path:
 
 
 def in_each_place(*long: str) -> pytest.MarkDecorator:
-    """The test with a run on the local disk and in a bucket; in these places if --slow is given."""
+    """Runs the test on the local disk and in a bucket; the places in `long` need --slow."""
     places = [
         pytest.param(x, marks=[pytest.mark.slow] * (x in long), id=x) for x in ("local", "bucket")
     ]

@@ -158,6 +158,11 @@ def test_a_name_that_no_directory_or_flag_can_hold_is_refused(small, name):
         dataclasses.replace(small, runs=small.runs | {name: small.runs["with"]})
 
 
+def test_a_name_that_is_another_runs_cell_is_refused(small):
+    with pytest.raises(SetupError, match="runs has with-1, which is also"):
+        dataclasses.replace(small, runs=small.runs | {"with-1": small.runs["with"]})
+
+
 def test_cells_are_run_by_name_and_seed(small):
     assert len(study.asked(small, "")) == 6
     assert study.asked(small, "with") == [Cell("with", i) for i in range(3)]

@@ -1,6 +1,6 @@
 """A whole experiment, with the sections of how it is carried out and judged.
 
-The rules that all sections must satisfy together are here, and the debug version.
+The rules that all sections must satisfy together and the debug version are here, too.
 """
 
 import math

@@ -237,7 +237,7 @@ def linear(subject: Subject) -> Results:
     return Results({"linear": found.accuracy}, details)
 
 
-def least_squares(subject: Subject) -> Results:
+def few_shot(subject: Subject) -> Results:
     cfg, train, test = subject.eval.few_shot, subject.train, subject.test
     mean, std = linear_probe.few_shot(train, test, subject.classes, cfg)
     return Results({"few_shot": mean}, {"std": std})
@@ -295,6 +295,6 @@ EVALUATIONS = {
     "knn": nearest,
     "retrieval": retrieved,
     "linear": linear,
-    "few_shot": least_squares,
+    "few_shot": few_shot,
     "segmentation": segmented,
 }
