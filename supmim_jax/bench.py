@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import cli, multihost, sharding, storage, train_step
+from supmim_jax import cli, sharding, storage, train_step
 from supmim_jax.batch import Batch
 from supmim_jax.config import Config, changed
 from supmim_jax.config.configdict import from_configdict
@@ -47,22 +47,22 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     name = sys.argv.pop(1) if len(sys.argv) > 1 else "--help"
-    if name == "--help":
-        print(__doc__)
-        return
     benches = {"flops": flops, "step": sys.modules[__name__]}
     if name in WITH_CHECKOUT and rivals_of_checkout():
-        bench = importlib.import_module(f"rivals.{name}")
-    elif name in benches:
-        bench = benches[name]
+        benches[name] = importlib.import_module(f"rivals.{name}")
+    if bench := benches.get(name):
+        run = bench.command()
+        flags.adopt_module_key_flags(bench)  # --help lists those of the main module
     else:
-        known = ", ".join((*benches, *WITH_CHECKOUT))
-        missing = f" {', '.join(WITH_CHECKOUT)} need a checkout of the repository."
-        cli.fail(
-            f"There is no bench {name!r} here; known are {known}.{missing}", multihost.EXIT_SETUP
-        )
-    run = bench.command()
-    flags.adopt_module_key_flags(bench)  # --help lists those of the main module
+
+        def run() -> None:
+            if name != "--help":
+                raise SetupError(
+                    f"There is no bench {name!r} here; known are {', '.join(benches)}, and with a "
+                    f"checkout of the repository {', '.join(WITH_CHECKOUT)}."
+                )
+            print(__doc__)
+
     cli.start(run)
 
 

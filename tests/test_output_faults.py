@@ -58,6 +58,10 @@ def test_output_that_goes_nowhere(fault, tmp_path):
     assert done.read_text() == "done True"
 
 
+def test_the_list_of_benches_goes_into_a_pipe_that_closed():
+    assert shell("| true", "-m", "supmim_jax.bench", "--help") == 0
+
+
 def test_output_in_an_encoding_that_lacks_letters(tmp_path):
     done = tmp_path / "done"
     assert shell("", "-c", COMMAND, DONE=str(done), PYTHONIOENCODING="ascii:strict") == 0
