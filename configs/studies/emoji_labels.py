@@ -2,8 +2,7 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_labels.py --out runs/labels --jobs 2
 
-Hardware: 2 CPU cores. Five of the first seed's six runs are in docs/study.md; the rest has
-not been run. All drawings are in configs/studies/emoji_headline.py.
+Hardware: 2 CPU cores. All drawings are in configs/studies/emoji_headline.py. Results: docs/study.md.
 """
 
 from configs.studies.emoji import SUPERVISED, SUPMIM, compared
