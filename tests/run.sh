@@ -7,4 +7,5 @@ source launch/environment.sh "${EXTRAS:-test}"
 
 ruff check .
 ruff format --check .
-exec python -m pytest -rs --numprocesses 2 --dist loadfile "$@"
+# By name: files with few but long tests would otherwise come last, and leave a core idle.
+exec python -m pytest -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -170,7 +170,7 @@ def test_every_config_file_loads_builds_and_lowers(name, one_device):
 
 
 def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
-    """All are built; of each form of a loss, and optimizer, the smallest is run."""
+    """All are built; the smallest of each form of a loss is run, and one with LAMB."""
     kinds = {}
     for name in NAMES:
         cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
@@ -178,7 +178,8 @@ def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
         assert cfg.model.depth == 2
         forms = [getattr(cfg.objective, x, None) for x in ("encoder_input", "mask_ratio_std")]
         target = type(getattr(cfg.objective, "target", None))
-        kind = (cfg.objective.name, cfg.optim.name, target, *forms)
+        lamb = cfg.optim.name == "lamb"
+        kind = "lamb" if lamb else (cfg.objective.name, target, *forms)
         smallest, _ = kinds.setdefault(kind, (cfg, built))
         if cfg.data.image_size < smallest.data.image_size:
             kinds[kind] = cfg, built

@@ -84,12 +84,12 @@ def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, place, tmp_
 
 
 def test_sigterm_in_an_evaluation_ends_all_processes_at_once(data_dir, tmp_path):
-    """The evaluation of 8 batches would take 24 s."""
+    """The evaluation of 8 batches would take 12 s."""
     fractals.prepare("tiny", data_dir)
     slowly = "--config.epochs=9", "--config.eval.every=3", "--config.eval.batch_size=64"
     processes = []
     for i, flags in enumerate(places(2)):
-        fault = {"slow": 3.0} | ({"signal": 15, "at": "evaluation", "count": 1} if i else {})
+        fault = {"slow": 1.5} | ({"signal": 15, "at": "evaluation", "count": 1} if i else {})
         processes.append(faulty(tmp_path / "run", data_dir, fault, *slowly, *flags))
     for process in ended(processes, within=90):
         assert process.code == 143 and multihost.stopped()[0] in process.err
