@@ -474,7 +474,7 @@ def debug(config: Config) -> Config:
     objective = {}
     if config.objective.masks_patches:
         objective["decoder"] = DecoderConfig(depth=1, width=96, mlp_dim=384, heads=3)
-    if config.objective.plain_target:
+    if config.has_tokens:
         objective["target"] = PatchCodesConfig(codes=64, normalize="luminance", fit_images=64)
     if config.objective.leaves == "tokenizer":
         size = min(config.data.image_size, 4 * config.objective.tokenizer.downsampling)
