@@ -190,6 +190,12 @@ def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
         assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())
 
 
+def test_debug_leaves_out_what_needs_a_file():
+    init = {"checkpoint": "elsewhere"}
+    found = config.debug(config.changed(SUPMIM, tokens={"cache": "elsewhere"}, init=init))
+    assert (found.tokens.cache, found.init.checkpoint, found.objective.target.path) == ("", "", "")
+
+
 def test_the_step_reads_no_section_that_shared_steps_leave_out(cfg, one_device):
     """Tests with `build_once` take another run's step for that of `cfg`."""
     sections = {
