@@ -457,8 +457,8 @@ def debug(config: Config) -> Config:
 
     Keeps the recipe (objective, mask, losses, augmentation, optimizer, dtype); shrinks the model
     to two layers of width 192 and the schedule to 20 steps of 32 images. What needs a file is left
-    out: a VQGAN target becomes patch codes, tokens come from no cache, a perceptual term is dropped,
-    and what would start from a checkpoint starts anew.
+    out: a VQGAN target becomes patch codes, tokens come from no cache, a perceptual term is
+    dropped, and what would start from a checkpoint starts anew.
     """
     data = {
         "name": "fractals/small",
@@ -485,7 +485,7 @@ def debug(config: Config) -> Config:
         model={"width": 192, "depth": 2, "mlp_dim": 768, "heads": 3},
         data=data,
         objective=objective,
-        tokens=TokensConfig(),
+        tokens={"cache": ""},
         init=InitConfig(),
         optim={"warmup_epochs": 0.25},
         batch_size=32,
