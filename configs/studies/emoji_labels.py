@@ -2,8 +2,8 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_labels.py --out runs/labels --jobs 2
 
-Hardware: 2 CPU cores. All drawings are in
-configs/studies/emoji_headline.py. Results: docs/study.md.
+Hardware: 2 CPU cores. All drawings are in configs/studies/emoji_headline.py.
+Results: docs/study.md.
 """
 
 from configs.studies.emoji import SUPERVISED, SUPMIM, compared
