@@ -2,7 +2,7 @@
 
   python -m supmim_jax.study --study configs/studies/emoji_decoder.py --out runs/decoder --jobs 2
 
-Hardware: 2 CPU cores, an estimated four hours. Judged on the validation designer. Not run yet.
+Hardware: 2 CPU cores. Judged on the validation designer. Results: docs/study.md.
 """
 
 from configs.studies.emoji import compared, supmim
