@@ -94,7 +94,7 @@ def test_the_tests_install_their_extras_and_check_style_first(clone):
     assert found[1:] == [
         "ruff check .",
         "ruff format --check .",
-        "python -m pytest -rs --numprocesses 2 --dist loadfile",
+        "python -m pytest -rs --numprocesses 2 --dist loadfile --no-loadscope-reorder",
     ]
 
 
