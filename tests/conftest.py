@@ -70,7 +70,7 @@ for number, default in (
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE = jax.devices()[:1]
-QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # what reports fit
+QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # of the heads that a report fits
 ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
 
 
@@ -184,7 +184,7 @@ def one_device():
 
 
 BUILD = functools.cache(TrainStep.build)
-NO_MATTER = {  # to the step
+UNUSED_BY_STEP = {
     "init": InitConfig(),
     "eval": EvalConfig(),
     "log": LogConfig(),
@@ -198,7 +198,7 @@ def build_once(monkeypatch) -> None:
     """Runs with the same step and mesh share it, traced and compiled, also between tests."""
 
     def build(cfg: Config, mesh) -> TrainStep:
-        return BUILD(dataclasses.replace(cfg, **NO_MATTER), mesh)
+        return BUILD(dataclasses.replace(cfg, **UNUSED_BY_STEP), mesh)
 
     monkeypatch.setattr(TrainStep, "build", build)
 

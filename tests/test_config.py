@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import NO_MATTER, REPOSITORY, make_batch, make_frozen
+from conftest import REPOSITORY, UNUSED_BY_STEP, make_batch, make_frozen
 
 from supmim_jax import cli, config, train_step
 from supmim_jax.config import Config, SupervisedConfig, SupMIMConfig, configdict
@@ -170,7 +170,7 @@ def test_every_config_file_loads_builds_and_lowers(name, one_device):
 
 
 def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
-    """All are built; the smallest of each form of a loss is run, and one with LAMB."""
+    """All are built; the smallest of each form of a loss and optimizer is run."""
     kinds = {}
     for name in NAMES:
         cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
@@ -178,22 +178,24 @@ def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
         assert cfg.model.depth == 2
         forms = [getattr(cfg.objective, x, None) for x in ("encoder_input", "mask_ratio_std")]
         target = type(getattr(cfg.objective, "target", None))
-        lamb = cfg.optim.name == "lamb"
-        kind = "lamb" if lamb else (cfg.objective.name, target, *forms)
+        kind = (cfg.objective.name, cfg.optim.name, target, *forms)
         smallest, _ = kinds.setdefault(kind, (cfg, built))
         if cfg.data.image_size < smallest.data.image_size:
             kinds[kind] = cfg, built
-    assert len(kinds) > 7  # among them pixels as the target
+    assert len(kinds) > 8
     for cfg, built in kinds.values():
         state = built.init(jax.random.key(0))
         state, metrics = built.step(state, make_batch(cfg), make_frozen(cfg))
         assert int(state.step) == 1 and all(abs(float(x)) < 1e4 for x in metrics.values())
 
 
-def test_debug_leaves_out_what_needs_a_file():
-    init = {"checkpoint": "elsewhere"}
-    found = config.debug(config.changed(SUPMIM, tokens={"cache": "elsewhere"}, init=init))
+def test_debug_leaves_out_what_needs_a_file_or_many_devices():
+    sections = {"tokens": {"cache": "elsewhere"}, "init": {"checkpoint": "elsewhere"}}
+    sections |= {"eval": {"every": 9}, "checkpoint": {"keep_best": "knn"}, "mesh": {"fsdp": 16}}
+    found = config.debug(config.changed(SUPMIM, **sections))
     assert (found.tokens.cache, found.init.checkpoint, found.objective.target.path) == ("", "", "")
+    assert found.mesh == config.MeshConfig()
+    assert load("debug_pixels", "debug").objective.target == config.PixelsConfig()
 
 
 def test_the_step_reads_no_section_that_shared_steps_leave_out(cfg, one_device):
@@ -205,7 +207,7 @@ def test_the_step_reads_no_section_that_shared_steps_leave_out(cfg, one_device):
         "checkpoint": {"every": 9, "keep": 3},
         "watch": {"roll_backs": 2},
     }
-    assert sections.keys() == NO_MATTER.keys()
+    assert sections.keys() == UNUSED_BY_STEP.keys()
     programs = []
     for run in (cfg, config.changed(cfg, **sections)):
         built = train_step.build(run, one_device)

@@ -458,7 +458,8 @@ def debug(config: Config) -> Config:
     Keeps the recipe (objective, mask, losses, augmentation, optimizer, dtype); shrinks the model
     to two layers of width 192 and the schedule to 20 steps of 32 images. What needs a file is left
     out: a VQGAN target becomes patch codes, tokens come from no cache, a perceptual term is
-    dropped, and what would start from a checkpoint starts anew.
+    dropped, and what would start from a checkpoint starts anew. It runs on any number of devices
+    that divides the batch, and evaluates at the end only.
     """
     data = {
         "name": "fractals/small",
@@ -491,5 +492,7 @@ def debug(config: Config) -> Config:
         batch_size=32,
         epochs=1,
         eval={"batch_size": 32, "every": 0},
+        checkpoint={"keep_best": ""},  # which needs an evaluation on the way
+        mesh=MeshConfig(),
         log={"every": 5},
     )
