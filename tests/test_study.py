@@ -147,9 +147,7 @@ def test_results_of_another_machine_stay_and_a_damaged_line_is_named(small, tmp_
         study.measured(small, out)
 
 
-def test_a_metric_or_baseline_that_is_not_there_is_named_at_once(small):
-    with pytest.raises(SetupError, match="'nobody'; runs are without, with"):
-        dataclasses.replace(small, baseline="nobody")
+def test_a_metric_that_the_probe_does_not_give_is_named_at_once(small):
     with pytest.raises(SetupError, match=r"knn.*top1"):
         dataclasses.replace(small, metrics={"knn": "kNN"})
 
@@ -199,3 +197,5 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     assert [x["metrics"] for x in again] == [x["metrics"] for x in rows]
     wrong = command("--only=nobody")
     assert wrong.returncode == 2 and "nobody" in wrong.stderr and "without, with" in wrong.stderr
+    wrong = command("--only=with-1", "--baseline=nobody")
+    assert wrong.returncode == 2 and "'nobody'; runs are without, with" in wrong.stderr
