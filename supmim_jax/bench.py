@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from supmim_jax import cli, sharding, storage, train_step
+from supmim_jax import cli, sharding, storage
 from supmim_jax.batch import Batch
 from supmim_jax.config import Config, changed
 from supmim_jax.config.configdict import from_configdict
@@ -144,7 +144,7 @@ def measure(
         from rivals import torch_rival
 
         sizes = torch_rival.shapes(cfg, torch_rival.device(mesh), compile_rival)
-    prog = train_step.build(cfg, mesh)
+    prog = TrainStep.build(cfg, mesh)
     begin = time.perf_counter()
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
     traced = time.perf_counter()

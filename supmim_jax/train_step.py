@@ -168,6 +168,3 @@ def abstract_batch(cfg: Config, batch_size: int, mesh: Mesh) -> Batch:
         tokens=array(jnp.uint16, (size // cfg.model.patch) ** 2) if cfg.tokens.cache else None,
         masks=array(jnp.int32, size, size) if cfg.needs_masks else None,
     )
-
-
-build = TrainStep.build

@@ -38,7 +38,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from pictures import CLASSES, ToyPictures, encoded, put
 
-from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax import checkpoint, encoder, sharding
 from supmim_jax.batch import Batch, TrainState
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
@@ -105,7 +105,7 @@ def restored(workdir, step, like):
 
 def final_state(cfg: Config, workdir) -> tuple[dict, dict]:
     """The newest saved state of a run on the host, and its numbers."""
-    like = train_step.build(cfg, ON_ONE).state
+    like = TrainStep.build(cfg, ON_ONE).state
     state, run = restored(workdir, checkpoint.steps(workdir)[-1], like)
     return jax.tree.map(np.asarray, checkpoint.plain(state)), run
 
@@ -215,12 +215,12 @@ def save(cfg: Config, workdir, state: TrainState) -> str:
 
 def save_initial(cfg: Config, workdir) -> str:
     """The --workdir of a run of `cfg` that has not begun to learn."""
-    return save(cfg, workdir, train_step.build(cfg, ON_ONE).init(jax.random.key(0)))
+    return save(cfg, workdir, TrainStep.build(cfg, ON_ONE).init(jax.random.key(0)))
 
 
 def random_state(cfg: Config, step: int) -> TrainState:
     """A state after `step` of random numbers, on one device."""
-    random, like = np.random.default_rng(step), train_step.build(cfg, ON_ONE).state
+    random, like = np.random.default_rng(step), TrainStep.build(cfg, ON_ONE).state
     state = jax.tree.map(lambda x: 0.1 * random.normal(size=x.shape), like).replace(step=step)
     return sharding.put(state, like)
 
@@ -287,13 +287,13 @@ def make_frozen(cfg: Config, seed: int = 0) -> dict:
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: random.uniform(-1, 1, x.shape).astype(np.float32),
-        train_step.build(cfg, ON_ONE).frozen,
+        TrainStep.build(cfg, ON_ONE).frozen,
     )
 
 
 def train_on(cfg: Config, mesh, batches: Iterable[Batch]) -> tuple[TrainState, list[dict]]:
     """The state after a step on each batch, from the beginning, and the metrics of each."""
-    built = train_step.build(cfg, mesh)
+    built = TrainStep.build(cfg, mesh)
     state, found = built.init(jax.random.key(0)), []
     frozen = sharding.put(make_frozen(cfg), built.frozen)
     for batch in batches:

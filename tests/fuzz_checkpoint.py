@@ -25,11 +25,12 @@ import conftest  # sets up JAX
 import jax
 import numpy as np
 
-from supmim_jax import checkpoint, encoder, train_step
+from supmim_jax import checkpoint, encoder
 from supmim_jax.batch import TrainState
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import CheckpointConfig, Config, DataConfig, SupervisedConfig, ViTConfig
 from supmim_jax.errors import SetupError
+from supmim_jax.train_step import TrainStep
 
 OLD, NEW = 4, 8  # steps that are saved; NEW is damaged
 RIGHT, REFUSED, WRONG, CRASHED = "right", "refused", "WRONG", "CRASHED"
@@ -61,7 +62,7 @@ def save(workdir: Path) -> Saved:
         state = conftest.random_state(cfg, step)
         conftest.save(cfg, workdir, state)
     arrays = jax.tree.map(np.asarray, checkpoint.plain(state))
-    like = train_step.build(cfg, conftest.ON_ONE).state
+    like = TrainStep.build(cfg, conftest.ON_ONE).state
     run = checkpoint.BEGIN | {"position": 16 * NEW, "seconds": 1.5 * NEW}
     return Saved(workdir, cfg, like, arrays, run)
 

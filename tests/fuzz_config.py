@@ -35,10 +35,11 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from supmim_jax import cli, encoder, optim, sharding, train_step
+from supmim_jax import cli, encoder, optim, sharding
 from supmim_jax.config import INF, Config, VQGANConfig
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.errors import ConfigError, SetupError
+from supmim_jax.train_step import TrainStep
 
 BASES = (
     *(("debug", "debug"), ("debug_pixels", "debug"), ("debug_supervised", "debug")),
@@ -237,7 +238,7 @@ def size(cfg: Config) -> float:
 def trace(cfg: Config) -> None:
     """Traces start and step, abstractly."""
     mesh = sharding.run_mesh(cfg)
-    built = train_step.build(cfg, mesh)
+    built = TrainStep.build(cfg, mesh)
     state, metrics = jax.eval_shape(built.step, built.state, built.batch, built.frozen)
     assert jax.tree.structure(state) == jax.tree.structure(built.state)
     assert all(x.shape == () for x in metrics.values())

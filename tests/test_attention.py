@@ -17,10 +17,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AbstractDevice, AbstractMesh
 from scipy import stats
 
-from supmim_jax import sharding, train_step
+from supmim_jax import sharding
 from supmim_jax.config import MeshConfig, changed
 from supmim_jax.models import transformer
 from supmim_jax.models.transformer import device, implementation
+from supmim_jax.train_step import TrainStep
 
 H100 = ("gpu", "NVIDIA H100 80GB HBM3")
 TPU, V5P = ("tpu", "TPU v5 lite"), ("tpu", "TPU v5")
@@ -52,7 +53,7 @@ def test_each_device_has_its_form(kind, dtype, head_dim, even, odd):
 
 def stepped(cfg, mesh) -> tuple:
     """The program of a step, its metrics, and the moments of every gradient after it."""
-    built = train_step.build(cfg, mesh)
+    built = TrainStep.build(cfg, mesh)
     state = built.init(jax.random.key(0))
     frozen = sharding.put(make_frozen(cfg), built.frozen)
     lowered = built.step.lower(state, make_batch(cfg), frozen)
@@ -126,7 +127,7 @@ def test_a_step_for_v5p_has_the_kernel_once_per_segment(cfg, monkeypatch, remat,
     """Twice only where everything is computed again."""
     cfg = for_splash(cfg, remat)
     monkeypatch.setattr(transformer, "device", lambda: V5P)
-    prog = train_step.build(cfg, sharding.run_mesh(cfg))
+    prog = TrainStep.build(cfg, sharding.run_mesh(cfg))
     jaxpr = prog.step.trace(prog.state, prog.batch, prog.frozen).jaxpr.jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     stacks = 2 + 1  # the encoder's image and masked twin, the decoder
@@ -177,7 +178,7 @@ def test_the_device_is_the_meshs(one_device):
 
 def calls(cfg, mesh) -> Counter:
     """Custom calls of the train step, lowered for CUDA."""
-    prog = train_step.build(cfg, mesh)
+    prog = TrainStep.build(cfg, mesh)
     traced = prog.step.trace(prog.state, prog.batch, prog.frozen)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return Counter(re.findall(r"custom_call @(__cudnn\S+?)\(", text))

@@ -10,7 +10,7 @@ import pytest
 from conftest import python
 from rivals import torch_rival
 
-from supmim_jax import bench, train_step
+from supmim_jax import bench
 from supmim_jax.config import (
     ClassificationConfig,
     MAEConfig,
@@ -23,6 +23,7 @@ from supmim_jax.config import (
 )
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import flops, hlo
+from supmim_jax.train_step import TrainStep
 
 
 def test_fields_and_tables(cfg):
@@ -76,7 +77,7 @@ def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
 
 def test_random_batches_have_ids_of_the_codebook(cfg, one_device):
     cfg = changed(cfg, tokens={"cache": "any"})
-    like = train_step.build(cfg, one_device).batch
+    like = TrainStep.build(cfg, one_device).batch
     batch = bench.random_batch(cfg, like, np.random.default_rng(0))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), like
@@ -100,7 +101,7 @@ def test_turns_alternate_and_ratios_are_of_rounds():
 
 
 def test_time_goes_to_the_part_that_traced_it(cfg, one_device):
-    prog = train_step.build(cfg, one_device)
+    prog = TrainStep.build(cfg, one_device)
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).compile().as_text()
     known = [x for part in hlo.parse(text).module.values() for x in part.instructions.values()]
     parts = {bench.part_of(instruction): instruction.name for instruction in known}

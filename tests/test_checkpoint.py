@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import make_batch, make_frozen, random_state, restored, same, save
 
-from supmim_jax import checkpoint, encoder, sharding, train_step
+from supmim_jax import checkpoint, encoder, sharding
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig, changed
 from supmim_jax.errors import SetupError
+from supmim_jax.train_step import TrainStep
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def saved(cfg, state, tmp_path):
 def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, state, saved, one_device):
     assert saved.run == checkpoint.BEGIN | {"position": 16, "seconds": 1.5} and saved.config == cfg
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        loaded = saved.restore_state(train_step.build(cfg, mesh).state)
+        loaded = saved.restore_state(TrainStep.build(cfg, mesh).state)
         assert same(loaded, state)
     kernel = loaded.params["encoder"]["transformer"]["blocks"]["qkv"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, "fsdp", "tensor")
@@ -35,7 +36,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(cfg, state, saved, one_devic
 
 def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_device, tmp_path):
     """The step reuses the state's buffers while the save still runs in the background."""
-    built = train_step.build(cfg, one_device)
+    built = TrainStep.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     before = jax.tree.map(np.array, checkpoint.plain(state))
     checkpoints = checkpoint.Checkpoints(tmp_path, cfg.checkpoint)
@@ -63,7 +64,7 @@ def test_donating_the_state_right_after_a_save_does_not_change_it(cfg, one_devic
 def test_another_architecture_is_refused(cfg, saved, one_device, changes, message):
     other = changed(cfg, model=changes)
     with pytest.raises(SetupError, match=message) as error:
-        saved.restore_state(train_step.build(other, one_device).state)
+        saved.restore_state(TrainStep.build(other, one_device).state)
     assert "Use the config that is saved beside it" in str(error.value)
     runner = encoder.build_encoder(other, 16, one_device)
     with pytest.raises(SetupError, match=message.replace("params/", "")):

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_batch, train_on
 from flax import nnx
 
-from supmim_jax import sharding, train_step
+from supmim_jax import sharding
 from supmim_jax.config import (
     CMAEConfig,
     ContrastiveConfig,
@@ -23,6 +23,7 @@ from supmim_jax.models.vit import pixels
 from supmim_jax.objectives import losses
 from supmim_jax.objectives.cmae import CMAE, MomentumBranch
 from supmim_jax.objectives.mae import MAE
+from supmim_jax.train_step import TrainStep
 
 OFF = ContrastiveConfig(weight=0.0)
 NOWHERE = PositionConfig(weight=0.0)
@@ -155,7 +156,7 @@ def test_what_enters_without_its_place_cannot_tell_it(cmae, leak_free, pooling):
 
 
 def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
-    built = train_step.build(cmae, one_device)
+    built = TrainStep.build(cmae, one_device)
     state = built.init(jax.random.key(0))
     slow = None
     for step in range(3):
@@ -178,7 +179,7 @@ def test_the_momentum_branch_follows_and_gets_no_gradient(cmae, one_device):
 
 def test_keys_are_constants_of_the_gradient(cmae, one_device, monkeypatch):
     """Although the branch is a copy of the encoder, made in the same step."""
-    built, batch, kept = train_step.build(cmae, one_device), make_batch(cmae), []
+    built, batch, kept = TrainStep.build(cmae, one_device), make_batch(cmae), []
     state = built.init(jax.random.key(0))
 
     def loss(params):

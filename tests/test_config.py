@@ -8,9 +8,10 @@ import jax
 import pytest
 from conftest import REPOSITORY, UNUSED_BY_STEP, make_batch, make_frozen
 
-from supmim_jax import cli, config, train_step
+from supmim_jax import cli, config
 from supmim_jax.config import Config, SupervisedConfig, SupMIMConfig, configdict
 from supmim_jax.errors import ConfigError
+from supmim_jax.train_step import TrainStep
 
 NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs").glob("*.py") if p.stem != "base")
 
@@ -165,7 +166,7 @@ def test_every_field_is_read_somewhere():
 def test_every_config_file_loads_builds_and_lowers(name, one_device):
     source = Path(REPOSITORY, "configs", f"{name}.py").read_text()
     assert name == "base" or all(x in source for x in (f"configs/{name}.py", "Hardware:"))
-    built = train_step.build(load(name), one_device)
+    built = TrainStep.build(load(name), one_device)
     built.step.lower(built.state, built.batch, built.frozen)
 
 
@@ -174,7 +175,7 @@ def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device):
     kinds = {}
     for name in NAMES:
         cfg = dataclasses.replace(load(name, "debug"), batch_size=4)
-        built = train_step.build(cfg, one_device)
+        built = TrainStep.build(cfg, one_device)
         assert cfg.model.depth == 2
         forms = [getattr(cfg.objective, x, None) for x in ("encoder_input", "mask_ratio_std")]
         target = type(getattr(cfg.objective, "target", None))
@@ -210,7 +211,7 @@ def test_the_step_reads_no_section_that_shared_steps_leave_out(cfg, one_device):
     assert sections.keys() == UNUSED_BY_STEP.keys()
     programs = []
     for run in (cfg, config.changed(cfg, **sections)):
-        built = train_step.build(run, one_device)
+        built = TrainStep.build(run, one_device)
         programs.append(built.step.lower(built.state, built.batch, built.frozen).as_text())
     assert programs[0] == programs[1]
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from configs import debug, debug_supervised
-from supmim_jax import sharding, train_step
+from supmim_jax import sharding
 from supmim_jax.config import (
     CMAEConfig,
     DecoderConfig,
@@ -23,6 +23,7 @@ from supmim_jax.config import (
 from supmim_jax.models import transformer
 from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import flops, hlo
+from supmim_jax.train_step import TrainStep
 
 MIB = 2**20
 # Of this code with jax 0.10.2: MiB of temporaries, instructions in all computations, loops.
@@ -45,7 +46,7 @@ def config(name: str):
 
 
 def compiled(cfg, mesh):
-    prog = train_step.build(cfg, mesh)
+    prog = TrainStep.build(cfg, mesh)
     step = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     return prog, step, flops.counted(cfg, mesh, step)
 
@@ -148,7 +149,7 @@ def test_logits_are_of_masked_patches_alone_and_all_but_the_head_is_in_bfloat16(
         objective={"target": {"codes": codes}},
         tokens={"cache": "any"},
     )
-    prog = train_step.build(cfg, one_device)
+    prog = TrainStep.build(cfg, one_device)
     text = prog.step.lower(prog.state, prog.batch, prog.frozen).as_text()
     types = {
         found

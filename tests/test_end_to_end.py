@@ -11,7 +11,7 @@ import pytest
 from conftest import ONE, final_state, metric_lines, python, same, train_command
 from etils import epath
 
-from supmim_jax import checkpoint, evals, init_from, probe, train_step, visualize
+from supmim_jax import checkpoint, evals, init_from, probe, visualize
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import CheckpointConfig, InitConfig, changed
 from supmim_jax.config.configdict import from_configdict
@@ -19,6 +19,7 @@ from supmim_jax.data import loader
 from supmim_jax.errors import SetupError
 from supmim_jax.metrics import MetricsWriter
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 from supmim_jax.watchdog import Diverged
 
 pytestmark = pytest.mark.usefixtures("build_once")
@@ -198,7 +199,7 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     # By hand, from the parameters after each step.
     ways["steps"] = tmp_path / "steps"
     train(changed(plain, checkpoint=CheckpointConfig(every=1, keep=99)), ways["steps"], devices=ONE)
-    first = train_step.build(plain, one_device).init(jax.random.key(0)).params
+    first = TrainStep.build(plain, one_device).init(jax.random.key(0)).params
     average = jax.tree.map(lambda x: np.asarray(x, np.float64), first)
     for step in range(1, 13):
         params = state("steps", step)["params"]
@@ -211,6 +212,6 @@ def test_the_moving_average_of_the_parameters_is_what_is_judged_kept_and_brought
     with pytest.raises(SetupError, match="plain@ema"):
         Checkpoint.open(f"{ways['plain']}@ema")
     tuned = changed(plain, init=InitConfig(checkpoint=str(ways["whole"])))
-    built = train_step.build(tuned, one_device)
+    built = TrainStep.build(tuned, one_device)
     begun = init_from.InitialState.open(tuned, built).make().params["encoder"]
     jax.tree.map(np.testing.assert_array_equal, begun, found["ema"]["encoder"])

@@ -10,7 +10,7 @@ from conftest import ONE, python, same, train_command
 from etils import epath
 
 from supmim_jax import environment as environment_module
-from supmim_jax import sharding, train, train_step
+from supmim_jax import sharding, train
 from supmim_jax.config import (
     CMAEConfig,
     PixelsConfig,
@@ -20,6 +20,7 @@ from supmim_jax.config import (
     changed,
 )
 from supmim_jax.errors import SetupError
+from supmim_jax.train_step import TrainStep
 from supmim_jax.workdir import Workdir
 
 
@@ -134,7 +135,7 @@ def test_types_do_not_depend_on_jax_enable_x64(objective, cfg, one_device, jax_s
     data = {"crop": "contrastive"} if objective.name == "cmae" else {}
     cfg = changed(cfg, model=model, data=data, objective=objective)
     jax_setting("jax_enable_x64", True)
-    prog = train_step.build(cfg, one_device)
+    prog = TrainStep.build(cfg, one_device)
     found = {str(x.dtype) for x in jax.tree.leaves((prog.state, prog.frozen))}
     assert found == {"float32", "int32"}
 

@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from supmim_jax import encoder as encoder_module
-from supmim_jax import init_from, sharding, train_step
+from supmim_jax import init_from, sharding
 from supmim_jax.config import (
     Config,
     MeshConfig,
@@ -23,6 +23,7 @@ from supmim_jax.formats import layout
 from supmim_jax.models.transformer import sincos2d
 from supmim_jax.models.vit import ViT
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
@@ -46,7 +47,7 @@ def test_the_encoder_is_the_checkpoints_and_the_rest_is_new(
     base = {"supervised": supervised, "supmim": cfg}[objective]
     model = {"drop_path": 0.3, "dtype": "bfloat16", "remat": "full"}  # may differ
     cfg = changed(base, init={"checkpoint": f"{workdir}@7", "head": head}, model=model)
-    prog = train_step.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    prog = TrainStep.build(cfg, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     state, fresh = started(cfg, prog), prog.init(jax.random.key(cfg.seed))
     kept = {"encoder", "head"} if head == "keep" else {"encoder"}
     assert set(state.params) == set(fresh.params) == set(prog.state.params)
@@ -63,7 +64,7 @@ def test_features_and_logits_are_those_of_the_checkpoint(supervised, source, one
     cfg = changed(supervised, init={"checkpoint": f"{workdir}@7", "head": "keep"})
     images = make_batch(cfg).views[0]
     runner = encoder_module.build_encoder(cfg, 16, one_device)
-    ours = runner.bind(started(cfg, train_step.build(cfg, one_device)).params).features(images)
+    ours = runner.bind(started(cfg, TrainStep.build(cfg, one_device)).params).features(images)
     before = runner.features({name: theirs[name] for name in runner.params}, images)
     assert same(ours, before) and np.ptp(ours.logits) > 0
 
@@ -89,7 +90,7 @@ def test_another_image_size_changes_the_positions_only(supervised, source, size,
     expected = init_from.resized(theirs["encoder"]["positions"], size // 4)
     assert expected.shape == ((size // 4) ** 2, 32)
     mesh = sharding.make_mesh(MeshConfig(fsdp=min(2, len(devices))), devices)
-    encoder = started(cfg, train_step.build(cfg, mesh)).params["encoder"]
+    encoder = started(cfg, TrainStep.build(cfg, mesh)).params["encoder"]
     np.testing.assert_allclose(encoder["positions"], expected, atol=1e-6)
     assert same(encoder | {"positions": 0}, theirs["encoder"] | {"positions": 0})
 
@@ -133,7 +134,7 @@ def test_what_is_not_the_same_encoder_is_refused(supervised, source, one_device)
     for changes, message in REFUSED:
         cfg = changed(changed(supervised, init={"checkpoint": source[0]}), **changes)
         with pytest.raises(SetupError, match=message):
-            started(cfg, train_step.build(cfg, one_device))
+            started(cfg, TrainStep.build(cfg, one_device))
 
 
 def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, tmp_path):
@@ -146,14 +147,14 @@ def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, 
     ):
         cfg = changed(base, init={"checkpoint": workdir})
         with pytest.raises(SetupError, match=message):
-            init_from.InitialState.open(cfg, train_step.build(cfg, one_device))
+            init_from.InitialState.open(cfg, TrainStep.build(cfg, one_device))
 
 
 def test_fixed_positions_of_another_grid_are_refused_until_it_is_named(cfg, one_device, tmp_path):
     cfg = changed(cfg, model={"positions": "sincos2d"})
     workdir = save(cfg, tmp_path, random_state(cfg, 7))
     cfg = changed(cfg, init={"checkpoint": workdir}, data={"image_size": 24})
-    step_fn = train_step.build(cfg, one_device)
+    step_fn = TrainStep.build(cfg, one_device)
     with pytest.raises(SetupError, match=r"config\.model\.position_grid: 5; 6"):
         init_from.InitialState.open(cfg, step_fn)
     init_from.InitialState.open(changed(cfg, model={"position_grid": 5}), step_fn)
@@ -170,7 +171,7 @@ def test_a_fine_tuned_run_resumes_without_the_checkpoint_it_began_from(
     train(cfg, parts, stop_at=2, devices=ONE)
     shutil.rmtree(workdir)
     train(cfg, parts, stop_at=4, devices=ONE)
-    prog = train_step.build(cfg, one_device)
+    prog = TrainStep.build(cfg, one_device)
     ends = [restored(d, 4, prog.state)[0] for d in (whole, parts)]
     assert same(*ends)
     kernel = [p["encoder"]["patches"]["kernel"] for p in (ends[0].params, theirs)]
@@ -187,7 +188,7 @@ def test_eight_devices_start_and_step_as_one(supervised, source, one_device):
     cfg = changed(supervised, init=init, data={"image_size": 24}, optim={"layer_decay": 0.5})
     losses = []
     for mesh in (one_device, sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
-        prog = train_step.build(cfg, mesh)
+        prog = TrainStep.build(cfg, mesh)
         state, batch = started(cfg, prog), sharding.put(make_batch(cfg), prog.batch)
         for _ in range(2):
             state, metrics = prog.step(state, batch, make_frozen(cfg))

@@ -6,10 +6,11 @@ from conftest import make_features, make_params, python, restored, save_initial
 from etils import epath
 from flax import traverse_util
 
-from supmim_jax import export, import_weights, probe, train_step
+from supmim_jax import export, import_weights, probe
 from supmim_jax.checkpoint import BEGIN, Checkpoint
 from supmim_jax.config import Config, MAEConfig, changed
 from supmim_jax.formats import files, timm
+from supmim_jax.train_step import TrainStep
 
 # What timm 1.0.31 has for vit_base_patch16_224 with these arguments and one block.
 TIMM = {
@@ -151,7 +152,7 @@ def test_the_command_makes_a_checkpoint_that_a_run_may_resume(cfg, one_device, t
     assert imported.config.model == with_model(cfg).model
     assert imported.config.objective.name == "supervised" and imported.run == BEGIN
     state, _ = restored(
-        tmp_path / "imported", 0, train_step.build(imported.config, one_device).state
+        tmp_path / "imported", 0, TrainStep.build(imported.config, one_device).state
     )
     original = Checkpoint.open(run)
     assert_same(state.params, original.restore_params(state.params))

@@ -18,7 +18,7 @@ from PIL import Image
 from test_processes import ended, free_port, started
 
 import supmim_jax
-from supmim_jax import embed, encoder, export, sharding, train_step
+from supmim_jax import embed, encoder, export, sharding
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     Config,
@@ -35,6 +35,7 @@ from supmim_jax.evals import features
 from supmim_jax.inference import BrokenImage
 from supmim_jax.storage import write_json
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 from supmim_jax.workdir import CLASS_NAMES
 
 COLOUR = Config(
@@ -49,7 +50,7 @@ ONE = jax.devices()[:1]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> str:
     """The --workdir of a classifier of colour images, whose head is not zero; it is only read."""
-    state = train_step.build(COLOUR, sharding.make_mesh(MeshConfig(), ONE)).init(jax.random.key(0))
+    state = TrainStep.build(COLOUR, sharding.make_mesh(MeshConfig(), ONE)).init(jax.random.key(0))
     head = state.params["head"]
     head["kernel"] = jax.random.normal(jax.random.key(1), head["kernel"].shape)
     workdir = save(COLOUR, tmp_path_factory.mktemp("runs") / "run", state)

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_batch, save_initial, train_on
 from flax import nnx
 
-from supmim_jax import train_step, visualize
+from supmim_jax import visualize
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     CMAEConfig,
@@ -25,6 +25,7 @@ from supmim_jax.models.decoder import Decoder
 from supmim_jax.models.vit import patchify, pixels, unpatchify
 from supmim_jax.objectives.cmae import CMAE
 from supmim_jax.objectives.mae import MAE
+from supmim_jax.train_step import TrainStep
 
 DECODER = DecoderConfig(width=32, mlp_dim=64, heads=2)
 
@@ -105,7 +106,7 @@ def test_the_picture_has_the_predictions_in_the_masked_places(mae, tmp_path, whi
 def test_the_picture_of_cmae_is_that_of_its_own_network(mae, one_device, tmp_path):
     """Though only encoder and decoder are restored, and not its moving variables."""
     cfg = changed(mae, objective=CMAEConfig(decoder=DECODER))
-    built = train_step.build(cfg, one_device)
+    built = TrainStep.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     assert state.moving
     whole = nnx.merge(built.graph, state.params, state.moving, {})

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import save_initial, train_on
 
-from supmim_jax import encoder, sharding, train_step
+from supmim_jax import encoder, sharding
 from supmim_jax.batch import Batch
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import MeshConfig, changed
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError
 from supmim_jax.models import masking
+from supmim_jax.train_step import TrainStep
 
 MESHES = [MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(data=2, fsdp=2, tensor=2)]
 
@@ -105,7 +106,7 @@ def test_every_parameter_has_a_rule_and_large_ones_are_sharded(cfg):
         {"pooling": "cls", "layer_scale": 0.1, "registers": 2},
         {"positions": "sincos2d"},
     ):
-        state = train_step.build(changed(cfg, model=changes), mesh).state
+        state = TrainStep.build(changed(cfg, model=changes), mesh).state
         for path, x in jax.tree_util.tree_leaves_with_path(state):
             spec = x.sharding.spec
             assert len(spec) in (0, x.ndim) or not any(spec[x.ndim :]), (path, spec)
@@ -154,7 +155,7 @@ def test_inference_of_supmim_is_the_program_of_supervised(cfg, supervised, one_d
 
 def test_building_touches_no_device(cfg, one_device):
     live = {id(x) for x in jax.live_arrays()}
-    train_step.build(cfg, one_device)
+    TrainStep.build(cfg, one_device)
     encoder.build_encoder(cfg, 16, one_device)
     assert not [x for x in jax.live_arrays() if id(x) not in live and x.size > 1]
-    assert isinstance(train_step.build(cfg, one_device).batch, Batch)
+    assert isinstance(TrainStep.build(cfg, one_device).batch, Batch)

@@ -7,13 +7,14 @@ import optax
 import pytest
 from conftest import make_batch, train_on
 
-from supmim_jax import optim, train_step
+from supmim_jax import optim
 from supmim_jax.config import changed
 from supmim_jax.sharding import path_name
+from supmim_jax.train_step import TrainStep
 
 
 def test_weight_decay_is_on_matrices_only(cfg, one_device):
-    params = train_step.build(cfg, one_device).state.params
+    params = TrainStep.build(cfg, one_device).state.params
     flat = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params))
     decayed = {path_name(path) for path, on in flat if on}
     assert "encoder/transformer/blocks/qkv/kernel" in decayed and "head/kernel" in decayed
@@ -53,7 +54,7 @@ def test_a_warm_up_that_is_a_factor_of_the_cosine_is_scenics(cfg):
 
 def test_maes_code_also_decays_tokens_and_scenics_all(cfg, one_device):
     cfg = changed(cfg, model={"pooling": "cls", "registers": 2})
-    params = train_step.build(cfg, one_device).state.params
+    params = TrainStep.build(cfg, one_device).state.params
     masks = (optim.decay_mask(params, on) for on in ("matrices", "matrices_and_tokens", "all"))
     matrices, tokens, everything = (jax.tree_util.tree_leaves_with_path(mask) for mask in masks)
     added = {path_name(path) for (path, a), (_, b) in zip(matrices, tokens) if a != b}
@@ -113,7 +114,7 @@ def test_updates_fall_by_the_decay_from_layer_to_layer(cfg, one_device, name):
     """Adam's first step is lr * sign(g); with it, and with weight decay, each layer's share."""
     fixed = {"name": name, "warmup_epochs": 0.0, "clip": 0.0}
     cfg = changed(cfg, model={"pooling": "cls", "registers": 2}, optim=fixed)
-    like = train_step.build(cfg, one_device).state.params
+    like = TrainStep.build(cfg, one_device).state.params
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda x: random.normal(size=(2,) * x.ndim).astype(np.float32), like)
     grads = jax.tree.map(lambda x: 1e-3 * random.choice([-1.0, 1.0], x.shape), params)

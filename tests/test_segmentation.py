@@ -12,7 +12,7 @@ from flax import nnx
 from test_masks import shapes_dir  # noqa: F401
 
 from supmim_jax import encoder as encoder_module
-from supmim_jax import probe, sharding, train_step
+from supmim_jax import probe, sharding
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     IGNORED,
@@ -34,6 +34,7 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.objectives.segmentation import Segmentation
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
@@ -126,7 +127,7 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=4)):
         mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
-        built = train_step.build(cfg, mesh)
+        built = TrainStep.build(cfg, mesh)
         state = built.init(jax.random.key(0))
         placed = sharding.put(batch, built.batch)
         losses = []
@@ -139,7 +140,7 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
 
 
 def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, initial, tmp_path):
-    built = train_step.build(masked, sharding.make_mesh(MeshConfig(), ONE))
+    built = TrainStep.build(masked, sharding.make_mesh(MeshConfig(), ONE))
     assert set(built.state.params) == {"encoder", "segmenter"}
     interrupted = tmp_path / "masks"
     train(masked, interrupted, stop_at=5, devices=ONE)
@@ -182,7 +183,7 @@ def by_hand(cfg: Config, workdir: str) -> float:
 def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_path):
     still = changed(masked, optim=OptimConfig(lr=0.0))
     train(still, tmp_path / "still", stop_at=1, devices=ONE)
-    params = train_step.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
+    params = TrainStep.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
     like = {"encoder": params["encoder"]}
     there = Checkpoint.open(initial).restore_params(like)
     here = Checkpoint.open(str(tmp_path / "still")).restore_params(like)

@@ -17,11 +17,12 @@ from conftest import FAST, REPOSITORY
 from etils import epath
 from scipy import stats
 
-from supmim_jax import sharding, storage, study, train_step
+from supmim_jax import sharding, storage, study
 from supmim_jax.config import EvalConfig, FewShotConfig, ProbeConfig
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.study import Cell, Study, compared
+from supmim_jax.train_step import TrainStep
 
 FILE = """
 import dataclasses
@@ -103,7 +104,7 @@ def test_runs_of_a_seed_begin_alike_and_see_the_same_images(small, one_device):
     params, ids, views = [], [], []
     for run in small.runs.values():
         cfg = dataclasses.replace(run, seed=3)
-        built = train_step.build(cfg, one_device)
+        built = TrainStep.build(cfg, one_device)
         params.append(built.init(jax.random.key(cfg.seed)).params["encoder"])
         batch = next(Dataset.open(cfg).train(sharding.make_mesh(cfg.mesh, jax.devices()[:1])))
         ids.append(np.asarray(batch.id))

@@ -20,6 +20,7 @@ from supmim_jax.data import token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
@@ -75,7 +76,7 @@ def cache(cfg, caches, written):
 
 def steps(cfg, device, codes) -> tuple[list, list]:
     """Losses and tokens of every step of the run."""
-    built = train_step.build(cfg, device)
+    built = TrainStep.build(cfg, device)
     state, losses, tokens = built.init(jax.random.key(0)), [], []
     tokenizer = encoder.build_tokenizer(cfg, cfg.batch_size, device)
     for batch in Dataset.open(cfg).train(device):
@@ -111,7 +112,7 @@ def test_cached_tokens_and_losses_are_those_of_a_run_without(
     cache_tokens.tokenize(cfg, directory, views=2)
     online, tokens = steps(cfg, one_device, codes)
     with_tokens = with_cache(cfg, directory, 2)
-    assert train_step.build(with_tokens, one_device).frozen == {}
+    assert TrainStep.build(with_tokens, one_device).frozen == {}
     cached, same_tokens = steps(with_tokens, one_device, codes)
     assert len(tokens) == cfg.total_steps >= 12
     assert all((a == b).all() for a, b in zip(tokens, same_tokens, strict=True))

@@ -5,11 +5,13 @@ import json
 import jax
 import pytest
 
+from supmim_jax.train_step import TrainStep
+
 torch = pytest.importorskip("torch")
 
 from rivals import torch_reference, torch_rival
 
-from supmim_jax import bench, train_step
+from supmim_jax import bench
 from supmim_jax.config import ClassificationConfig, SupervisedConfig, changed
 
 
@@ -38,7 +40,7 @@ NAMES = ["masked", "visible, cls", "layer scale, mixup"]
 def test_both_models_have_the_same_parameters(cfg, one_device, name):
     cfg = variants(cfg, name)
     trainer = torch_reference.Trainer(torch_rival.shapes(cfg, "cpu", False))
-    params = train_step.build(cfg, one_device).state.params
+    params = TrainStep.build(cfg, one_device).state.params
     ours = {name: bench.sizes_of(tree) for name, tree in params.items()}
     assert trainer.parameters() == ours
     assert {"encoder", "head"} <= set(ours) and ("decoder" in ours) == (name != "supervised")

@@ -10,11 +10,11 @@ from etils import epath
 from flax import linen, nnx, serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from supmim_jax import train_step
 from supmim_jax.config import VQGANConfig, changed
 from supmim_jax.errors import SetupError
 from supmim_jax.models import Frozen, freeze, vqgan
 from supmim_jax.models.vqgan import VQGAN
+from supmim_jax.train_step import TrainStep
 
 SMALL = VQGANConfig(filters=16, multipliers=(1, 2, 2), res_blocks=2, groups=8, codes=32, code_dim=8)
 
@@ -201,6 +201,6 @@ def test_a_file_that_is_cut_or_no_msgpack_is_refused(published, tmp_path):
 
 
 def test_a_frozen_tokenizer_is_an_argument_of_the_step_and_not_in_its_state(cfg, one_device):
-    built = train_step.build(changed(cfg, objective={"target": SMALL}), one_device)
+    built = TrainStep.build(changed(cfg, objective={"target": SMALL}), one_device)
     assert "codebook" in built.frozen["target"]["tokenizer"]
     assert "codebook" not in str(jax.tree_util.tree_leaves_with_path(built.state))

@@ -28,6 +28,7 @@ from supmim_jax.errors import SetupError
 from supmim_jax.evals import evaluate
 from supmim_jax.objectives.vqgan import VQGANTraining
 from supmim_jax.train import train
+from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
@@ -129,7 +130,7 @@ def test_dead_codes_are_moved_onto_latents_and_live_ones_stay(vqgan):
 
 def test_revived_codes_are_in_the_state_after_the_step(vqgan, one_device):
     cfg = with_terms(vqgan, usage_decay=0.0, revive_below=1.0)
-    built = train_step.build(cfg, one_device)
+    built = TrainStep.build(cfg, one_device)
     state = built.init(jax.random.key(0))
     before = np.asarray(state.params["tokenizer"]["codebook"])
     after, _ = built.step(state, make_batch(cfg), {})
@@ -171,7 +172,7 @@ def test_perceptual_distance_is_that_of_the_named_encoder(cfg, vqgan, one_device
     train(cfg, tmp_path / "encoder", stop_at=2, devices=ONE)
     perceptual = PerceptualConfig(weight=3.0, checkpoint=str(tmp_path / "encoder"))
     run = with_terms(vqgan, perceptual=perceptual)
-    built = train_step.build(run, one_device)
+    built = TrainStep.build(run, one_device)
     arrays = tokenizers.Frozen.open(run, Dataset(run), epath.Path(tmp_path), built).arrays
     state = built.init(jax.random.key(0))
     model = nnx.merge(built.graph, state.params, state.moving, arrays)
@@ -230,7 +231,7 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     run = changed(cfg, objective={"target": target})
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
     assert results == {} and not (tmp_path / "supmim" / tokenizers.FILE).exists()
-    step_fn = train_step.build(run, one_device)
+    step_fn = TrainStep.build(run, one_device)
     like = step_fn.frozen["target"]
     stored = Checkpoint.open(target.path).restore_params(like)["tokenizer"]
     frozen = tokenizers.Frozen.open(run, Dataset(run), epath.Path(tmp_path), step_fn)

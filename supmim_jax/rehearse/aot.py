@@ -13,10 +13,10 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from supmim_jax import train_step
 from supmim_jax.config import Config
 from supmim_jax.errors import SetupError
 from supmim_jax.rehearse import hlo
+from supmim_jax.train_step import TrainStep
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SMALL_CUBOIDS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # below a cube of 4x4x4; then multiples of 4
@@ -130,7 +130,7 @@ def compile_step(cfg: Config, mesh: Mesh) -> Compiled:
       ConfigError: the mesh does not divide the batch or a parameter.
       TooLarge: it doesn't fit into HBM.
     """
-    prog = train_step.build(cfg, mesh)
+    prog = TrainStep.build(cfg, mesh)
     lowered = prog.step.lower(prog.state, prog.batch, prog.frozen)
     start = time.perf_counter()
     # as_text() fails for v5p and v6e, so the compiler writes its program to a file.

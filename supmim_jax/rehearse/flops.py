@@ -17,12 +17,13 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from supmim_jax import cli, sharding, train_step
+from supmim_jax import cli, sharding
 from supmim_jax.config import Config, DecoderConfig, ViTConfig
 from supmim_jax.config.configdict import from_configdict
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import num_masked
 from supmim_jax.rehearse import aot, hlo
+from supmim_jax.train_step import TrainStep
 
 
 class Work(NamedTuple):
@@ -169,7 +170,7 @@ GIGA = 1e9
 
 def measure(cfg: Config, mesh: jax.sharding.Mesh) -> dict:
     """Compiles the train step of `cfg` and counts."""
-    prog = train_step.build(cfg, mesh)
+    prog = TrainStep.build(cfg, mesh)
     start = time.perf_counter()
     compiled = prog.step.lower(prog.state, prog.batch, prog.frozen).compile()
     seconds = time.perf_counter() - start
