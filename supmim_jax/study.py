@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,6 @@ from scipy import stats
 from supmim_jax import cli, environment, multihost, probe, sharding, storage
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, ProbeConfig
-from supmim_jax.config.configdict import section
 from supmim_jax.errors import SetupError, first_few
 from supmim_jax.rehearse import flops
 from supmim_jax.report.measure import environments
@@ -130,8 +129,16 @@ def as_costly(cfg: Config, other: Config) -> Config:
 
 
 def digest(cfg: Config) -> str:
-    """SHA-256 of the config."""
-    return hashlib.sha256(json.dumps(section(cfg), sort_keys=True).encode()).hexdigest()
+    """SHA-256 of the config without its paths, which on another machine are others."""
+
+    def shared(values: Any) -> dict:
+        found = {}
+        for field in dataclasses.fields(values):
+            value = "" if field.metadata.get("path") else getattr(values, field.name)
+            found[field.name] = shared(value) if dataclasses.is_dataclass(value) else value
+        return found
+
+    return hashlib.sha256(json.dumps(shared(cfg), sort_keys=True).encode()).hexdigest()
 
 
 def recorded(out: epath.Path) -> dict[Cell, dict]:

@@ -18,7 +18,7 @@ from etils import epath
 from scipy import stats
 
 from supmim_jax import sharding, storage, study
-from supmim_jax.config import EvalConfig, FewShotConfig, ProbeConfig
+from supmim_jax.config import EvalConfig, FewShotConfig, ProbeConfig, changed
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.study import Cell, Study, compared
@@ -133,6 +133,14 @@ def test_what_was_trained_with_another_config_is_not_taken_for_a_cell(small, tmp
     storage.write_json(epath.Path(tmp_path) / "with-1" / "study.json", row)
     with pytest.raises(SetupError, match="has with-1 of another config"):
         study.measured(small, epath.Path(tmp_path))
+
+
+def test_a_cell_of_another_machine_counts_wherever_its_data_and_tokenizer_are(small):
+    elsewhere = changed(
+        small.runs["with"], data={"data_dir": "/b"}, objective={"target": {"path": "/c"}}
+    )
+    assert study.digest(elsewhere) == study.digest(small.runs["with"])
+    assert study.digest(changed(elsewhere, seed=7)) != study.digest(elsewhere)
 
 
 def test_results_of_another_machine_stay_and_a_damaged_line_is_named(small, tmp_path):
