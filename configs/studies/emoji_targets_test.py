@@ -5,8 +5,8 @@
       --jobs 2
 
 Hardware: 2 CPU cores. Its runs are those of that file and of configs/studies/emoji_headline.py.
-Where their workdirs are copied to --out, they are probed and not trained again. Results:
-docs/study.md.
+Where their workdirs are copied to --out, they are probed and not trained again. Pixels and VQGAN
+have run with three seeds. Results: docs/study.md.
 """
 
 from configs.studies import emoji_targets
@@ -17,4 +17,5 @@ from supmim_jax.study import Study, as_costly
 def study() -> Study:
     runs = {"supervised": SUPERVISED, "supervised-longer": as_costly(SUPERVISED, SUPMIM)}
     runs |= emoji_targets.study().runs
-    return compared("Targets of the masked patches, beside supervised runs.", runs, "test")
+    question = "Targets of the masked patches, beside supervised runs."
+    return compared(question, runs, "test", seeds=5)
