@@ -1,13 +1,15 @@
 """What the studies on emoji_designs share: recipes, the learning rate of each, how they are judged.
 
 This file is no study. The learning rates are those of configs/studies/emoji_learning_rate.py.
+SupMIM predicts codes of luminance, as in all studies before that of the targets.
 """
 
 from configs import emoji_supervised, emoji_supmim
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
-SUPERVISED, SUPMIM = emoji_supervised.experiment(), emoji_supmim.experiment()
+SUPERVISED = emoji_supervised.experiment()
+SUPMIM = c.changed(emoji_supmim.experiment(), objective={"target": {"normalize": "luminance"}})
 METRICS = {
     "top1": "top-1",
     "knn": "kNN",

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores, an estimated hour. Both recipes get the same rates, half 
 headline and one seed; each keeps its best. SupMIM at 8e-3 has not run.
 """
 
-from configs import emoji_supervised, emoji_supmim
+from configs.studies.emoji import SUPERVISED, SUPMIM
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
@@ -14,11 +14,11 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def study() -> Study:
-    recipes = {"supervised": emoji_supervised, "supmim": emoji_supmim}
+    recipes = {"supervised": SUPERVISED, "supmim": SUPMIM}
 
     def run(name: str, rate: float) -> c.Config:
         optim = {"lr": rate, "warmup_epochs": 1}
-        return c.changed(recipes[name].experiment(), epochs=10, optim=optim)
+        return c.changed(recipes[name], epochs=10, optim=optim)
 
     return Study(
         question="Which learning rate suits each recipe?",
