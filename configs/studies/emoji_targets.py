@@ -3,7 +3,7 @@
   python -m supmim_jax.train --config configs/vqgan_emoji.py --workdir runs/vqgan_emoji
   python -m supmim_jax.study --study configs/studies/emoji_targets.py --out runs/targets --jobs 2
 
-Hardware: 2 CPU cores. Judged on the validation designer. Not run yet.
+Hardware: 2 CPU cores. Judged on the validation designer. Results: docs/study.md.
 """
 
 from configs import vqgan_emoji
