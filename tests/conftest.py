@@ -28,15 +28,14 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 
-import forkserver
 import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
-from forkserver import REPOSITORY
 from pictures import CLASSES, ToyPictures, encoded, put
 
 from supmim_jax import checkpoint, encoder, sharding
@@ -69,6 +68,7 @@ for number, default in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, default)
 
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ONE = jax.devices()[:1]
 QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # of the heads that a report fits
 ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
@@ -77,10 +77,14 @@ ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
 def python(*arguments, cwd=REPOSITORY, **env: str) -> subprocess.CompletedProcess:
     """A process of Python with one device, and what it printed."""
     ours = {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FAST}
-    arguments = [*map(str, arguments)]
-    process = forkserver.start(arguments, cwd, os.environ | ours | env)
-    printed = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, process.returncode, *printed)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | ours | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def train_command(workdir, data_dir, *more: str, config="debug_supervised") -> list[str]:

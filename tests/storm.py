@@ -21,7 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import forkserver
 import gcs
 import jax
 import numpy as np
@@ -30,6 +29,7 @@ from etils import epath
 
 from supmim_jax import checkpoint
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 POINTS = {  # and how often one is reached at least, in an attempt that does a few steps
     "make": 1,
     "loop": 1,
@@ -75,7 +75,7 @@ class Run:
             "log.every": 2,
             "checkpoint.every": EVERY,
         }
-        self.command = ["tests/faulty.py", "--config=configs/debug.py"]
+        self.command = [sys.executable, "tests/faulty.py", "--config=configs/debug.py"]
         self.command += [f"--workdir={workdir}"]
         self.command += [f"--config.{name}={value}" for name, value in overrides.items()]
 
@@ -83,12 +83,13 @@ class Run:
         """The same run elsewhere, which makes its own data."""
         return Run(workdir, f"{workdir}_data", self.epochs, log)
 
-    def start(self, fault: dict) -> forkserver.Process:
+    def start(self, fault: dict) -> subprocess.Popen:
         """An attempt; its log begins with where it must go on."""
         self.note({"saved": self.saved()})
         env = os.environ | {"FAULT": json.dumps(fault | {"log": str(self.log)})}
-        env |= {"PYTHONPATH": forkserver.REPOSITORY, "JAX_PLATFORMS": "cpu"}
-        return forkserver.start(self.command, env=env, merged=True)
+        env |= {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(self.command, cwd=REPOSITORY, env=env, **pipes)
 
     def finish(self) -> None:
         """Goes on to the end, undisturbed."""

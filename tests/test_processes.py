@@ -8,10 +8,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
-import forkserver
 import jax
 import numpy as np
 import pytest
@@ -41,13 +41,18 @@ class Ended:
     seconds: float
 
 
-def started(commands: list[list[str]], directories=(), env=ENV) -> list[forkserver.Process]:
+def started(commands: list[list[str]], directories=(), env=ENV) -> list[subprocess.Popen]:
     """Each in a process group of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"start_new_session": True, "env": env}
     places = directories or [REPOSITORY] * len(commands)
-    return [forkserver.start(*x, env) for x in zip(commands, places, strict=True)]
+    return [
+        subprocess.Popen([sys.executable, *command], cwd=place, **options)
+        for command, place in zip(commands, places, strict=True)
+    ]
 
 
-def ended(processes: list[forkserver.Process], within: float = 150) -> list[Ended]:
+def ended(processes: list[subprocess.Popen], within: float = 150) -> list[Ended]:
     """How each ended; none is left running."""
     start, found = time.monotonic(), []
     try:
@@ -76,7 +81,7 @@ def trained(cfg, workdir: Path, processes: int, stop_at: int | None = None) -> l
     return found
 
 
-def faulty(workdir, data_dir, fault: dict, *more: str, log="log") -> forkserver.Process:
+def faulty(workdir, data_dir, fault: dict, *more: str, log="log") -> subprocess.Popen:
     """A small run with a fault in it; see faulty.py."""
     _, _, *flags = train_command(workdir, data_dir, *more)
     fault = json.dumps(fault | {"log": str(workdir.parent / log)})
@@ -244,17 +249,6 @@ def test_an_error_of_one_process_is_told_by_all(data_dir, tmp_path):
     for process in found:
         assert process.code == 2 and "Set config.data.data_dir" in process.err
     assert f"process 1 on {socket.gethostname()}" in found[0].err
-
-
-def test_a_fork_is_taken_where_imports_read_the_same_and_ends_as_a_new_process_would():
-    command = ["-m", "supmim_jax.probe", "--checkpoint=/nowhere"]
-    found = []
-    for env in (ENV, ENV | {"JAX_ENABLE_X64": "0"}):
-        process = forkserver.start(command, env=env)
-        found.append((type(process), process.communicate(timeout=60), process.returncode))
-    (forked, *same), (started_anew, *as_there) = found
-    assert (forked, started_anew) == (forkserver.Process, subprocess.Popen)
-    assert same == as_there and same[1] == 2
 
 
 GKE = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}
