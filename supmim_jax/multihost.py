@@ -254,7 +254,7 @@ def end_watch() -> None:
     """Stops watching, before the processes end one after the other."""
     if active():
         _watch.ending.set()
-        _watch.thread.join()
+        _watch.join()
 
 
 def leave(message: str, code: int) -> None:
@@ -280,18 +280,14 @@ def leave(message: str, code: int) -> None:
     _exit(message, code)
 
 
-class _Watch:
+class _Watch(threading.Thread):
     """Gives signs of life, and ends this process soon after another one failed."""
 
     def __init__(self):
+        super().__init__(daemon=True)
         self.step, self.ending = 0, threading.Event()
-        self.thread: threading.Thread | None = None  # once all have joined
 
-    def start(self) -> None:
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
+    def run(self) -> None:
         preempted = False
         for pulse in itertools.count():
             if self.ending.wait(PULSE):
@@ -344,7 +340,7 @@ def _exit(message: str, code: int) -> None:
     _exiting.acquire()
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
     _kill_children()
-    if _watch.thread and _watch.thread.is_alive() and _me() == 0:
+    if _watch.is_alive() and _me() == 0:
         time.sleep(3 * PULSE)  # the others read from this process why it fails
     sys.stdout.flush()
     os._exit(code)
