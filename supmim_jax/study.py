@@ -129,12 +129,17 @@ def as_costly(cfg: Config, other: Config) -> Config:
 
 
 def digest(cfg: Config) -> str:
-    """SHA-256 of the config without its paths, which on another machine are others."""
+    """SHA-256 of the config, the same on every machine.
+
+    Of a path, such as that of a tokenizer, only the last part counts, and of data_dir nothing.
+    """
 
     def shared(values: Any) -> dict:
         found = {}
         for field in dataclasses.fields(values):
-            value = "" if field.metadata.get("path") else getattr(values, field.name)
+            value = getattr(values, field.name)
+            if field.metadata.get("path"):
+                value = "" if field.name == "data_dir" else os.path.basename(value)
             found[field.name] = shared(value) if dataclasses.is_dataclass(value) else value
         return found
 
