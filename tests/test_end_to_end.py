@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 import weakref
 
 import jax
@@ -42,18 +44,27 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, tmp_
 
 
 def test_no_batch_is_kept_while_the_next_is_waited_for(cfg, tmp_path, monkeypatch):
-    images, kept = [], []
-    following = loader.Training.__next__
+    images, kept, asked = [], [], threading.Semaphore(0)
+    following, decoded = loader.Training.__next__, loader.HostBatches.__next__
+
+    def none_ahead(batches):  # so that the thread that places them always waits for the next
+        asked.acquire()
+        return decoded(batches)
 
     def taken(batches):
-        kept.append([image() for image in images if image() is not None])
+        deadline = time.monotonic() + 20
+        while any(image() is not None for image in images) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        kept.append(sum(image() is not None for image in images))
+        asked.release(1 if len(kept) < 4 else 9)  # at the end the thread shall not wait
         batch = following(batches)
         images.append(weakref.ref(batch.views[0]))
         return batch
 
     monkeypatch.setattr(loader.Training, "__next__", taken)
+    monkeypatch.setattr(loader.HostBatches, "__next__", none_ahead)
     train(cfg, tmp_path, stop_at=4, devices=ONE)
-    assert kept == [[]] * 4
+    assert kept == [0] * 4
 
 
 def test_a_run_that_fails_ends_what_decodes(cfg, tmp_path, monkeypatch):

@@ -237,7 +237,9 @@ class Training(Iterator[Batch]):
         self.host = host = self.dataset.train_on_host(rows, first_step, boxes, self.skipped)
         host.logged = self.logged
         batches = _on_mesh(host, size, self.mesh)
-        self.batches = Prefetch(((batch, before + host.broken) for batch in batches), ON_DEVICES)
+        # `map`, as a generator's variable keeps a batch while it waits for the next.
+        counted = map(lambda batch: (batch, before + host.broken), batches)
+        self.batches = Prefetch(counted, ON_DEVICES)
 
     def restart(self, step: int, boxes: np.ndarray | None) -> None:
         """Continues after `step` steps with other boxes, as `Dataset.train` would from there.
@@ -382,7 +384,9 @@ def _on_mesh(batches: Iterator[Arrays], batch_size: int, mesh: Mesh) -> Iterator
 
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), layout, shard)
 
-    for arrays in batches:
+    def batch(arrays: Arrays) -> Batch:
         fields = {name: put(x) for name, x in arrays.items()}
         views = [fields.pop(name) for name in ("image", "second_image") if name in fields]
-        yield Batch(tuple(views), **fields)
+        return Batch(tuple(views), **fields)
+
+    return map(batch, batches)
