@@ -1,7 +1,8 @@
 """What the studies on emoji_designs share: recipes, the learning rate of each, how they are judged.
 
 This file is no study. The learning rates are those of configs/studies/emoji_learning_rate.py.
-SupMIM predicts codes of luminance, as in all studies before that of the targets.
+SUPMIM predicts codes of luminance, as in all studies before that of the targets, and COLOUR codes
+of colour.
 """
 
 from configs import emoji_supervised, emoji_supmim
@@ -9,7 +10,8 @@ from supmim_jax import config as c
 from supmim_jax.study import Study
 
 SUPERVISED = emoji_supervised.experiment()
-SUPMIM = c.changed(emoji_supmim.experiment(), objective={"target": {"normalize": "luminance"}})
+COLOUR = emoji_supmim.experiment()
+SUPMIM = c.changed(COLOUR, objective={"target": {"normalize": "luminance"}})
 METRICS = {
     "top1": "top-1",
     "knn": "kNN",

@@ -6,7 +6,7 @@ Hardware: 2 CPU cores. All drawings are in configs/studies/emoji_headline.py.
 Results: docs/study.md.
 """
 
-from configs.studies.emoji import SUPERVISED, SUPMIM, compared
+from configs.studies.emoji import COLOUR, SUPERVISED, SUPMIM, compared
 from supmim_jax import config as c
 from supmim_jax.study import Study, as_costly
 
@@ -16,12 +16,13 @@ def study() -> Study:
     for drawings, examples in ((2, 1824), (4, 3648)):
         data = {"train_split": f"train_{drawings}", "train_examples": examples}
         epochs = SUPERVISED.epochs * SUPERVISED.data.train_examples / examples
-        supervised, supmim = (
-            c.changed(run, epochs=epochs, data=data) for run in (SUPERVISED, SUPMIM)
+        supervised, supmim, colour = (
+            c.changed(run, epochs=epochs, data=data) for run in (SUPERVISED, SUPMIM, COLOUR)
         )
         runs |= {
             f"supervised-{drawings}": supervised,
             f"supmim-{drawings}": supmim,
+            f"colour-{drawings}": colour,
             f"supervised-longer-{drawings}": as_costly(supervised, supmim),
         }
     question = "SupMIM and supervised, with fewer drawings of each class."

@@ -7,15 +7,15 @@ Hardware: 2 CPU cores. Judged on the validation designer. Results: docs/study.md
 """
 
 from configs import vqgan_emoji
-from configs.studies.emoji import compared, supmim
+from configs.studies.emoji import COLOUR, SUPMIM, compared, supmim
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
 
 def study() -> Study:
     runs = {
-        "luminance": supmim(),
-        "colour": supmim(target={"normalize": "raw"}),
+        "luminance": SUPMIM,
+        "colour": COLOUR,
         "pixels": supmim(target=c.PixelsConfig()),
         "vqgan": supmim(target=c.changed(vqgan_emoji.TOKENIZER, path="runs/vqgan_emoji")),
     }
