@@ -10,6 +10,7 @@ processes (--distributed) share them.
 
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -26,8 +27,8 @@ from supmim_jax.data import token_cache
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
-# ArrayRecord's own bytes for each record, and at least for each shard. An upper bound: its
-# compression saves more than that where tokens are many (bench tokens).
+# The checksum and ArrayRecord's own bytes for each record, and its own for each shard: upper
+# bounds, which hold for shards of few records, too.
 RECORD_BYTES, SHARD_BYTES = 70, 2**17
 
 
@@ -131,7 +132,8 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
 
 def estimated_bytes(plan: token_cache.Plan) -> int:
     """An upper bound of the cache's size."""
-    return plan.records * (2 * plan.tokens + RECORD_BYTES) + plan.shards * SHARD_BYTES
+    ids = math.ceil(plan.tokens * plan.bits / 8)
+    return plan.records * (ids + RECORD_BYTES) + plan.shards * SHARD_BYTES
 
 
 def main() -> None:

@@ -342,6 +342,17 @@ def test_a_records_checksum_is_of_all_that_it_belongs_to():
     assert len({token_cache._checksum(*x) for x in (given, *others)}) == 5
 
 
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_ids_are_packed_without_loss_and_16_bits_are_those_of_earlier_versions(bits):
+    for count in (1, 3, 25, 256):
+        ids = np.random.default_rng(count).integers(0, 2**bits, count, np.uint16)
+        packed = token_cache.packed(ids, bits)
+        found = token_cache.unpacked(packed, bits, count)
+        assert found.dtype == np.uint16 and (found == ids).all()
+        assert len(packed) == -(-count * bits // 8)
+        assert bits < 16 or packed == ids.astype("<u2").tobytes()
+
+
 def test_a_cache_in_use_is_not_written_over(cfg, cache):
     before = json.loads((cache / token_cache.MANIFEST).read_text())
     with pytest.raises(SetupError, match=r"3 views in shards of 50; .* 4"):

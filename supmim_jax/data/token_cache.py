@@ -1,10 +1,11 @@
-"""Tokens of every view of every training image, computed once: ArrayRecord shards of uint16 ids.
+"""Tokens of every view of every training image, computed once: ArrayRecord shards of packed ids.
 
 A cache is a directory with `manifest.json`, the fingerprint of what the tokens belong to, and
 `tokens-00000-of-00012.arrayrecord` and so on. Record v * examples + i holds view v of example i:
-uint16 ids in row order and a CRC-32, little-endian. The checksum covers the ids, the cache, the
-number of the record and the image's file. So tokens that were swapped, or whose images changed, are
-noticed when they are read. A shard gets its name once it is complete.
+the ids in row order, each in as many bits as the codes need (10 for 1024 codes), and a CRC-32, all
+little-endian. Earlier versions took 16 bits for each id. The checksum covers the ids, the cache,
+the number of the record and the image's file. So tokens that were swapped, or whose images changed,
+are noticed when they are read. A shard gets its name once it is complete.
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ from supmim_jax.errors import SetupError
 MANIFEST = "manifest.json"
 VERSION = 2  # goes up when the same config gives other crops or tokens
 # Records are read one by one in random order. A read costs time for each group of its file and for
-# each record of its group: 16 and shards of 65536 are near the optimum (bench tokens).
-WRITER = "group_size:16,zstd"
+# each record of its group: 32 and shards of 65536 are near the optimum (bench tokens). Packed ids
+# leave nothing to compress, and unpacking a group would take longer than reading it.
+WRITER = "group_size:32,uncompressed"
 RECORDS_PER_SHARD = 2**16
+POWERS = 2 ** np.arange(16, dtype=np.uint16)
 GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
 # How images are shown that are transparent or have more than 8 bits. Caches of versions that did
 # not look at that have no such part, and are right for images that are neither.
@@ -53,6 +56,11 @@ class Plan:
     @property
     def records(self) -> int:
         return self.views * self.examples
+
+    @property
+    def bits(self) -> int:
+        """Bits of an id."""
+        return max(1, (self.codes - 1).bit_length())
 
     @property
     def shards(self) -> int:
@@ -138,9 +146,20 @@ def write_shard(
     with storage.written(plan.path(directory, index)) as part:
         writer = array_record_module.ArrayRecordWriter(str(part), WRITER)
         for record, (ids, mark) in zip(plan.shard(index), rows, strict=True):
-            encoded = ids.astype("<u2").tobytes()
+            encoded = packed(ids, plan.bits)
             writer.write(encoded + _checksum(digest, record, mark, encoded))
         writer.close()
+
+
+def packed(ids: np.ndarray, bits: int) -> bytes:
+    """The lowest `bits` bits of each id, the lowest first."""
+    return np.packbits(ids[:, None] >> np.arange(bits) & 1, bitorder="little").tobytes()
+
+
+def unpacked(encoded: bytes, bits: int, count: int) -> np.ndarray:
+    """The `count` ids that `packed` was given, uint16."""
+    each = np.unpackbits(np.frombuffer(encoded, np.uint8), count=count * bits, bitorder="little")
+    return each.reshape(count, bits) @ POWERS[:bits]
 
 
 def _checksum(digest: bytes, record: int, mark: int, ids: bytes) -> bytes:
@@ -232,4 +251,6 @@ class TokenCache:
                 f"damaged or of another place or cache, or this image is no longer the one that "
                 f"was tokenised: then write another cache. Else delete the file and {AGAIN}"
             )
-        return np.frombuffer(encoded, "<u2")
+        count = self.plan.tokens
+        bits = 16 if len(encoded) == 2 * count else self.plan.bits  # 16: of earlier versions
+        return unpacked(encoded, bits, count)
