@@ -69,6 +69,7 @@ class TrainStep:
         layout = jax.tree.map(lambda x: x.sharding, state)
 
         def step(state: TrainState, batch: Batch, frozen) -> tuple[TrainState, Metrics]:
+            # Of seed and step alone: a resumed run draws what an uninterrupted one does.
             key = jax.random.fold_in(jax.random.key(cfg.seed), STEPS)
             key = jax.random.fold_in(key, state.step)
 
@@ -79,6 +80,7 @@ class TrainStep:
 
             def of_micro_batch(batch: Batch):
                 grads, (metrics, _, _) = jax.grad(loss, has_aux=True)(state.params, batch)
+                # Sharded as parameters are, or the sum would lie whole on every device.
                 return jax.lax.with_sharding_constraint(grads, layout.params), metrics
 
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for sharding.by_rows

@@ -99,6 +99,7 @@ class ViT(nnx.Module):
         if masked is not None:
             mask, embedding = masked
             x = jnp.where(mask.masked[..., None], embedding.astype(x.dtype), x)
+        # After the mask embedding: a masked patch has no content, but it keeps its place.
         x = x + positions.astype(x.dtype)
         if self.prefix:
             first = [self.cls[...][None]] if self.cfg.pooling == "cls" else []
@@ -112,6 +113,7 @@ class ViT(nnx.Module):
     def encode(self, inputs: tuple[jax.Array, ...], key=None) -> tuple[jax.Array, ...]:
         """Normalised tokens of each BxNxD input, all in one pass; attention stays within one."""
         segments = tuple(x.shape[1] for x in inputs)
+        # Along the tokens, not the rows: each device then holds an image together with its twin.
         x = self.norm(self.transformer(jnp.concatenate(inputs, axis=1), segments, key))
         ends = [sum(segments[: i + 1]) for i in range(len(segments) - 1)]
         return tuple(jnp.split(x, ends, axis=1))
@@ -124,7 +126,7 @@ class ViT(nnx.Module):
 
     def pool(self, tokens_BxNxD) -> jax.Array:
         """The image's embedding, float32 BxD: CLS token or mean over patches."""
-        x = tokens_BxNxD.astype(jnp.float32)
+        x = tokens_BxNxD.astype(jnp.float32)  # a mean in bfloat16 is coarse for kNN
         return x[:, 0] if self.cfg.pooling == "cls" else x[:, self.prefix :].mean(axis=1)
 
 

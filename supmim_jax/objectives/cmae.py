@@ -65,7 +65,7 @@ class CMAE(MAE):
         drop_key, mask_key = jax.random.split(key)
         cfg, weight = self.cfg, batch.weight
         views = [pixels(view) for view in batch.views]
-        mask = self.mask(mask_key, batch.id)
+        mask = self.mask(mask_key, batch.id)  # one for both views, as in SDMAE's code
         inputs = tuple(self.embed_kept(view, mask) for view in views)
         outputs = self.encoder.encode(inputs, batch.row_key(drop_key))
 
@@ -102,6 +102,7 @@ class CMAE(MAE):
     def position(self, tokens_BxNxD, mask: masking.Mask) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy of the places and the share of right ones, means over tokens: B each."""
         count, prefix = self.asked(mask), self.encoder.prefix
+        # Kept patches are in random order, so that the first of them are a random choice.
         logits = self.locator(tokens_BxNxD[:, prefix : prefix + count].astype(jnp.float32))
         places = mask.keep[:, :count]
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), places[..., None], axis=-1)
@@ -112,9 +113,11 @@ class CMAE(MAE):
     def contrastive(self, outputs, views, mask: masking.Mask, weight_B) -> tuple:
         """Symmetric InfoNCE of two views over the global batch, and its accuracy; scalars."""
         cfg = self.cfg.contrastive
+        # Before the keys are made, so that in the first step they come from this very encoder.
         self.momentum.follow(self.encoder, self.projector, cfg.momentum)
         keys = self.momentum(views, mask)
         errors, accuracy = 0.0, 0.0
+        # Each view looks for the key of the other; its own would be found without learning.
         for tokens, key in zip(outputs, reversed(keys), strict=True):
             query = self.predictor(self.projector(self.encoder.pool(tokens)))
             error, hit = losses.info_nce(query, key, cfg.temperature, weight_B)
@@ -136,6 +139,7 @@ class MomentumBranch(nnx.Module):
 
     def __call__(self, views, mask: masking.Mask) -> list[jax.Array]:
         """Keys of float images, float32 BxD for each view."""
+        # With all places, also where the trained encoder is asked for some: keys ask for nothing.
         inputs = tuple(self.encoder.embed(view, visible=mask) for view in views)
         outputs = self.encoder.encode(inputs)
         return [jax.lax.stop_gradient(self.projector(self.encoder.pool(x))) for x in outputs]

@@ -46,14 +46,17 @@ class SupMIM(Classifier):
         mixed, labels = supervised.mix(cfg, images, batch, self.classes, mix_key)
         mask = self.mask(mask_key, batch.id)
 
+        # The twin is of the image before mixing, as tokens are: of a mixed one nobody has them.
         inputs = encoder.embed(mixed), self.embed_masked(images, mask)
         tokens, masked_tokens = encoder.encode(inputs, batch.row_key(drop_key))
 
+        # The label is asked of the whole image alone, which is what inference will see.
         logits = self.head(encoder.pool(tokens))
         ce = supervised.classification_loss(cfg, logits, labels, batch.weight)
 
         target = self.target(batch, mask)
         predicted = self.decoder(masked_tokens, mask)
+        # Masked patches alone count: the encoder has seen the others.
         mim = losses.mean(mask.mean(self.target.loss(predicted, target)), batch.weight)
 
         loss = ce + self.cfg.mim_weight * mim
