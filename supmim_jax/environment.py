@@ -41,6 +41,7 @@ def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
         "devices": ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items())),
         "hosts": jax.process_count(),
         "CPUs per host": os.cpu_count() or 0,
+        "CPU": processor(),
         "system": platform.platform(),
         **versions(),
         **flags(),
@@ -48,6 +49,19 @@ def collect(devices: Sequence[jax.Device]) -> dict[str, str | int]:
         COMMIT: commit(Path(__file__)),
         DATE: datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
     }
+
+
+def processor() -> str:
+    """The model of this host's CPU, by which XLA and NumPy choose instructions, and so rounding."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    found = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    numbers = [
+        f"{name} {found[name]}" for name in ("cpu family", "model", "stepping") if name in found
+    ]
+    return ", ".join([found.get("model name", platform.machine()), *numbers])
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ from supmim_jax.workdir import Workdir
 def test_it_names_versions_devices_and_processes():
     found = environment_module.collect(jax.devices())
     assert found["devices"] == "8 x cpu" and found["hosts"] == 1 and found["CPUs per host"] > 0
+    assert found["CPU"]
     assert found["jax"] == jax.__version__ and found["python"].startswith("3.")
     assert json.loads(json.dumps(found)) == found
 
