@@ -239,13 +239,14 @@ class TokenCache:
             )
         record = view * self.plan.examples + example
         shard, place = divmod(record, self.plan.records_per_shard)
-        path = self.plan.path(self.directory, shard)
         try:
             found = self.readers.read(shard, place)
         except (RuntimeError, ValueError, IndexError) as error:
+            path = self.plan.path(self.directory, shard)
             raise SetupError(f"{path} cannot be read: {error}. Delete it and {AGAIN}") from None
         encoded, stored = found[:-4], found[-4:]
         if stored != _checksum(self.digest, record, source.mark(image), encoded):
+            path = self.plan.path(self.directory, shard)
             raise SetupError(
                 f"{path}: the checksum of view {view} of example {example} is wrong. The file is "
                 f"damaged or of another place or cache, or this image is no longer the one that "
