@@ -16,12 +16,12 @@ def counted(log):
         yield i
 
 
-def settled(log):
-    """The log once the thread has nothing more to do."""
-    length = None
-    while length != len(log):
-        length = len(log)
-        time.sleep(0.1)
+def settled(log, length):
+    """The log a while after it has that length, so that a thread that went on would be seen."""
+    deadline = time.monotonic() + 20
+    while len(log) < length and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
     return list(log)
 
 
@@ -39,9 +39,9 @@ def test_all_items_come_in_order_and_then_the_end():
 def test_no_more_are_made_than_wait_and_one_and_closing_ends_them():
     log, before = [], len(threads())
     items = Prefetch(counted(log), 2)
-    assert settled(log) == [0, 1, 2] and len(threads()) == before + 1
+    assert settled(log, 3) == [0, 1, 2] and len(threads()) == before + 1
     assert next(items) == 0
-    assert settled(log) == [0, 1, 2, 3]
+    assert settled(log, 4) == [0, 1, 2, 3]
     items.close()
     assert len(threads()) == before and len(log) == 4
     assert next(items, "end") == "end"
@@ -65,7 +65,7 @@ def test_an_exception_comes_in_its_place_and_again():
 def test_a_thread_ends_when_nobody_holds_its_items_any_more():
     log, before = [], len(threads())
     items = Prefetch(counted(log), 2)
-    settled(log)
+    settled(log, 3)
     del items
     gc.collect()
     deadline = time.monotonic() + 20
