@@ -102,10 +102,14 @@ def parse(argv: list[str]) -> list[str]:
     """Parses absl's flags; a mistake in one (also in --config.<key>) prints a paragraph, too."""
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # after --help, which absl ends with 1
+        sys.exit(0)
     except SetupError as error:  # of the config file
         return fail(str(error), EXIT_SETUP)
     except MISTAKES as error:
-        return fail(f"{error} (in the command line)", EXIT_SETUP)
+        # A KeyError shows its text in quotes, with what is new in a line written out.
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        return fail(f"{' '.join(str(text).split())} (in the command line)", EXIT_SETUP)
 
 
 def define_process_flags() -> None:

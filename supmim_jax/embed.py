@@ -35,6 +35,7 @@ from supmim_jax.inference import BrokenImage, Encoder
 
 PLAN = "plan.json"
 PATIENCE = 86400  # seconds for other processes to do their share
+OTHER_FILES = (".npy", ".csv", ".tsv", ".json", ".h5", ".hdf5", ".pkl", ".pt", ".safetensors")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -49,6 +50,12 @@ class Images(NamedTuple):
 def folder(path: epath.Path) -> Images:
     """The image files below a folder."""
     names = inference.image_files(path)
+    for name in names:
+        if name.encode(errors="ignore").decode() != name:
+            raise SetupError(
+                f"{path} has a file {name!a}, whose name is not UTF-8. Rename it: the names "
+                f"stand beside the embeddings."
+            )
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     identity = {"images": str(path), "files": digest}
     return Images(names, lambda i: {"image": (path / names[i]).read_bytes()}, identity)
@@ -92,6 +99,10 @@ def embed(
         raise SetupError(
             f"--out {out}: Parquet is written by pyarrow (pip install -e '.[parquet]'), as float32 "
             f"or float16. Take .npz instead."
+        )
+    if out.suffix in OTHER_FILES:
+        raise SetupError(
+            f"--out {out}: no {out.suffix} is written. Take *.npz, *.parquet or a directory."
         )
     single = out.suffix in (".npz", ".parquet")
     if single and out.exists():

@@ -117,7 +117,19 @@ class Encoder:
         Returns:
           Features: pooled float32 BxD; tokens float32 BxhxwxD on the grid of patches; logits
           float32 BxV with a classifier, else None.
+
+        Raises:
+          SetupError: the array is of another shape or dtype.
         """
+        data, found = self.config.data, np.shape(images_BxHxWxC)
+        expected = (data.image_size, data.image_size, data.channels)
+        dtype = getattr(images_BxHxWxC, "dtype", None)
+        if len(found) != 4 or found[1:] != expected or dtype != np.uint8:
+            raise SetupError(
+                f"features takes uint8 images of shape (images, "
+                f"{', '.join(map(str, expected))}), as `preprocess` gives them; found is {dtype} "
+                f"of shape {found}."
+            )
         return self._bound.features(images_BxHxWxC)
 
     def embed(self, images: Any, batch_size: int = BATCH_SIZE) -> np.ndarray:
@@ -274,6 +286,14 @@ def _encoded(image: Any) -> bytes:
                 f"channels behind. Of floats from 0 to 1: (255 * images).round().astype('uint8')."
             )
         image = Image.fromarray(np.ascontiguousarray(array))
+    if image.mode in ("CMYK", "YCbCr", "HSV"):  # what PNG does not have
+        image = image.convert("RGB")
     file = io.BytesIO()
-    ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
+    try:
+        ImageOps.exif_transpose(image).save(file, "PNG", compress_level=1)
+    except OSError as error:
+        raise BrokenImage(
+            f"A PIL image of mode {image.mode!r} cannot be prepared: {error}. Convert it to one of "
+            f"mode L, RGB or RGBA."
+        ) from None
     return file.getvalue()

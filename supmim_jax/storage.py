@@ -48,9 +48,12 @@ def location(text: str | os.PathLike, searched: bool = True) -> epath.Path:
       searched: whether a library looks for files below it by patterns, as orbax and tfds do.
 
     Raises:
-      SetupError: it is of another kind of storage, or names no bucket, or is itself a pattern.
+      SetupError: it is empty or of another kind of storage, or names no bucket, or is itself a
+        pattern.
     """
     text = os.fspath(text)
+    if not text:
+        raise SetupError("A path is empty; the working directory is named by a dot.")
     if searched and (pattern := PATTERN.search(text)):
         raise SetupError(
             f"{text} has a {pattern[0]!r}: libraries that look for files below it would take it "
@@ -80,16 +83,17 @@ def location(text: str | os.PathLike, searched: bool = True) -> epath.Path:
 
 
 class PathParser(flags.ArgumentParser):
-    """A flag's text to an absolute path as text; "" stays as it is."""
+    """A flag's text to an absolute path as text; "" stays as it is where the flag may be empty."""
 
     syntactic_help = "a local path or gs://<bucket>/<path>"
 
-    def __init__(self, searched: bool):
-        self.searched = searched
+    def __init__(self, searched: bool, may_be_empty: bool = False):
+        self.searched, self.may_be_empty = searched, may_be_empty
 
     def parse(self, argument: str) -> str:
         try:
-            return str(location(argument, self.searched)) if argument else ""
+            empty = not argument and self.may_be_empty
+            return "" if empty else str(location(argument, self.searched))
         except SetupError as error:
             raise ValueError(str(error)) from None
 
@@ -98,7 +102,8 @@ def define(
     name: str, default: str | None, text: str, required: bool = False, searched: bool = True
 ) -> flags.FlagHolder:
     """Defines a flag that takes one path; see `location`."""
-    return flags.DEFINE(PathParser(searched), name, default, text, required=required)
+    parser = PathParser(searched, may_be_empty=default == "")
+    return flags.DEFINE(parser, name, default, text, required=required)
 
 
 def define_multi(name: str, text: str) -> flags.FlagHolder:

@@ -71,6 +71,7 @@ def train(
     dataset = Dataset.open(cfg)
     workdir = Workdir.open(workdir, cfg)
     if (results := workdir.results()) and not results.get(ERRORS):
+        workdir.check_evaluated()
         line.say(f"{workdir.path} is complete; these are its results.")
         return results  # else what could not be measured may be now
     initial = None if checkpoint.steps(workdir.path) else InitialState.open(cfg, step_fn)

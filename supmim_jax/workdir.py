@@ -71,6 +71,16 @@ class Workdir:
         path = self.path / "results.json"
         return storage.read_json(path, "Remove it to evaluate again.") if path.exists() else None
 
+    def check_evaluated(self) -> None:
+        """Raises SetupError if config.eval.which names more than a complete run was judged by."""
+        saved = from_configdict(storage.read_json(self.path / "config.json", "Restore it."))
+        if missing := [name for name in self.cfg.eval.which if name not in saved.eval.which]:
+            raise SetupError(
+                f"{self.path} is complete and was not judged by {', '.join(missing)} of "
+                f"config.eval.which. Measure that with `python -m supmim_jax.probe --checkpoint "
+                f"{self.path}`, or remove {self.path / 'results.json'} to evaluate again."
+            )
+
     @contextlib.contextmanager
     def claimed(self, frozen: Frozen, class_names: Sequence[str] = ()) -> Iterator[None]:
         """Makes the workdir if needed, and locks it for this run while the context is open.

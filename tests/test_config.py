@@ -86,6 +86,22 @@ def test_a_bad_value_is_named_with_what_would_do(path, value, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": "64"}, "batch_size is '64' of type str; it must be int"),
+        ({"epochs": "3"}, "epochs is '3' of type str; it must be float"),
+        ({"optim": {"lr": "1e-3"}}, "optim.lr is '1e-3' of type str; it must be float"),
+        ({"data": {"train_examples": None}}, "data.train_examples is None of type NoneType; it"),
+    ],
+)
+def test_a_change_of_another_type_names_the_field(fields, message):
+    with pytest.raises(ConfigError) as error:
+        config.changed(Config(), **fields)
+    assert message in str(error.value)
+    assert config.changed(Config(), epochs=3).epochs == 3
+
+
 def test_a_typo_is_answered_with_the_known_key():
     values = configdict.to_configdict(Config()).to_dict()
     values["objective"]["mask_raito"] = 0.5

@@ -41,6 +41,9 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(cfg, tmp_
     assert [x for x in b if x["step"] not in (3, 7) or "eval/top1" in x] == a
     assert [x["step"] for x in a if "eval/top1" in x] == [3, 6, 9, 12]
     assert json.loads((whole / "results.json").read_text()) == results
+    assert train(cfg, whole, devices=ONE) == results
+    with pytest.raises(SetupError, match=r"complete and was not judged by linear.*probe"):
+        train(changed(cfg, eval={"which": (*cfg.eval.which, "linear")}), whole, devices=ONE)
 
 
 def test_no_batch_is_kept_while_the_next_is_waited_for(cfg, tmp_path, monkeypatch):

@@ -105,6 +105,24 @@ def test_every_form_of_an_image_gives_the_same(loaded, tmp_path):
     np.testing.assert_allclose(inside, 2 * expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_pil_image_in_print_colours_is_as_its_file(loaded, tmp_path):
+    path, image = tmp_path / "x.jpg", Image.fromarray(picture())
+    image.convert("CMYK").save(path)
+    with Image.open(path) as opened:
+        assert opened.mode == "CMYK"
+        gap = loaded.preprocess(opened).astype(int) - loaded.preprocess(path)
+    assert abs(gap).max() <= 2
+    with pytest.raises(BrokenImage, match="mode 'F'"):
+        loaded.embed(image.convert("F"))
+
+
+def test_the_network_takes_prepared_images_alone(loaded):
+    batch = loaded.preprocess(picture())[None]
+    for wrong in (batch / np.float32(255), batch[0], batch[:, :-1], batch.astype(int)):
+        with pytest.raises(SetupError, match=r"uint8 images of shape \(images, 20, 20, 3\).*found"):
+            loaded.features(wrong)
+
+
 def test_orientation_transparency_and_grey_are_as_a_person_sees_them(loaded, tmp_path):
     array = cv2.GaussianBlur(picture(), (9, 9), 4)
     exif = Image.Exif()
@@ -310,6 +328,17 @@ def test_other_forms_of_the_output(loaded, whole, tmp_path):
     embed.embed(loaded, images, epath.Path(tmp_path / "x.parquet"), **settings)
     table = parquet.read_table(tmp_path / "x.parquet")
     np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), expected, atol=1e-6)
+
+
+def test_what_embed_cannot_write_is_refused_before_anything_is_computed(loaded, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "l\udce9.png").write_bytes(b"")
+    with pytest.raises(SetupError, match=r"odd has a file 'l\\udce9\.png'.*UTF-8"):
+        embed.folder(epath.Path(tmp_path / "odd"))
+    images, out = embed.Images(["x"], {}.get, {}), epath.Path(tmp_path / "x.npy")
+    with pytest.raises(SetupError, match=r"no \.npy is written"):
+        embed.embed(loaded, images, out, checkpoint="x")
+    assert not out.exists()
 
 
 def test_two_processes_share_the_work(run, folder, whole, tmp_path):

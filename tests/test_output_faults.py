@@ -58,6 +58,10 @@ def test_output_that_goes_nowhere(fault, tmp_path):
     assert done.read_text() == "done True"
 
 
+def test_help_is_no_failure():
+    assert shell("", "-m", "supmim_jax.probe", "--help") == 0
+
+
 def test_the_list_of_benches_goes_into_a_pipe_that_closed():
     assert shell("| true", "-m", "supmim_jax.bench", "--help") == 0
 

@@ -71,7 +71,13 @@ def test_a_folder_opens_in_training_with_its_labels_bytes_and_order(photos, tmp_
     assert info.supervised_keys == ("image", "label") and str(info.version) == "1.0.0"
     total = sum(len(record) for record in raw(tmp_path / "data/beasts/1.0.0", "train"))
     assert total <= info.splits["train"].num_bytes <= total + 30 * 36
-    for part in ("name=beasts", "num_classes=3", "train_examples=36", f"data_dir={tmp_path}"):
+    for part in (
+        "name=beasts",
+        "channels=3",
+        "num_classes=3",
+        "train_examples=36",
+        f"data_dir={tmp_path}",
+    ):
         assert f"--config.data.{part}" in text
     assert "eval_split" not in text and "label_field" not in text
     assert "Prepared already" in prepared(photos, tmp_path / "data")

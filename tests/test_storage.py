@@ -36,6 +36,14 @@ def test_a_place_where_nothing_can_be_kept_is_refused_at_the_door(text):
         assert text in str(error.value)
 
 
+def test_an_empty_path_is_no_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for enter in (storage.location, checkpoint.steps, storage.PathParser(True).parse):
+        with pytest.raises((SetupError, ValueError), match="empty"):
+            enter("")
+    assert storage.PathParser(True, may_be_empty=True).parse("") == ""
+
+
 def test_paths_are_absolute_and_gs_stays_gs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/x")

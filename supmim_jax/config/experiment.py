@@ -4,6 +4,7 @@ The rules that all sections must satisfy together and the debug version are here
 """
 
 import math
+import typing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -440,14 +441,29 @@ class ProbeConfig:
 
 
 def changed(config: Any, **fields: Any) -> Any:
-    """`config` with these fields; of a section a dict names the fields that change, and so on."""
-    return replace(
-        config,
-        **{
-            name: changed(getattr(config, name), **value) if isinstance(value, dict) else value
-            for name, value in fields.items()
-        },
-    )
+    """`config` with these fields; of a section a dict names the fields that change, and so on.
+
+    Raises:
+      ConfigError: a value is of another type than the one before, or does not fit.
+    """
+    return _changed(config, fields, "")
+
+
+def _changed(config: Any, fields: dict, path: str) -> Any:
+    new, hints = {}, typing.get_type_hints(type(config))
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            value = _changed(getattr(config, name), value, f"{path}{name}.")
+        kind = hints.get(name)
+        number = kind is float and type(value) is int
+        # Now: what is computed from the values would raise errors that name no field.
+        if kind in (bool, int, float, str) and type(value) is not kind and not number:
+            raise ConfigError(
+                f"{path}{name} is {value!r} of type {type(value).__name__}; it must be "
+                f"{kind.__name__}."
+            )
+        new[name] = value
+    return replace(config, **new)
 
 
 def debug(config: Config) -> Config:

@@ -321,6 +321,8 @@ def report(
         overrides += [f"label_field={field}"] if field != "label" else []
     else:
         lines.append(f"  no classes; the features are {', '.join(info.features)}")
+    channels = info.features["image"].shape[-1] if "image" in info.features else None
+    overrides += [f"channels={channels}"] if channels in (1, 3) else []
     overrides += [f"max_value={max_value:.10g}"] if max_value else _white(info.features)
     if "train" in info.splits:
         overrides.append(f"train_examples={info.splits['train'].num_examples}")
