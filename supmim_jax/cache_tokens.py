@@ -126,7 +126,7 @@ def _begin(directory: epath.Path, plan: token_cache.Plan, cfg: Config, arrays: d
             storage.write_json(manifest, plan.manifest)
     except OSError as error:
         raise SetupError(
-            f"--cache {directory} cannot be written: {error}. Choose a directory that you own."
+            f"--cache {directory} cannot be written: {error}. Choose another one."
         ) from None
 
 

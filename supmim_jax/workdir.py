@@ -113,8 +113,8 @@ class Workdir:
                         storage.write_json(config, to_configdict(self.cfg).to_dict())
                 except OSError as error:
                     raise SetupError(
-                        f"--workdir {self.path} cannot be written: {error}. Choose a directory "
-                        f"that you own."
+                        f"--workdir {self.path} cannot be written: {error}. Choose another "
+                        f"directory, one that you can write."
                     ) from None
             self._check_shared()
             yield

@@ -89,6 +89,8 @@ def test_missing_checkpoints_and_steps_are_named(saved, tmp_path):
         checkpoint.locate(f"{root}@7")
     with pytest.raises(SetupError, match="There is no checkpoint in"):
         checkpoint.locate(str(tmp_path / "elsewhere"))
+    with pytest.raises(SetupError, match=rf"Did you mean {root}@1\?"):
+        checkpoint.locate(f"{root}/checkpoints/1")
 
 
 def test_a_step_that_is_being_written_does_not_exist_yet(saved):

@@ -251,9 +251,12 @@ def locate(location: str) -> epath.Path:
     workdir, step = split_step(location)
     root, there = storage.location(workdir) / "checkpoints", steps(workdir)
     if not there:
+        given = root.parent
+        within = given.parent.name == root.name and given.name.isdecimal()
+        hint = f" Did you mean {given.parent.parent}@{given.name}?" if within else ""
         raise SetupError(
             f"There is no checkpoint in {root}. Give the --workdir of a training run, optionally "
-            f"with @step."
+            f"with @step.{hint}"
         )
     if step == BEST:
         return root / str(_best(root, there))
