@@ -444,7 +444,7 @@ def changed(config: Any, **fields: Any) -> Any:
     """`config` with these fields; of a section a dict names the fields that change, and so on.
 
     Raises:
-      ConfigError: a value is of another type than the one before, or does not fit.
+      ConfigError: a value is of another type than its field, or does not fit.
     """
     return _changed(config, fields, "")
 

@@ -117,7 +117,7 @@ class CMAE(MAE):
         self.momentum.follow(self.encoder, self.projector, cfg.momentum)
         keys = self.momentum(views, mask)
         errors, accuracy = 0.0, 0.0
-        # Each view looks for the key of the other; its own would be found without learning.
+        # Each view looks for the key of the other view: its own would be too easy to find.
         for tokens, key in zip(outputs, reversed(keys), strict=True):
             query = self.predictor(self.projector(self.encoder.pool(tokens)))
             error, hit = losses.info_nce(query, key, cfg.temperature, weight_B)
@@ -139,7 +139,7 @@ class MomentumBranch(nnx.Module):
 
     def __call__(self, views, mask: masking.Mask) -> list[jax.Array]:
         """Keys of float images, float32 BxD for each view."""
-        # With all places, also where the trained encoder is asked for some: keys ask for nothing.
+        # With all places, also under `leak_free`: the position task is not asked of keys.
         inputs = tuple(self.encoder.embed(view, visible=mask) for view in views)
         outputs = self.encoder.encode(inputs)
         return [jax.lax.stop_gradient(self.projector(self.encoder.pool(x))) for x in outputs]

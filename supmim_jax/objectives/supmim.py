@@ -46,7 +46,7 @@ class SupMIM(Classifier):
         mixed, labels = supervised.mix(cfg, images, batch, self.classes, mix_key)
         mask = self.mask(mask_key, batch.id)
 
-        # The twin is of the image before mixing, as tokens are: of a mixed one nobody has them.
+        # The twin is the image before mixing, because tokens belong to a single image.
         inputs = encoder.embed(mixed), self.embed_masked(images, mask)
         tokens, masked_tokens = encoder.encode(inputs, batch.row_key(drop_key))
 
