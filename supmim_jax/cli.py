@@ -107,8 +107,10 @@ def parse(argv: list[str]) -> list[str]:
     except SetupError as error:  # of the config file
         return fail(str(error), EXIT_SETUP)
     except MISTAKES as error:
-        # A KeyError shows its text in quotes, with what is new in a line written out.
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        text = error
+        # ml_collections wraps a KeyError, which str() shows quoted and with line ends as \\n.
+        while isinstance(text, LookupError | AttributeError) and text.args:
+            text = text.args[0]
         return fail(f"{' '.join(str(text).split())} (in the command line)", EXIT_SETUP)
 
 

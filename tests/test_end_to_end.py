@@ -151,7 +151,10 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
     ("arguments", "message"),
     [
         (["--config.objective.mask_ratio=75"], "config.objective.mask_ratio is 75.0; it must be"),
-        (["--config.objective.mask_raito=0.5"], 'Did you mean "mask_ratio"'),
+        (
+            ["--config.objective.mask_raito=0.5"],
+            """error: 'mask_raito' Did you mean "mask_ratio\"""",
+        ),
         (["--config.objective.mask_ratio=much"], "mask_ratio"),
         (["--config.batch_size=63"], "the 2 batch shards of the mesh"),
         (
