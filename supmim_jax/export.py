@@ -277,7 +277,10 @@ def measured(checkpoint: Checkpoint) -> list[Metric]:
     for evaluation in evaluations(checkpoint.workdir):
         if re.search(rf"-{checkpoint.step}\.json$", evaluation.source):
             where = f"{evaluation.about} ({evaluation.source})"
-            found += [Metric(name, value, where) for name, value in evaluation.metrics.items()]
+            # Not again what training measured on the same images: `probe` gives the same.
+            known = {(x.name, x.value) for x in found if x.where in where}
+            rows = [row for row in evaluation.metrics.items() if row not in known]
+            found += [Metric(*row, where) for row in rows]
     return found
 
 

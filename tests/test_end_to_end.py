@@ -17,7 +17,7 @@ from supmim_jax import checkpoint, evals, init_from, probe, visualize
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import CheckpointConfig, InitConfig, changed
 from supmim_jax.config.configdict import from_configdict
-from supmim_jax.data import loader
+from supmim_jax.data import fractals, loader
 from supmim_jax.errors import SetupError
 from supmim_jax.metrics import MetricsWriter
 from supmim_jax.train import train
@@ -173,6 +173,7 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
 def test_a_mistake_is_answered_by_a_paragraph_and_nothing_written(
     arguments, message, data_dir, tmp_path
 ):
+    fractals.prepare("tiny", data_dir)  # or the lines of that are among the paragraph's
     command = train_command(tmp_path / "run", data_dir, *arguments, config="debug")
     out = python(*command, JAX_NUM_CPU_DEVICES="2")
     assert out.returncode == 2 and message in out.stderr

@@ -209,9 +209,16 @@ def test_a_model_card_has_what_was_measured_at_its_step(run, tmp_path):
     lines = [{"step": 0, "eval/top1": 12.5}, {"step": 7, "eval/top1": 99.0}]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     (workdir / "evals").mkdir()
-    for step, value in ((0, 31.25), (7, 98.0)):
-        document = {"step": step, "data": {"name": "pets"}, "metrics": {"knn": value}}
-        (workdir / f"evals/pets-{step}.json").write_text(json.dumps(document))
+    own = {"name": COLOUR.data.name, "eval_split": COLOUR.data.eval_split}
+    for data, step, metrics in (
+        ({"name": "pets"}, 0, {"knn": 31.25}),
+        ({"name": "pets"}, 7, {"knn": 98.0}),
+        (own, 0, {"top1": 12.5}),  # what training measured already
+    ):
+        document = {"step": step, "data": data, "metrics": metrics}
+        (workdir / f"evals/{data['name'].partition('/')[0]}-{step}.json").write_text(
+            json.dumps(document)
+        )
     export.export(str(workdir), "timm", tmp_path / "out")
     _, front, text = (tmp_path / "out/README.md").read_text().split("---\n", 2)
     front = yaml.safe_load(front)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -228,6 +229,7 @@ def segmented(
         head = "the head that was trained with the encoder"
     else:
         name = cfg.eval.segmentation.heads[-1]
+        print(f"Fitting a {name} head to the masks; it is for the page alone.", file=sys.stderr)
         subject = evaluate.Subject(encoder, dataset, split, mesh)
         segmenters, count = evaluate.fitted(subject, (name,))
         predictions = segmentation_module.predict(segmenters[name], tokens, masks.shape[1:], SHOWN)
