@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import tensorflow_datasets as tfds
@@ -91,7 +91,7 @@ def prepare(
     text += f"{output.ignored(folder.others)}\n" if folder.others else ""
     if not done:
         features = features_of(folder.classes)
-        splits = _shards(folder, made_of["left_out"], name)
+        splits = _shards(folder, made_of["left_out"], name, features)
         others = features.save_config
         plan = output.write(final, made_of, _info(name, splits), splits, features, others, dry_run)
         if dry_run:
@@ -444,21 +444,11 @@ def features_of(classes: Sequence[str]) -> tfds.features.FeaturesDict:
     )
 
 
-def examples(classes: Sequence[str]) -> Callable[[dict], bytes]:
-    """Makes records: the same bytes in any process, unlike those of tfds's own serialization."""
-    features = features_of(classes)
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-
-    def as_example(values: dict) -> bytes:
-        example = serializer.get_tf_example(features.encode_example(values))
-        return example.SerializeToString(deterministic=True)
-
-    return as_example
-
-
-def _shards(folder: Folder, broken: dict[str, str], name: str) -> dict[str, list[output.Shard]]:
+def _shards(
+    folder: Folder, broken: dict[str, str], name: str, features: tfds.features.FeaturesDict
+) -> dict[str, list[output.Shard]]:
     """The shards of each split."""
-    as_example = examples(folder.classes)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def record(file: File) -> bytes:
         path = folder.root / file.name
@@ -472,7 +462,10 @@ def _shards(folder: Folder, broken: dict[str, str], name: str) -> dict[str, list
                 f"{path} has {len(encoded)} bytes now and had {file.size} when the command began. "
                 f"Run it again when nothing writes to the folder."
             )
-        return as_example({"image": encoded, "label": file.label, "file_name": file.name})
+        values = {"image": encoded, "label": file.label, "file_name": file.name}
+        example = serializer.get_tf_example(features.encode_example(values))
+        # The same bytes in any process, unlike those of tfds's own serialization.
+        return example.SerializeToString(deterministic=True)
 
     splits = {}
     for split, every in folder.splits.items():
