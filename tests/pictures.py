@@ -1,6 +1,8 @@
 """Folders and data sets for the tests of preparation; what they are made of."""
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -16,6 +18,17 @@ WNIDS = ("n01440764", "n01443537", "n01484850")
 def encoded(seed: int, ending: str = ".png", size: int = 24) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
     return cv2.imencode(ending, noise)[1].tobytes()
+
+
+def png(side: int, rows: bytes, bits: int = 8, more: tuple = ()) -> bytes:
+    """A square grey PNG of these rows, if they are all there; `more` are chunks (name, body)."""
+    head = struct.pack(">IIBBBBB", side, side, bits, 0, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    chunks = (b"IHDR", head), *more, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+    for name, body in chunks:
+        checksum = struct.pack(">I", zlib.crc32(name + body))
+        file += struct.pack(">I", len(body)) + name + body + checksum
+    return file
 
 
 def put(path, content: bytes | str = b"") -> None:

@@ -1,15 +1,12 @@
 """The bench of the input pipeline: its numbers are of the work that it names."""
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import cv2
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import python
 from rivals import data, photographs, reference, tfdata_reference, tokens
 
 from supmim_jax.data import decode, transforms
@@ -132,12 +129,10 @@ def test_a_rival_that_ends_says_why():
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "supmim_jax.bench", "data", "--images=4", "--batch=2"]
+    command = ["-m", "supmim_jax.bench", "data", "--images=4", "--batch=2"]
     command += ["--norival", "--rounds=1", "--batches=1"]
-    environment = os.environ | {"TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
-    out = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
+    out = python(*command, TMPDIR=str(tmp_path))
+    assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout.splitlines()[-1])["plan"]["batch"] == 2
     assert not list(tmp_path.glob("*/photographs"))  # removed afterwards
 

@@ -14,6 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from conftest import ONE
 from pictures import store
 
 from supmim_jax import encoder, evals, sharding
@@ -27,7 +28,6 @@ from supmim_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
-ONE = jax.devices()[:1]
 EXAMPLES, BROKEN = 40, (3, 4, 17, 39)
 STAND_IN = {3: 5, 4: 5, 17: 18, 39: 0}
 

@@ -3,14 +3,13 @@
 import dataclasses
 import io
 import struct
-import zlib
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from etils import epath
-from pictures import put, store
+from pictures import png, put, store
 from PIL import Image, ImageOps
 
 from supmim_jax.config import DataConfig, MasksConfig
@@ -118,13 +117,8 @@ def test_a_picture_is_as_pillow_shows_it_in_training_and_evaluation(kind):
 
 def test_one_grey_of_four_is_transparent():
     """Of 2 bits a pixel, which Pillow compares with 8."""
-    rows = zlib.compress((b"\0" + bytes([0b00011011] * 4)) * SIZE)
-    head = struct.pack(">IIBBBBB", SIZE, SIZE, 2, 0, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"tRNS", b"\0\1"), (b"IDAT", rows), (b"IEND", b""))
-    file = b"\x89PNG\r\n\x1a\n"
-    for name, body in chunks:
-        checksum = struct.pack(">I", zlib.crc32(name + body))
-        file += struct.pack(">I", len(body)) + name + body + checksum
+    rows = (b"\0" + bytes([0b00011011] * 4)) * SIZE
+    file = png(SIZE, rows, bits=2, more=((b"tRNS", b"\0\1"),))
     assert decode.pixels(file, 1)[5, :5, 0].tolist() == [0, 255, 170, 255, 0]
 
 

@@ -14,7 +14,9 @@ from supmim_jax.data import decode, transforms
 from supmim_jax.errors import SetupError
 
 needs_library = pytest.mark.skipif(decode.libjpeg() is None, reason="needs libjpeg-turbo 3: [fast]")
-CFG = DataConfig(channels=3, image_size=32, eval_resize=32, crop="inception", resize="linear")
+CFG = DataConfig(
+    name="set", channels=3, image_size=32, eval_resize=32, crop="inception", resize="linear"
+)
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -79,6 +81,7 @@ def others() -> dict[str, bytes]:
         "cut": plain[:-200],
         "more": plain + b"\0",
         "empty": b"",
+        "text": b"not an image",
         "marker": plain[:3] + b"\xff\xd9",
     }
 
@@ -87,9 +90,9 @@ def others() -> dict[str, bytes]:
 def test_files_of_other_kinds_are_left_to_opencv(kind):
     example, make = {"image": others()[kind], "label": 0}, transforms.TrainExample(CFG, 0, 1)
     assert decode.jpeg_size(example["image"]) is None
-    if kind in ("cut", "empty", "marker"):
-        with pytest.raises(decode.BrokenRecord):
-            make((0, 0, example))
+    if kind in ("cut", "empty", "text", "marker"):
+        with pytest.raises(decode.BrokenRecord, match=r"set record 7: 'image', \d+ bytes"):
+            make((0, 7, example))
         return
     assert make((0, 0, example))["image"].shape == (32, 32, 3)
     if kind == "turned":

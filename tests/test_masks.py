@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import ONE
+from pictures import store
 
 from supmim_jax import probe, sharding
 from supmim_jax.checkpoint import Checkpoint
@@ -24,41 +25,28 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 
 
-class MaskedShapes(tfds.core.GeneratorBasedBuilder):
+def shapes(count: int):
     """Bright squares: the product is their brightness; masks in red, instances in green."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        image = tfds.features.Image
-        features = {
-            "image": image(shape=(30, 24, 1), encoding_format="png"),
-            "annotation": image(shape=(30, 24, 3), encoding_format="png"),
-            "class_id": tfds.features.ClassLabel(num_classes=6),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(48), "test": self._generate_examples(30)}
-
-    def _generate_examples(self, count):
-        random = np.random.default_rng(count)
-        for i in range(count):
-            top, left = random.integers(0, 12, 2)
-            image, mask = np.zeros((30, 24, 1), np.uint8), np.zeros((30, 24, 3), np.uint8)
-            image[top : top + 12, left : left + 12] = 40 * (1 + i % 6)
-            mask[..., 0], mask[..., 1] = 1, 7 + i
-            mask[top : top + 12, left : left + 12, 0] = 2
-            mask[:, 20:, 0] = 0  # doesn't count
-            yield i, {"image": image, "annotation": mask, "class_id": i % 6}
+    random = np.random.default_rng(count)
+    for i in range(count):
+        top, left = random.integers(0, 12, 2)
+        image, mask = np.zeros((30, 24, 1), np.uint8), np.zeros((30, 24, 3), np.uint8)
+        image[top : top + 12, left : left + 12] = 40 * (1 + i % 6)
+        mask[..., 0], mask[..., 1] = 1, 7 + i
+        mask[top : top + 12, left : left + 12, 0] = 2
+        mask[:, 20:, 0] = 0  # doesn't count
+        yield i, {"image": image, "annotation": mask, "class_id": i % 6}
 
 
 @pytest.fixture(scope="module")
 def shapes_dir(tmp_path_factory) -> str:
     directory = str(tmp_path_factory.mktemp("masked_shapes"))
-    MaskedShapes(data_dir=directory, file_format="array_record").download_and_prepare()
+    features = {
+        "image": tfds.features.Image(shape=(30, 24, 1), encoding_format="png"),
+        "annotation": tfds.features.Image(shape=(30, 24, 3), encoding_format="png"),
+        "class_id": tfds.features.ClassLabel(num_classes=6),
+    }
+    store("masked_shapes", features, {"train": shapes(48), "test": shapes(30)}, directory)
     return directory
 
 

@@ -1,8 +1,6 @@
 """Transforms and global batches."""
 
 import dataclasses
-import subprocess
-import sys
 import time
 
 import cv2
@@ -10,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import REPOSITORY
+from conftest import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supmim_jax import sharding
 from supmim_jax.config import DataConfig, MeshConfig, changed
-from supmim_jax.data import decode, loader, sampler, transforms
+from supmim_jax.data import loader, sampler, transforms
 from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import ConfigError, SetupError
 
@@ -40,14 +38,6 @@ def test_an_epoch_is_a_permutation(examples, seed, epoch):
 def test_epochs_and_seeds_are_shuffled_differently():
     ids = [[sampler.TrainingOrder(50, seed)(i)[1] for i in range(150)] for seed in range(3)]
     assert len(np.unique(np.reshape(ids, (9, 50)), axis=0)) == 9
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_together_read_each_position_once(processes):
-    """Rows per process as a mesh over hosts gives them; positions of three steps."""
-    rows = np.split(np.arange(8), processes)
-    positions = [sampler.LocalPosition(r, 8, 5)(i) for r in rows for i in range(3 * len(r))]
-    assert sorted(positions) == list(range(40, 64))
 
 
 def stream(cfg, mesh, first=0) -> list:
@@ -88,8 +78,8 @@ def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device,
 )
 def test_importing_code_of_workers_and_of_data_prepare_is_light(modules, heavy):
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
-    out = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
-    assert out.strip() == "set()"
+    out = python("-c", code)
+    assert out.stdout.strip() == "set()", out.stderr
 
 
 def test_evaluation_counts_every_example_once(cfg, one_device):
@@ -209,12 +199,6 @@ def test_tensorflows_crop_may_be_the_whole_image():
 def test_eval_images_are_the_centre_of_the_resized_image():
     image = transforms.eval_image(PHOTO, DataConfig(channels=3, image_size=20, eval_resize=30))
     assert (image == transforms.resize(PHOTO, 30, 40)[5:25, 10:30]).all()
-
-
-def test_undecodable_bytes_are_named():
-    for encoded in (b"", b"not an image"):
-        with pytest.raises(decode.BrokenRecord, match=r"set record 7: 'image', \d+ bytes"):
-            decode.decode_image({"image": encoded}, DataConfig(name="set"), 7)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 from etils import epath
 from pictures import contents, encoded, put, source
 
@@ -197,12 +197,7 @@ def test_flags_of_two_forms_are_refused(flags, message):
 def test_the_command_prints_the_overrides_and_fails_with_a_paragraph(photos, tmp_path):
     def run(data_dir, *more):
         arguments = [f"--image_folder={photos}", "--as=beasts", f"--data_dir={data_dir}", *more]
-        return subprocess.run(
-            [sys.executable, "-m", "supmim_jax.data.prepare", *arguments],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-        )
+        return python("-m", "supmim_jax.data.prepare", *arguments)
 
     put(tmp_path / "file")
     for data_dir, flag, named in (

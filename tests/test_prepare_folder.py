@@ -1,25 +1,20 @@
 """Preparing a folder of images."""
 
-import dataclasses
 import errno
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zlib
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY
+from conftest import python
 from etils import epath
-from pictures import CLASSES, WNIDS, contents, encoded, put, raw, source
+from pictures import CLASSES, WNIDS, contents, encoded, png, put, raw, source
 
-from supmim_jax.config import DataConfig, SupervisedConfig
+from supmim_jax.config import DataConfig
 from supmim_jax.data import decode
-from supmim_jax.data.loader import Dataset
 from supmim_jax.data.prepare import folder, output
 from supmim_jax.errors import SetupError
 
@@ -81,18 +76,6 @@ def test_a_folder_opens_in_training_with_its_labels_bytes_and_order(photos, tmp_
         assert f"--config.data.{part}" in text
     assert "eval_split" not in text and "label_field" not in text
     assert "Prepared already" in prepared(photos, tmp_path / "data")
-
-
-def test_batches_of_a_folder_have_its_labels(photos, tmp_path, cfg, one_device):
-    prepared(photos, tmp_path / "data")
-    changes = {"name": "beasts", "data_dir": str(tmp_path / "data"), "num_classes": 3}
-    data = dataclasses.replace(cfg.data, train_split="train", train_examples=36, **changes)
-    run = dataclasses.replace(cfg, data=data, objective=SupervisedConfig(), epochs=1, batch_size=16)
-    records, batches = source(tmp_path / "data"), list(Dataset.open(run).train(one_device))
-    assert len(batches) == run.total_steps == 2
-    for batch in batches:
-        labels = [records[int(i)]["label"] for i in np.asarray(batch.id)]
-        assert np.asarray(batch.label).tolist() == labels
 
 
 def test_tiny_imagenet_is_recognised(tiny, tmp_path):
@@ -381,18 +364,10 @@ def test_an_error_of_the_system_is_no_broken_file(photos, tmp_path, monkeypatch,
         assert f"03.png cannot be read: {os.strerror(number)}" in text
 
 
-def large() -> bytes:
-    """A PNG whose header says 60,000 x 60,000."""
-    file = bytearray(encoded(0))
-    file[16:24] = (60_000).to_bytes(4, "big") * 2
-    file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
-    return bytes(file)
-
-
 @pytest.mark.parametrize(
     ("content", "told", "not_told"),
     [
-        (large(), r"3600000000 pixels.*OPENCV_IO_MAX_IMAGE_PIXELS", "cut|damaged"),
+        (png(60_000, b""), r"3600000000 pixels.*OPENCV_IO_MAX_IMAGE_PIXELS", "cut|damaged"),
         (encoded(0)[:-40], r"cut", "OPENCV|damaged"),
         (encoded(0, ".webp")[:-40], r"cut", "OPENCV|damaged"),
         (encoded(0, ".jpg", 64)[:-40], r"cut", "OPENCV|damaged"),
@@ -411,15 +386,14 @@ def test_which_of_three_things_is_wrong_is_told(photos, tmp_path, content, told,
 
 def test_the_limit_of_pixels_is_raised_by_the_variable(photos, tmp_path):
     put(photos / "train/ape/x.png", encoded(0, size=64))
-    command = [sys.executable, "-m", "supmim_jax.data.prepare", f"--image_folder={photos}"]
+    command = ["-m", "supmim_jax.data.prepare", f"--image_folder={photos}"]
     command += ["--as=beasts", f"--data_dir={tmp_path / 'data'}", "--dry_run"]
     for pixels, code, text in (
         ("4000", 2, "64 x 64 = 4096 pixels, more than the 4000"),
         ("5000", 0, "37 records"),
         ("many", 2, "OPENCV_IO_MAX_IMAGE_PIXELS is 'many'"),
     ):
-        env = os.environ | {"OPENCV_IO_MAX_IMAGE_PIXELS": pixels}
-        out = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
+        out = python(*command, OPENCV_IO_MAX_IMAGE_PIXELS=pixels)
         assert out.returncode == code and text in out.stdout + out.stderr, out.stderr
 
 

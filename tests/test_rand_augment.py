@@ -236,19 +236,11 @@ def test_timms_moves_are_pillows_but_for_the_kernel(name, magnitude):
         assert_like(found, [np.asarray(x) for x in wanted], most=4)
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.7, 1.3])
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("Brightness", augment.brightened),
-        ("Contrast", augment.contrasted),
-        ("Color", augment.saturated),
-    ],
-)
-def test_jitter_and_three_augment_change_colours_as_pillow_does(name, change, factor):
+def test_the_grey_of_three_augment_is_pillows():
+    """Other factors, of this and of the jitter's other changes, are in timm's operations."""
     for image in IMAGES.values():
-        wanted = getattr(ImageEnhance, name)(Image.fromarray(image)).enhance(factor)
-        assert_like([change(image, factor)], [np.asarray(wanted)])
+        wanted = ImageEnhance.Color(Image.fromarray(image)).enhance(0.0)
+        assert_like([augment.saturated(image, 0.0)], [np.asarray(wanted)])
 
 
 def test_operations_are_those_of_the_originals():

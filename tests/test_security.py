@@ -7,19 +7,16 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, python
 from etils import epath
-from pictures import contents
+from pictures import contents, png
 
 from supmim_jax import storage
 from supmim_jax.config import DataConfig, PatchCodesConfig, VQGANConfig
@@ -165,22 +162,6 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path):
         storage.read_json(tmp_path / "config.json", "")
 
 
-def png(side: int, rows: bytes) -> bytes:
-    """A grey image of zeros, if the rows are all there."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    size = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", size)
-        + chunk(b"IDAT", zlib.compress(rows, 1))
-        + chunk(b"IEND", b"")
-    )
-
-
 def test_an_image_of_a_huge_size_takes_no_memory_and_is_no_image(tmp_path):
     """In a process of its own: OpenCV reads its limit when it is loaded."""
     side = 12_000  # and whole, so that nothing but its size is wrong with it
@@ -195,8 +176,8 @@ def test_an_image_of_a_huge_size_takes_no_memory_and_is_no_image(tmp_path):
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < 50_000, grown
     """
-    command = [sys.executable, "-c", program, *map(str, sorted(tmp_path.iterdir()))]
-    subprocess.run(command, check=True, cwd=REPOSITORY)
+    out = python("-c", program, *sorted(tmp_path.iterdir()))
+    assert out.returncode == 0, out.stderr
     head = b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 60_000, 60_000) + b"\x03"
     assert decode.jpeg_size(head + bytes(20) + b"\xff\xd9") is None
 

@@ -5,14 +5,12 @@ import errno
 import os
 import pickle
 import resource
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY
+from conftest import python
 from etils import epath
 from pictures import CLASSES, encoded, put, source
 
@@ -131,8 +129,7 @@ if __name__ == "__main__":
 def test_more_shards_than_a_process_may_open_files_are_read_without_loss(many, tmp_path, workers):
     script = tmp_path / "few.py"
     script.write_text(FEW)
-    command, env = [sys.executable, str(script), many, workers], {"PYTHONPATH": REPOSITORY}
-    out = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    out = python(script, many, workers)
     assert out.stdout.split()[-2:] == ["0", "True"], out.stderr
 
 

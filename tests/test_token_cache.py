@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from unittest import mock
 
 import cv2
 import jax
 import numpy as np
 import pytest
-from conftest import make_frozen
+from conftest import ONE, make_frozen
 from etils import epath
 
 from supmim_jax import cache_tokens, encoder, storage, tokenizers, train_step, visualize
@@ -24,19 +25,9 @@ from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
-ONE = jax.devices()[:1]
-
 
 def with_cache(cfg, directory, views=0):
     return dataclasses.replace(cfg, tokens=TokensConfig(cache=str(directory), views=views))
-
-
-def copied(cache, directory):
-    directory = epath.Path(directory)
-    directory.mkdir()
-    for path in cache.iterdir():
-        path.copy(directory / path.name)
-    return directory
 
 
 def assert_same_tokens(cfg, *directories, views):
@@ -58,19 +49,12 @@ def caches(tmp_path_factory):
     return epath.Path(tmp_path_factory.mktemp("caches"))
 
 
-@pytest.fixture(scope="module")
-def written(caches):
-    """Directories that were written by `cache`."""
-    return set()
-
-
 @pytest.fixture
-def cache(cfg, caches, written):
+def cache(cfg, caches):
     """Three views of 64 images in shards of 50."""
     directory = caches / "three"
-    if directory not in written:
+    if not directory.exists():
         cache_tokens.tokenize(cfg, directory, views=3, records_per_shard=50)
-        written.add(directory)
     return directory
 
 
@@ -253,7 +237,7 @@ def test_tokens_of_another_codebook_are_refused(cfg, cache, one_device, tmp_path
     step_fn = train_step.TrainStep.build(other, one_device)
     tokenizers.Frozen.open(other, Dataset.open(other), epath.Path(tmp_path), step_fn)
     # Also one that took the place of the cache's own.
-    copy = copied(cache, tmp_path / "copy")
+    copy = shutil.copytree(cache, tmp_path / "copy")
     np.savez(copy / tokenizers.FILE, codes=np.load(cache / tokenizers.FILE)["codes"] + 1)
     other = with_cache(cfg, copy)
     with pytest.raises(SetupError, match=r"tokenizer\.npz is not the tokenizer that made"):
@@ -265,7 +249,7 @@ def test_a_run_goes_on_without_its_cache_or_with_a_copy_but_not_with_other_token
 ):
     run, workdir = with_cache(cfg, cache), tmp_path / "run"
     train(run, workdir, stop_at=4, devices=ONE)
-    train(with_cache(cfg, copied(cache, caches / "copy")), workdir, stop_at=6, devices=ONE)
+    train(with_cache(cfg, shutil.copytree(cache, caches / "copy")), workdir, stop_at=6, devices=ONE)
 
     def by(path):
         return changed(cfg, objective={"target": {"path": str(path)}})
@@ -279,7 +263,7 @@ def test_a_run_goes_on_without_its_cache_or_with_a_copy_but_not_with_other_token
 
 def test_damage_is_named(cfg, cache, tmp_path):
     def refused(name, damage, message):
-        directory = copied(cache, tmp_path / name)
+        directory = shutil.copytree(cache, tmp_path / name)
         damage(directory / "tokens-00002-of-00004.arrayrecord")
         with pytest.raises(SetupError, match=message):
             Dataset.open(with_cache(cfg, directory))
@@ -305,7 +289,7 @@ def test_damage_is_named(cfg, cache, tmp_path):
         lambda path: (path.parent / token_cache.MANIFEST).write_text("{"),
         r"manifest\.json cannot be read",
     )
-    zeros = copied(cache, tmp_path / "zeros")
+    zeros = shutil.copytree(cache, tmp_path / "zeros")
     token_cache.write_shard(zeros, token_cache.read_plan(cache), 2, rows)
     found, images = opened(cfg, zeros)
     with pytest.raises(SetupError, match=r"00002.*view 1 of example 40 "):
