@@ -1,13 +1,11 @@
 """Heat maps, their boxes, the pass that finds them in training, and what is saved of it."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ONE, make_params
+from conftest import ONE, make_params, metric_lines
 from rivals import boxes as bench
 
 from supmim_jax import contrastive_boxes, sharding
@@ -127,11 +125,8 @@ def test_a_run_that_crops_by_boxes_resumes_bit_for_bit(cropping, tmp_path, monke
         train(cropping, parts, stop_at=stop_at, devices=ONE)
     assert len(passes) == 6
 
-    def losses(workdir: Path) -> list[float]:
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        return [line["loss"] for line in lines if "loss" in line]
-
-    assert losses(parts) == losses(whole) and len(losses(whole)) == 12
+    losses = [[x["loss"] for x in metric_lines(d) if "loss" in x] for d in (whole, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
     saved = [Checkpoint.open(str(workdir)).restore_boxes() for workdir in (whole, parts)]
     np.testing.assert_array_equal(*saved)
     assert saved[0].shape == (64, 4) and (saved[0] != np.array(WHOLE)).any()

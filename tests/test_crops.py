@@ -8,6 +8,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from conftest import same
 from test_jpeg import encoded, needs_library, photograph
 
 from supmim_jax import sharding, train_step
@@ -43,13 +44,6 @@ def taken(batches, count: int | None = None) -> list:
     return on_host
 
 
-def assert_same(a: list, b: list) -> None:
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b):
-        assert len(x.views) == len(y.views)
-        assert all(np.array_equal(p, q) for p, q in zip(*map(jax.tree.leaves, (x, y))))
-
-
 @pytest.mark.parametrize("augment", ["none", "rand_augment", "timm_rand_augment", "three_augment"])
 @pytest.mark.parametrize("crop", ["inception", "inception_tf", "contrastive"])
 def test_the_second_view_is_another_and_the_first_is_what_it_is_alone(crop, augment):
@@ -63,9 +57,9 @@ def test_the_second_view_is_another_and_the_first_is_what_it_is_alone(crop, augm
         assert set(both) == {*alone, "second_image"}
         assert all(np.array_equal(both[name], alone[name]) for name in alone)
         assert (both["image"] != both["second_image"]).any()
-        for epoch, same in ((4, True), (5, False)):
+        for epoch, alike in ((4, True), (5, False)):
             again = make((epoch, example, record))["second_image"]
-            assert np.array_equal(again, both["second_image"]) == same
+            assert np.array_equal(again, both["second_image"]) == alike
         second.append(both["second_image"].tobytes())
     assert len(set(second)) == 20
 
@@ -138,8 +132,8 @@ def test_batches_have_two_views_on_any_mesh_and_any_number_of_hosts(pairs, one_d
     of_step = jax.tree.map(lambda x: (x.shape, x.dtype), whole[0])
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == of_step
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert_same(whole, taken(dataset.train(mesh, boxes=boxes)))
-    assert_same(whole[5:], taken(dataset.train(one_device, 5, boxes=boxes)))
+    assert same(whole, taken(dataset.train(mesh, boxes=boxes)))
+    assert same(whole[5:], taken(dataset.train(one_device, 5, boxes=boxes)))
     for a, b in zip(whole, taken(dataset.train(one_device))):
         assert (a.id == b.id).all() and (a.views[0] != b.views[0]).any()
     hosts = [dataset.train_on_host(rows, boxes=boxes) for rows in (range(8), range(8, 16))]
@@ -156,8 +150,8 @@ def test_workers_give_the_views_that_threads_give(pairs, one_device):
     rest = taken(batches)
     batches.close()
     threads = Dataset.open(pairs)
-    assert_same(taken(threads.train(one_device, boxes=table()), 2), workers)
-    assert_same(taken(threads.train(one_device, 2, boxes=table(seed=1))), rest)
+    assert same(taken(threads.train(one_device, boxes=table()), 2), workers)
+    assert same(taken(threads.train(one_device, 2, boxes=table(seed=1))), rest)
 
 
 def running() -> set:
@@ -179,11 +173,11 @@ def test_after_a_restart_batches_are_those_of_a_run_that_begins_there(
     rest = taken(batches)
     batches.close()
     assert running() <= before and len(first) + len(rest) == pairs.total_steps
-    assert_same(rest, taken(dataset.train(one_device, steps, boxes=other)))
+    assert same(rest, taken(dataset.train(one_device, steps, boxes=other)))
     for a, b in zip(rest, taken(dataset.train(one_device, steps, boxes=table()))):
         assert (a.id == b.id).all() and (a.views[0] != b.views[0]).any()
     batches.restart(pairs.total_steps - 1, None)
-    assert_same(taken(batches), taken(dataset.train(one_device, pairs.total_steps - 1)))
+    assert same(taken(batches), taken(dataset.train(one_device, pairs.total_steps - 1)))
     batches.restart(pairs.total_steps, other)
     assert taken(batches) == []
 
@@ -200,7 +194,7 @@ def test_whole_images_are_those_of_the_split_in_order(cfg, one_device):
         image = transforms.whole_image(decode.decode_image(source[i], cfg.data, i), cfg.data)
         assert (whole[i // 48].views[0][i % 48] == image).all()
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
-    assert_same(whole, taken(Dataset(cfg).whole(cfg.data.train_split, mesh)))
+    assert same(whole, taken(Dataset(cfg).whole(cfg.data.train_split, mesh)))
 
 
 def test_a_whole_image_has_all_four_corners_whatever_its_shape():

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import python
+from conftest import python, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+from test_contrastive_crop import drawn
 
 from supmim_jax import sharding
 from supmim_jax.config import DataConfig, MeshConfig, changed
@@ -52,9 +54,7 @@ def test_batches_are_the_same_on_any_mesh_by_workers_and_after_a_restart(cfg, on
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     in_processes = stream(changed(cfg, data={"workers": 2}), one_device)
     others = [(stream(cfg, mesh), 0), (stream(cfg, one_device, 5), 5), (in_processes, 0)]
-    for other, first in others:
-        for a, b in zip(whole[first:], other, strict=True):
-            assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+    assert all(same(whole[first:], other) for other, first in others)
 
 
 def test_no_more_batches_are_decoded_ahead_than_the_config_says(cfg, one_device, monkeypatch):
@@ -156,19 +156,13 @@ def test_random_erasing_puts_noise_into_one_rectangle_of_the_image_and_not_of_it
     assert (make((7, 3, record))["image"] == make((7, 3, record))["image"]).all()
 
 
-def boxes_of(cfg: DataConfig, height: int, width: int, number: int) -> np.ndarray:
-    """(top, left, height, width) of random crops."""
-    rngs = [transforms.generator(0, 0, i, transforms.GEOMETRY) for i in range(number)]
-    return np.array([transforms.draw_crop(height, width, cfg, rng).box for rng in rngs])
-
-
 @pytest.mark.parametrize(
     ("height", "width", "least"), [(375, 500, 0.05), (224, 224, 0.08), (40, 200, 0.05)]
 )
 def test_the_crop_of_tensorflow_has_the_distribution_of_its_own(height, width, least):
     """Kolmogorov-Smirnov of 2000 boxes of each: 0.07 is exceeded once in 10,000 times."""
     cfg = dataclasses.replace(CFG, crop="inception_tf", min_crop_area=least, flip=False)
-    boxes = boxes_of(cfg, height, width, 2000)
+    boxes = drawn(cfg, (height, width), None, 2000)
 
     def box(seed: tf.Tensor) -> tf.Tensor:
         begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
@@ -185,15 +179,13 @@ def test_the_crop_of_tensorflow_has_the_distribution_of_its_own(height, width, l
         return [top, left, height, width, height * width, width / height]
 
     for a, b in zip(features(boxes), features(theirs), strict=True):
-        at = np.union1d(a, b)
-        shares = [np.searchsorted(np.sort(x), at, "right") / 2000 for x in (a, b)]
-        assert abs(shares[0] - shares[1]).max() < 0.07
+        assert ks_2samp(a, b).statistic < 0.07
     assert (boxes[:, :2] + boxes[:, 2:] <= (height, width)).all() and (boxes >= 0).all()
 
 
 def test_tensorflows_crop_may_be_the_whole_image():
     large = dataclasses.replace(CFG, crop="inception_tf", min_crop_area=0.9, flip=False)
-    assert boxes_of(large, 40, 200, 1).tolist() == [[0, 0, 40, 200]]  # no aspect is so long
+    assert drawn(large, (40, 200), None, 1).tolist() == [[0, 0, 40, 200]]  # no aspect is so long
 
 
 def test_eval_images_are_the_centre_of_the_resized_image():
