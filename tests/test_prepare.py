@@ -16,7 +16,7 @@ from pictures import contents, encoded, put, source
 from supmim_jax import storage
 from supmim_jax.data import worker
 from supmim_jax.data.prepare import __main__ as command
-from supmim_jax.data.prepare import folder, output, tfrecords
+from supmim_jax.data.prepare import catalogue, folder, output, tfrecords
 from supmim_jax.errors import SetupError
 
 
@@ -129,6 +129,29 @@ def test_killed_in_a_shard_and_started_again_the_data_are_the_same(form, tmp_pat
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / version).iterdir()}
     assert written.items() <= times.items()
     assert not any(name.endswith(".part") or name == output.LOCK for name in times)
+
+
+@pytest.mark.parametrize("what", ["folder", "catalogue"])
+def test_killed_while_it_is_copied_in_a_bucket_the_command_goes_on(
+    photos, bucket, tmp_path, monkeypatch, what
+):
+    data = f"{bucket}/{tmp_path.name}"
+
+    def prepare():
+        if what == "catalogue":
+            return catalogue.prepare("toy_pictures", data, "")
+        return folder.prepare(epath.Path(photos), "beasts", data)
+
+    def half(last, names, do):
+        list(map(do, [name for name in names if name != last][1:]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "_with_last", half)
+        prepare()
+    assert "train_examples" in prepare()
+    name, count = {"folder": ("beasts", 36), "catalogue": ("toy_pictures", 23)}[what]
+    assert len(source(data, name)) == count
 
 
 @pytest.mark.parametrize("changed", [True, False])

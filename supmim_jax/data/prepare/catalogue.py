@@ -92,7 +92,7 @@ def prepare(
     builder = _builder(name, data_dir)
     source.check_image(builder.info.features, name)
     final = epath.Path(builder.data_path)
-    if final.exists():
+    if output.is_there(final):
         stored = builder.info.file_format.value
         if stored != "array_record":
             raise SetupError(

@@ -117,9 +117,14 @@ def manifest(directory: epath.Path) -> dict:
     return values if isinstance(values, dict) else {}
 
 
+def is_there(final: epath.Path) -> bool:
+    """Whether a data set is there; in a bucket it is once its last file is."""
+    return (final if storage.is_local(final) else final / INFO).exists()
+
+
 def is_done(final: epath.Path, made_of: dict) -> bool:
     """Whether the data set exists; raises SetupError if it was made of something else."""
-    if not final.exists():
+    if not is_there(final):
         return False
     there = manifest(final)
     if there.get("fingerprint") != made_of["fingerprint"]:
