@@ -387,7 +387,7 @@ def fault(path: epath.Path, no_decode: bool, shown: Shown) -> str:
     if not no_decode:
         return decode.fault(encoded) if decode.pixels(encoded, 3, shown) is None else ""
     header = decode.read(encoded)
-    if header and header.bits > 8 and not header.white and not shown.max_value:
+    if header.bits > 8 and not header.white and not shown.max_value:
         raise decode.nobody_said(f"has values of {header.bits} bits", shown)
     return ""
 
