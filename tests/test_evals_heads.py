@@ -45,7 +45,10 @@ def objective(kernel, bias, x, labels, c: float) -> float:
 
 @pytest.mark.parametrize(("condition", "long_tailed"), [(1.0, False), (1e3, True), (1e6, False)])
 @pytest.mark.parametrize("c", [1e-4, 0.1, 100.0, 1e4])
-def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition, long_tailed):
+def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(
+    monkeypatch, c, condition, long_tailed
+):
+    monkeypatch.setattr(linear_probe, "ROWS", 100)
     x, labels = unlike_scales(condition, long_tailed)
     z = (x - x.mean(0, np.float64)) / x.std(0, dtype=np.float64)
     options = {"tol": 1e-12, "max_iter": 10**5, "solver": "newton-cg"}
@@ -55,7 +58,7 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition
     expected = None
     for count in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
-        probe = linear_probe.fit(x, labels, classes=6, c=c, mesh=mesh, chunk=100)
+        probe = linear_probe.fit(x, labels, classes=6, c=c, mesh=mesh)
         own = (x - probe.mean_D) / probe.scale_D
         assert objective(probe.kernel_DxV, probe.bias_V, own, labels, c) <= least * (1 + 1e-6)
         assert probe.gradient <= linear_probe.TOLERANCE
@@ -66,9 +69,10 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_any_mesh(c, condition
     assert (found == right).mean() > 0.99  # all but near ties
 
 
-def test_a_fit_that_is_cut_off_says_how_far_it_came(one_device, caplog):
+def test_a_fit_that_is_cut_off_says_how_far_it_came(one_device, monkeypatch, caplog):
+    monkeypatch.setattr(linear_probe, "STEPS", 2)
     x, labels = unlike_scales(1e3, False)
-    probe = linear_probe.fit(x, labels, classes=6, c=1e4, mesh=one_device, steps=2)
+    probe = linear_probe.fit(x, labels, classes=6, c=1e4, mesh=one_device)
     assert probe.steps == 2 and probe.gradient > linear_probe.TOLERANCE
     assert f"{probe.gradient:.1e}" in caplog.text
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import make_clusters
+from rivals.knn import IMAGENET, search_program
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from supmim_jax import sharding
@@ -22,12 +23,13 @@ def meshes(one_device):
 @pytest.mark.parametrize(
     ("chunks", "temperature"), [((128, 128), 0.07), ((1024, 65536), 0.1), ((7, 33), 0.1)]
 )
-def test_neighbours_and_votes_are_those_of_scikit_learn(meshes, chunks, temperature):
+def test_neighbours_and_votes_are_those_of_scikit_learn(meshes, monkeypatch, chunks, temperature):
+    monkeypatch.setattr(knn, "QUERY_CHUNK", chunks[0])
+    monkeypatch.setattr(knn, "BANK_CHUNK", chunks[1])
     random = np.random.default_rng(0)
     bank, queries = random.normal(size=(700, 24)), random.normal(size=(150, 24))
     labels = random.integers(0, 7, 700)
-    options = dict(zip(("query_chunk", "bank_chunk"), chunks))
-    found = knn.neighbours(queries, bank, max(KS), mesh=meshes[1], **options)
+    found = knn.neighbours(queries, bank, max(KS), mesh=meshes[1])
     reference = NearestNeighbors(metric="cosine", algorithm="brute").fit(bank)
     distance, index = reference.kneighbors(queries, max(KS))
     assert (found.index_QxK == index).all()
@@ -49,20 +51,23 @@ def test_a_near_neighbour_outvotes_many_far_ones():
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_one_and_eight_devices_give_the_same_bits(meshes, leave_one_out):
+def test_one_and_eight_devices_give_the_same_bits(meshes, monkeypatch, leave_one_out):
+    monkeypatch.setattr(knn, "BANK_CHUNK", 256)
     random = np.random.default_rng(1)
     bank = random.normal(size=(3000, 192)).astype(np.float32)
     bank[1500:2000] = bank[:500]
     queries = bank if leave_one_out else random.normal(size=(300, 192)).astype(np.float32)
-    options = {"leave_one_out": leave_one_out, "bank_chunk": 256}
-    one, eight = (knn.neighbours(queries, bank, 30, mesh=mesh, **options) for mesh in meshes)
+    one, eight = (
+        knn.neighbours(queries, bank, 30, mesh=mesh, leave_one_out=leave_one_out) for mesh in meshes
+    )
     assert (one.index_QxK == eight.index_QxK).all()
     assert (one.similarity_QxK == eight.similarity_QxK).all()
 
 
 @pytest.mark.parametrize(("bank_chunk", "k"), [(128, 100), (512, 100), (8192, 100), (8192, 3)])
-def test_of_equal_similarities_the_smaller_index_is_nearer(meshes, bank_chunk, k):
+def test_of_equal_similarities_the_smaller_index_is_nearer(meshes, monkeypatch, bank_chunk, k):
     """Rows of +-1 in 16 dimensions: all products and sums of unit rows are exact, many equal."""
+    monkeypatch.setattr(knn, "BANK_CHUNK", bank_chunk)
     bank, others = (
         np.random.default_rng(seed).choice([-1.0, 1.0], (count, 16)).astype(np.float32)
         for seed, count in enumerate((1100, 64))
@@ -70,8 +75,7 @@ def test_of_equal_similarities_the_smaller_index_is_nearer(meshes, bank_chunk, k
     bank[600:900] = bank[:300]
     for mesh in meshes:
         for queries, leave_one_out in ((others, False), (bank, True)):
-            options = {"leave_one_out": leave_one_out, "bank_chunk": bank_chunk}
-            found = knn.neighbours(queries, bank, k, mesh=mesh, **options)
+            found = knn.neighbours(queries, bank, k, mesh=mesh, leave_one_out=leave_one_out)
             similarity = queries @ bank.T / 16
             if leave_one_out:
                 np.fill_diagonal(similarity, -np.inf)
@@ -91,11 +95,11 @@ def test_an_example_is_not_its_own_neighbour(one_device):
 def test_the_program_at_imagenet_size_fits_16_gb_and_is_shared_by_devices(meshes):
     peaks = []
     for mesh in meshes:
-        lowered, calls = knn.search_program((50_000, 768), (1_281_167, 768), 200, mesh)
+        lowered, calls = search_program(200, mesh)
         memory = aot.memory(lowered.compile())
         peaks.append(sum(memory.values()) - memory["code"])
         assert calls == 49
-    bank = 1_281_167 * 768 * 4
+    bank = IMAGENET[0] * IMAGENET[2] * 4
     assert bank < peaks[0] < 1.1 * bank < 16e9
     assert peaks[1] < bank / 8 + 0.1 * bank
 

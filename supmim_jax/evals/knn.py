@@ -27,8 +27,8 @@ from jax.sharding import Mesh, PartitionSpec
 from supmim_jax import sharding
 from supmim_jax.evals import features
 
-QUERY_CHUNK = 1024  # times BANK_CHUNK: 32 MiB of similarities at once
-BANK_CHUNK = 8192
+# Most rows in one product: memory depends on them, results only as far as products round.
+QUERY_CHUNK, BANK_CHUNK = 1024, 8192  # 32 MiB of similarities at once
 LEAST_CHUNK = 128  # a whole number of any kernel's tiles, so that a row's place can't matter
 NOWHERE = np.iinfo(np.int32).max  # index of a neighbour not found yet
 
@@ -47,8 +47,6 @@ def neighbours(
     *,
     mesh: Mesh,
     leave_one_out: bool = False,
-    query_chunk: int = QUERY_CHUNK,
-    bank_chunk: int = BANK_CHUNK,
 ) -> Neighbours:
     """The k rows of the bank that are most similar to each query, exactly.
 
@@ -57,16 +55,14 @@ def neighbours(
         to nothing (cosine 0).
       mesh: whose devices share the bank.
       leave_one_out: queries are the bank, and row i is no neighbour of query i.
-      query_chunk, bank_chunk: most rows in one product, rounded up to a multiple of 128.
-        Memory depends on them; results only as far as the products round differently.
 
     Raises:
       CannotEvaluate: features are not finite.
     """
     features.check_finite(queries_QxD, "queries of kNN")
     features.check_finite(bank_NxD, "bank of kNN")
-    query_chunk = _chunk(len(queries_QxD), query_chunk)
-    bank = _placed(bank_NxD, _chunk(len(bank_NxD), bank_chunk), mesh)
+    query_chunk = _chunk(len(queries_QxD), QUERY_CHUNK)
+    bank = _placed(bank_NxD, _chunk(len(bank_NxD), BANK_CHUNK), mesh)
     one_cpu = mesh.size == 1 and mesh.devices.item().platform == "cpu"
     options = {"k": k, "size": len(bank_NxD), "leave_one_out": leave_one_out}
     found = []
@@ -155,23 +151,6 @@ def recall_and_map(
     rank_Q = np.concatenate(first_hit)
     scores = {f"recall@{k}": 100.0 * float((rank_Q < k).mean()) for k in recalls}
     return scores | {"map@r": 100.0 * float(np.concatenate(averages).mean())}
-
-
-def search_program(
-    queries_shape: tuple[int, int], bank_shape: tuple[int, int], k: int, mesh: Mesh
-) -> tuple[jax.stages.Lowered, int]:
-    """What `neighbours` runs for arrays of these shapes, lowered without them, and how often."""
-    (queries, dim), (size, _) = queries_shape, bank_shape
-    query_chunk, chunk = _chunk(queries, QUERY_CHUNK), _chunk(size, BANK_CHUNK)
-    abstract = (
-        jax.ShapeDtypeStruct((query_chunk, dim), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
-    shape = (_chunks(size, chunk, mesh), chunk, dim)
-    bank = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=features.by_rows(mesh))
-    abstract = (*sharding.replicated(abstract, mesh), bank)
-    lowered = _search.lower(*abstract, k=k, size=size, leave_one_out=False, mesh=mesh)
-    return lowered, -(-queries // query_chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "size", "leave_one_out", "mesh"))
@@ -326,7 +305,7 @@ def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array:
             block[i - first, : len(real)] = real
         return block
 
-    chunks = _chunks(len(bank_NxD), chunk, mesh)
+    chunks = features.round_up(-(-len(bank_NxD) // chunk), mesh.size)
     return jax.make_array_from_callback((chunks, chunk, dim), features.by_rows(mesh), part)
 
 
@@ -336,10 +315,6 @@ def _chunk(total: int, most: int) -> int:
     Chunks of equal size leave little to padding: 10,000 rows are 2 x 5,120, not 2 x 8,192.
     """
     return features.round_up(-(-total // -(-total // most)), LEAST_CHUNK)
-
-
-def _chunks(size: int, chunk: int, mesh: Mesh) -> int:
-    return features.round_up(-(-size // chunk), mesh.size)
 
 
 def _normalised(x: np.ndarray) -> np.ndarray:

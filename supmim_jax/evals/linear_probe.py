@@ -106,25 +106,18 @@ def hold_out(labels_N: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def fit(
-    features_NxD: np.ndarray,
-    labels_N: np.ndarray,
-    *,
-    classes: int,
-    c: float,
-    mesh: Mesh,
-    chunk: int = ROWS,
-    steps: int = STEPS,
+    features_NxD: np.ndarray, labels_N: np.ndarray, *, classes: int, c: float, mesh: Mesh
 ) -> Probe:
-    """The minimum of the objective above, from zero: one point whatever the mesh and the chunk.
+    """The minimum of the objective above, from zero: one point whatever the mesh.
 
-    Where `steps` end before TOLERANCE is reached, that is logged, and the result's `gradient` tells
+    Where STEPS end before TOLERANCE is reached, that is logged, and the result's `gradient` tells
     how far it came.
     """
     mean = features_NxD.mean(axis=0, dtype=np.float64)
     scale = features_NxD.std(axis=0, dtype=np.float64)
     scale = np.where(scale <= 1e-6 * np.abs(mean), 1.0, scale)  # constant dimensions
     count = len(features_NxD)
-    chunk = min(chunk, -(-count // mesh.size))
+    chunk = min(ROWS, -(-count // mesh.size))
     total = features.round_up(count, chunk * mesh.size)
     covariance_DxD = sum(x.T @ x for x in _standardised(features_NxD, mean, scale)) / count
     variance_D, axes_DxD = np.linalg.eigh(covariance_DxD)
@@ -143,7 +136,7 @@ def fit(
             place(np.full(count, 1.0 / count)),  # the weight of padding is 0
             sharding.put(penalty_D, sharding.replicated(penalty_D, mesh)),
         )
-        found = _minimise(*given, classes=classes, steps=steps, mesh=mesh)
+        found = _minimise(*given, classes=classes, steps=STEPS, mesh=mesh)
         (kernel, bias), taken, slope = jax.device_get(found)
     if slope > TOLERANCE:
         logging.error(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from supmim_jax import sharding
 from supmim_jax.config import MeshConfig
 from supmim_jax.errors import SetupError
-from supmim_jax.evals import knn
+from supmim_jax.evals import features, knn
 from supmim_jax.rehearse import aot, hlo
 
 IMAGENET = (1_281_167, 50_000, 768)  # training images, validation images, width of a ViT-B
@@ -116,7 +117,7 @@ def costs(k: int) -> str:
     ]
     for devices in (1, 8):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-        lowered, calls = knn.search_program((queries, dim), (bank, dim), k, mesh)
+        lowered, calls = search_program(k, mesh)
         compiled = lowered.compile()
         each = calls * hlo.parse(compiled.as_text()).flops / 1e12
         memory = aot.memory(compiled)
@@ -124,3 +125,17 @@ def costs(k: int) -> str:
         row = (f"{each:.2f}", f"{devices * each:.2f}", f"{bank_gib:.2f}", f"{peak / 2**30:.2f}")
         lines.append(f"| {devices} | {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def search_program(k: int, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
+    """What `knn.neighbours` runs at ImageNet size, lowered without arrays, and how often."""
+    size, queries, dim = IMAGENET
+    query_chunk, chunk = (
+        knn._chunk(*x) for x in ((queries, knn.QUERY_CHUNK), (size, knn.BANK_CHUNK))
+    )
+    one = (jax.ShapeDtypeStruct((query_chunk, dim), "float32"), jax.ShapeDtypeStruct((), "int32"))
+    shape = (features.round_up(-(-size // chunk), mesh.size), chunk, dim)
+    bank = jax.ShapeDtypeStruct(shape, "float32", sharding=features.by_rows(mesh))
+    abstract = (*sharding.replicated(one, mesh), bank)
+    lowered = knn._search.lower(*abstract, k=k, size=size, leave_one_out=False, mesh=mesh)
+    return lowered, -(-queries // query_chunk)
