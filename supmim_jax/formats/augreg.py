@@ -12,6 +12,7 @@ from supmim_jax.config import ViTConfig
 from supmim_jax.errors import SetupError
 from supmim_jax.formats import layout
 from supmim_jax.formats.layout import BLOCKS, Foreign, Row
+from supmim_jax.models.transformer import sincos2d
 
 BLOCK = "Transformer/encoderblock_{}"
 STACKED = "Transformer/encoderblock/"  # of big_vision's scan: the layers are the first axis
@@ -22,7 +23,6 @@ PATCHES = "embedding/kernel"
 NORMS = ("LayerNorm_0", "LayerNorm_2")
 ATTENTION, MLP = "MultiHeadDotProductAttention_1", "MlpBlock_3"
 MODULES = {"LayerNorm": NORMS, "MultiHeadDotProductAttention": (ATTENTION,), "MlpBlock": (MLP,)}
-TEMPERATURE = 10_000.0
 
 
 def rows(model: ViTConfig, channels: int, head: bool) -> tuple[Row, ...]:
@@ -82,7 +82,9 @@ def read(
                 f"its images, and {image_size} is no multiple of its patches of {patch}. Give "
                 f"--config and --config.data.image_size=<the size that it was trained at>."
             )
-        arrays[POSITIONS] = sincos2d(image_size // patch, width)[None]
+        # Other than MAE's, these frequencies go down to 1 / 10,000 itself (arXiv 2205.01580).
+        side, frequencies = image_size // patch, 10_000.0 ** -np.linspace(0.0, 1.0, width // 4)
+        arrays[POSITIONS] = sincos2d(side, side, width, frequencies=frequencies)[None]
     # AugReg's CLS token has a position, big_vision's has none.
     cls = "cls" in arrays
     side, prefix = layout.grid(shape(POSITIONS, 3)[1], int(cls), file, POSITIONS)
@@ -110,18 +112,6 @@ def read(
         leaves_out=without,
     )
     return found, arrays
-
-
-def sincos2d(side: int, width: int) -> np.ndarray:
-    """big_vision's fixed positions, float32 (side * side) x width.
-
-    Other than MAE's: columns come first, and frequencies go down to 1 / TEMPERATURE itself.
-    """
-    frequencies = TEMPERATURE ** -np.linspace(0.0, 1.0, width // 4)
-    row, column = np.divmod(np.arange(side * side), side)
-    angles = [place[:, None] * frequencies for place in (column, row)]
-    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def _under_augregs_names(arrays: dict[str, np.ndarray], file: str) -> dict[str, np.ndarray]:

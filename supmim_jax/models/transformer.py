@@ -469,17 +469,19 @@ def _keep(key, rate, examples: int, segments: tuple[int, ...]):
     return per_token[..., None]
 
 
-def sincos2d(height: int, width: int, dim: int, grid: int = 0) -> np.ndarray:
+def sincos2d(
+    height: int, width: int, dim: int, grid: int = 0, frequencies: np.ndarray | None = None
+) -> np.ndarray:
     """Fixed 2-D sine-cosine position embeddings, float32 (height*width)xdim.
 
     As in MAE (arXiv 2111.06377, reference code): the first half encodes the column, the second
-    the row; each as [sin, cos] over dim/4 frequencies 10000^(-i / (dim/4)). big_vision's (arXiv
-    2205.01580) are 10000^(-i / (dim/4 - 1)), and so other values.
+    the row; each as [sin, cos] over dim/4 frequencies, by default 10000^(-i / (dim/4)).
 
     With a `grid`, the coordinates are those of a grid x grid image at the same relative places
     (of patch centres), so that an encoder trained there finds every place where it was.
     """
-    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4.0))
+    if frequencies is None:
+        frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim / 4.0))
     at = [(np.arange(n) + 0.5) * (grid or n) / n - 0.5 for n in (height, width)]
     rows, columns = np.meshgrid(*at, indexing="ij")
     halves = []
