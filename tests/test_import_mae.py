@@ -6,47 +6,19 @@ import json
 import numpy as np
 import pytest
 from conftest import make_features
-from test_export import EXTRA, assert_close
+from test_parity import HF_DECODER, HF_MODEL, SIDE, SIZE, assert_close, hf, hf_mae, randomize, torch
 
 from supmim_jax import import_weights
 from supmim_jax.config import MAEConfig
 
-torch = pytest.importorskip("torch", reason=EXTRA)
-hf = pytest.importorskip("transformers", minversion="5.9", reason=EXTRA)
-
-SIZE = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    intermediate_size=56,
-    num_attention_heads=4,
-    image_size=24,
-    patch_size=8,
-    layer_norm_eps=1e-6,
-)
-DECODER = dict(
-    decoder_hidden_size=16,
-    decoder_num_hidden_layers=1,
-    decoder_intermediate_size=24,
-    decoder_num_attention_heads=2,
-)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's pixels
-IMAGES = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
 SEEN = torch.from_numpy(IMAGES).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def random(model, fixed: str = "none"):
-    """The model with random weights, all but those whose names end so."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if not name.endswith(fixed):
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.data = 0.2 * noise + (1.0 if parameter.ndim == 1 else 0.0)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def vit():
-    return random(hf.ViTModel(hf.ViTConfig(**SIZE)))
+    return randomize(hf.ViTModel(hf.ViTConfig(**HF_MODEL)))[0]
 
 
 @pytest.mark.parametrize("pooling", ["cls", "gap"])
@@ -56,10 +28,10 @@ def test_a_classifier(supervised, tmp_path, pooling):
         "cls": (hf.ViTConfig, hf.ViTForImageClassification),
         "gap": (hf.IJepaConfig, hf.IJepaForImageClassification),
     }[pooling]
-    model = random(model(config(**SIZE)))
+    model, _ = randomize(model(config(**HF_MODEL)))
     model.save_pretrained(tmp_path)
     cfg, params, _ = import_weights.load("transformers", tmp_path, supervised)
-    assert (cfg.model.pooling, cfg.data.num_classes, cfg.data.eval_resize) == (pooling, 2, 24)
+    assert (cfg.model.pooling, cfg.data.num_classes, cfg.data.eval_resize) == (pooling, 2, SIZE)
     assert_close(make_features(cfg, params, IMAGES).logits, model(SEEN).logits)
 
 
@@ -67,18 +39,16 @@ def test_a_classifier(supervised, tmp_path, pooling):
     ("kind", "positions"), [("ViTMAEForPreTraining", "sincos2d"), ("ViTMAEModel", "learned")]
 )
 def test_the_encoder_of_mae(supervised, tmp_path, capsys, kind, positions):
-    from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
-
-    config = hf.ViTMAEConfig(**SIZE, **DECODER, mask_ratio=0.0)
-    model = random(getattr(hf, kind)(config), fixed="position_embeddings")
+    config = hf.ViTMAEConfig(**HF_MODEL, **HF_DECODER, mask_ratio=0.0)
+    model, _ = randomize(getattr(hf, kind)(config))
     encoder = getattr(model, "vit", model)
-    fixed = ViTMAEEmbeddings(config)
+    fixed = hf_mae.ViTMAEEmbeddings(config)
     fixed.initialize_weights()  # within the whole model, HF 5.23 leaves them zero
     encoder.embeddings.position_embeddings.data = fixed.position_embeddings.data
     if positions == "learned":
         encoder.embeddings.position_embeddings.data += 0.1
     model.save_pretrained(tmp_path)
-    processor = {"image_mean": MEAN, "image_std": STD, "size": {"height": 24, "width": 24}}
+    processor = {"image_mean": MEAN, "image_std": STD, "size": {"height": SIZE, "width": SIZE}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
 
     cfg, params, _ = import_weights.load("transformers", tmp_path, supervised)
@@ -91,11 +61,11 @@ def test_the_encoder_of_mae(supervised, tmp_path, capsys, kind, positions):
     assert f"left out decoder.* ({left} arrays)" in said if left else not said
 
     seen = (torch.from_numpy(IMAGES) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    noise = torch.arange(9.0).expand(3, -1)  # nothing is masked, and all keeps its order
+    noise = torch.arange(float(SIDE**2)).expand(3, -1)  # nothing is masked, and all keeps its order
     tokens = encoder(seen.permute(0, 3, 1, 2), noise=noise).last_hidden_state
     ours = make_features(cfg, params, IMAGES)
     assert_close(ours.pooled, tokens[:, 0])
-    assert_close(np.reshape(ours.tokens, (3, 9, -1)), tokens[:, 1:])
+    assert_close(np.reshape(ours.tokens, (3, SIDE**2, -1)), tokens[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_batch
+from conftest import ON_ONE, ONE, make_batch, train_on
 from flax import nnx
 from test_masks import shapes_dir  # noqa: F401
 
@@ -38,7 +38,6 @@ from supmim_jax.train_step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
-ONE = jax.devices()[:1]
 FIGURES = MasksConfig(field="segmentation", num_classes=31)
 
 
@@ -123,24 +122,17 @@ def test_the_loss_falls_and_the_mesh_does_not_matter(masked, head):
         optim=OptimConfig(lr=3e-3, warmup_epochs=1, layer_decay=0.9),
         model={"drop_path": 0.0},
     )
-    batch = next(Dataset.open(cfg).train(sharding.make_mesh(MeshConfig(), ONE)))
-    found = []
-    for mesh in (MeshConfig(data=1), MeshConfig(data=2, fsdp=4)):
-        mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp])
-        built = TrainStep.build(cfg, mesh)
-        state = built.init(jax.random.key(0))
-        placed = sharding.put(batch, built.batch)
-        losses = []
-        for _ in range(20):
-            state, metrics = built.step(state, placed, {})
-            losses.append(float(metrics["loss"]))  # one step at a time
-        found.append(losses)
-    assert found[0][-1] < 0.6 * found[0][0]
-    np.testing.assert_allclose(found[0], found[1], rtol=2e-3)
+    batch = next(Dataset.open(cfg).train(ON_ONE))
+    one, eight = (
+        [metrics["loss"] for metrics in train_on(cfg, mesh, [batch] * 20)[1]]
+        for mesh in (ON_ONE, sharding.make_mesh(MeshConfig(data=2, fsdp=4)))
+    )
+    assert one[-1] < 0.6 * one[0]
+    np.testing.assert_allclose(one, eight, rtol=2e-3)
 
 
 def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, initial, tmp_path):
-    built = TrainStep.build(masked, sharding.make_mesh(MeshConfig(), ONE))
+    built = TrainStep.build(masked, ON_ONE)
     assert set(built.state.params) == {"encoder", "segmenter"}
     interrupted = tmp_path / "masks"
     train(masked, interrupted, stop_at=5, devices=ONE)
@@ -164,10 +156,9 @@ def test_a_run_starts_from_a_checkpoint_and_probes_repeat_its_scores(masked, ini
 
 def by_hand(cfg: Config, workdir: str) -> float:
     """mIoU in per cent, from sets of pixels of the examples that are no padding."""
-    mesh = sharding.make_mesh(MeshConfig(), ONE)
-    encoder = encoder_module.restore(Checkpoint.open(workdir), mesh)
+    encoder = encoder_module.restore(Checkpoint.open(workdir), ON_ONE)
     truth, found = [], []
-    for batch in Dataset(cfg).masked(cfg.data.eval_split, mesh):
+    for batch in Dataset(cfg).masked(cfg.data.eval_split, ON_ONE):
         real = np.asarray(batch.weight) > 0
         truth.append(np.asarray(batch.masks)[real])
         found.append(np.asarray(encoder.features(batch.views[0]).masks)[real])
@@ -183,7 +174,7 @@ def by_hand(cfg: Config, workdir: str) -> float:
 def test_the_encoder_of_the_first_step_is_the_checkpoints(masked, initial, tmp_path):
     still = changed(masked, optim=OptimConfig(lr=0.0))
     train(still, tmp_path / "still", stop_at=1, devices=ONE)
-    params = TrainStep.build(masked, sharding.make_mesh(MeshConfig(), ONE)).state.params
+    params = TrainStep.build(masked, ON_ONE).state.params
     like = {"encoder": params["encoder"]}
     there = Checkpoint.open(initial).restore_params(like)
     here = Checkpoint.open(str(tmp_path / "still")).restore_params(like)
