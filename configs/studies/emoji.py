@@ -12,12 +12,6 @@ from supmim_jax.study import Study
 SUPERVISED = emoji_supervised.experiment()
 COLOUR = emoji_supmim.experiment()
 SUPMIM = c.changed(COLOUR, objective={"target": {"normalize": "luminance"}})
-METRICS = {
-    "top1": "top-1",
-    "knn": "kNN",
-    "knn/k=1": "Recall@1",
-    "linear": "linear",
-}
 
 
 def compared(
@@ -36,7 +30,8 @@ def compared(
         few_shot=c.FewShotConfig(shots=shots),
     )
     probe = c.ProbeConfig(data=c.ProbeDataConfig(eval_split=split), eval=evaluations)
-    metrics = METRICS | {"few_shot": f"{shots}-shot"}
+    metrics = {"top1": "top-1", "knn": "kNN", "knn/k=1": "Recall@1", "linear": "linear"}
+    metrics |= {"few_shot": f"{shots}-shot"}
     return Study(question, runs, next(iter(runs)), tuple(range(seeds)), probe, metrics)
 
 

@@ -10,19 +10,16 @@ from configs.studies.emoji import SUPERVISED, SUPMIM
 from supmim_jax import config as c
 from supmim_jax.study import Study
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-
 
 def study() -> Study:
-    recipes = {"supervised": SUPERVISED, "supmim": SUPMIM}
-
-    def run(name: str, rate: float) -> c.Config:
-        optim = {"lr": rate, "warmup_epochs": 1}
-        return c.changed(recipes[name], epochs=10, optim=optim)
-
+    runs = {}
+    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+        for name, recipe in (("supervised", SUPERVISED), ("supmim", SUPMIM)):
+            optim = {"lr": rate, "warmup_epochs": 1}
+            runs[f"{name}-lr{rate}"] = c.changed(recipe, epochs=10, optim=optim)
     return Study(
         question="Which learning rate suits each recipe?",
-        runs={f"{name}-lr{rate}": run(name, rate) for rate in RATES for name in recipes},
+        runs=runs,
         baseline="supervised-lr0.002",
         seeds=(0,),
         probe=c.ProbeConfig(eval=c.EvalConfig(which=("top1", "knn"))),
