@@ -73,8 +73,8 @@ def test_a_fit_that_is_cut_off_says_how_far_it_came(one_device, monkeypatch, cap
     monkeypatch.setattr(linear_probe, "STEPS", 2)
     x, labels = unlike_scales(1e3, False)
     probe = linear_probe.fit(x, labels, classes=6, c=1e4, mesh=one_device)
-    assert probe.steps == 2 and probe.gradient > linear_probe.TOLERANCE
-    assert f"{probe.gradient:.1e}" in caplog.text
+    assert probe.gradient > linear_probe.TOLERANCE
+    assert f"after 2 steps the gradient is {probe.gradient:.1e}" in caplog.text
 
 
 def test_strength_is_chosen_on_held_out_training_examples(one_device):

@@ -45,11 +45,6 @@ def test_neighbours_and_votes_are_those_of_scikit_learn(meshes, monkeypatch, chu
     assert any((votes[1] != votes[k]).any() for k in KS)
 
 
-def test_a_near_neighbour_outvotes_many_far_ones():
-    similarity, labels = np.array([[1.0, 0.6, 0.6, 0.6]]), np.array([[0, 1, 1, 1]])
-    assert [knn.vote(similarity, labels, (4,), t, 2)[4][0] for t in (0.05, 10.0)] == [0, 1]
-
-
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_one_and_eight_devices_give_the_same_bits(meshes, monkeypatch, leave_one_out):
     monkeypatch.setattr(knn, "BANK_CHUNK", 256)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import python
+from conftest import python, train_command
 
 from supmim_jax import evals
 from supmim_jax.config import MasksConfig, changed
@@ -67,21 +67,19 @@ runpy.run_module("supmim_jax.train", run_name="__main__")
 
 def test_the_others_are_written_and_the_command_measures_again_once_it_can(data_dir, tmp_path):
     """As in a data set that is too large to be looked through first."""
-    run = ["--config=configs/debug_supervised.py", "--config.epochs=1", "--config.model.depth=1"]
+    run = ["--config.epochs=1", "--config.batch_size=16", "--config.model.width=16"]
     run += ["--config.data.train_split=train[:64]", "--config.data.train_examples=64"]
-    run += [f"--config.data.data_dir={data_dir}", f"--workdir={tmp_path}", "--config.batch_size=16"]
-    run += ["--config.eval.which=('few_shot','knn','linear')", "--config.model.width=16"]
-    run += ["--config.eval.linear.strengths=(1.0,)"]
-    run += ["--config.eval.segmentation.training.steps=20"]  # of the report
-    first = python("-c", SKIPPED, *run)
+    run += ["--config.eval.which=('few_shot','knn','linear')"]
+    run = train_command(tmp_path, data_dir, *run, "--config.eval.linear.strengths=(1.0,)")
+    first = python("-c", SKIPPED, *run[2:])
     results = json.loads((tmp_path / "results.json").read_text())
     assert first.returncode == 2 and "few_shot" in first.stderr and "Traceback" not in first.stderr
     assert {"knn", "linear"} <= results.keys() and list(results["errors"]) == ["few_shot"]
     report = python("-m", "supmim_jax.report", f"--checkpoint={tmp_path}")
     assert report.returncode == 0, report.stderr
-    refused = python("-m", "supmim_jax.train", *run)
+    refused = python(*run)
     assert refused.returncode == 2 and "few_shot.shots is 10" in refused.stderr
-    again = python("-m", "supmim_jax.train", *run, "--config.eval.few_shot.shots=2")
+    again = python(*run, "--config.eval.few_shot.shots=2")
     results = json.loads((tmp_path / "results.json").read_text())
     assert again.returncode == 0 and "few_shot" in results and "errors" not in results
 

@@ -28,10 +28,6 @@ from supmim_jax.objectives import supervised as supervised_module
 from supmim_jax.objectives.supmim import SupMIM
 
 
-def test_only_real_examples_count():
-    assert losses.mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0])) == 2.0
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cross_entropy_of_tokens_and_its_gradient_by_hand(dtype):
     """Sums in float32 of logits as they are; the gradient is softmax - one_hot, rounded once."""

@@ -49,9 +49,7 @@ class Probe(NamedTuple):
     bias_V: np.ndarray  # float64
     mean_D: np.ndarray  # float64
     scale_D: np.ndarray  # float64
-    # Of Newton's method, and the largest entry of its gradient at the end, as a share of that at
-    # zero; a closed form has neither.
-    steps: int = 0
+    # Its largest entry at the end of the fit, as a share of that at zero; a closed form has none.
     gradient: float = 0.0
 
 
@@ -143,7 +141,7 @@ def fit(
             "Linear probe, c = %g: after %d steps the gradient is %.1e of that at zero, not %.1e.",
             *(c, taken, slope, TOLERANCE),
         )
-    return Probe(axes_DxD @ kernel, bias, mean, scale, int(taken), float(slope))
+    return Probe(axes_DxD @ kernel, bias, mean, scale, float(slope))
 
 
 def predict(probe: Probe, features_NxD: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ class ViT(nnx.Module):
     def __init__(self, cfg: ViTConfig, data: DataConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.side = data.image_size // cfg.patch
+        self.prefix = cfg.prefix  # the CLS token, if there is one, then the registers
         dtype = jnp.dtype(cfg.dtype)
         self.patches = linear(cfg.patch**2 * data.channels, cfg.width, dtype, rngs)
         if cfg.positions == "learned":
@@ -62,11 +63,6 @@ class ViT(nnx.Module):
             dropout=cfg.dropout,
         )
         self.norm = layer_norm(cfg.width, dtype, rngs)
-
-    @property
-    def prefix(self) -> int:
-        """Tokens before the patches: the CLS token, if there is one, then the registers."""
-        return self.cfg.prefix
 
     @jax.named_scope("patch_embedding")
     def embed(
