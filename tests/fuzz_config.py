@@ -18,7 +18,7 @@ import traceback
 import types
 import typing
 from collections import Counter
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 from unittest import mock
 
@@ -62,18 +62,6 @@ INTS = (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 24, 32, 64, 96, 100, 224, 640, 10**4
 FLOATS = (0.0, 1e-30, 1e-6, 0.01, 0.1, 0.25, 0.5, 0.75, 0.99, 1.0, 1.5, 3.0, 20.0, 1e4, 1e9, 1e38)
 TRACED = 2e8  # parameters or values of one array; larger steps are not traced
 LONGEST = 2.0  # seconds that a config may take to be refused or accepted
-
-
-@dataclass
-class Outcomes:
-    """How often each thing happened, and every violation with what led to it."""
-
-    counts: Counter = field(default_factory=Counter)
-    violations: dict[str, str] = field(default_factory=dict)
-
-    def table(self) -> str:
-        rows = [f"  {count:>6}  {what}" for what, count in self.counts.most_common()]
-        return "\n".join([*rows, *(f"\n{k}\n  {v}" for k, v in self.violations.items())])
 
 
 def load(name: str, arg: str) -> ConfigDict:
@@ -249,11 +237,15 @@ def trace(cfg: Config) -> None:
         jax.eval_shape(found.features, found.params, found.images)
 
 
-def fuzz(examples: int, number: int = 0) -> Outcomes:
-    """Draws so many configs with the seed `number` and tells what became of them."""
+def fuzz(examples: int, number: int = 0) -> tuple[Counter, dict[str, str]]:
+    """Draws so many configs with the seed `number`.
+
+    Returns:
+      how often each thing happened, and every violation with what led to it.
+    """
     bases = [load(*base) for base in BASES]
     paths = [sorted(flatten_dict(base.to_dict(), sep=".")) for base in bases]
-    found = Outcomes()
+    counts, violations = Counter(), {}
 
     @seed(number)
     @settings(
@@ -272,13 +264,13 @@ def fuzz(examples: int, number: int = 0) -> Outcomes:
         if plain and data.draw(st.booleans()):
             path = data.draw(st.sampled_from((*SCHEMA, "objective", "data", "objective.target")))
             overrides.append((path, data.draw(st.sampled_from(PLAIN))))
-        found.counts[told(bases[i], BASES[i], overrides, plain, found)] += 1
+        counts[told(bases[i], BASES[i], overrides, plain, violations)] += 1
 
     one()
-    return found
+    return counts, violations
 
 
-def told(base: ConfigDict, name: tuple, overrides: list, plain: bool, found: Outcomes) -> str:
+def told(base: ConfigDict, name: tuple, overrides: list, plain: bool, violations: dict) -> str:
     """The outcome; a violation is noted with the fewest of the overrides that show it."""
     try:
         return outcome(base, overrides, plain)
@@ -294,7 +286,7 @@ def told(base: ConfigDict, name: tuple, overrides: list, plain: bool, found: Out
         where = [x for x in traceback.extract_tb(error.__traceback__) if "supmim_jax" in x.filename]
         at = f"{os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else "?"
         key = f"{type(error).__name__} at {at}: {str(error).strip()[:200]}"
-        found.violations.setdefault(key, f"{name} {'dict' if plain else 'flags'} {least!r:.600}")
+        violations.setdefault(key, f"{name} {'dict' if plain else 'flags'} {least!r:.600}")
         return "VIOLATION"
 
 
@@ -304,10 +296,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given_ = parser.parse_args()
     begin = time.monotonic()
-    found = fuzz(given_.examples, given_.seed)
-    print(f"{sum(found.counts.values())} configs, seed {given_.seed}:\n{found.table()}")
+    counts, violations = fuzz(given_.examples, given_.seed)
+    print(f"{counts.total()} configs, seed {given_.seed}:")
+    print(*(f"  {count:>6}  {what}" for what, count in counts.most_common()), sep="\n")
+    print(*(f"\n{k}\n  {v}" for k, v in violations.items()), sep="\n")
     print(f"{time.monotonic() - begin:.0f} s")
-    return int(bool(found.violations))
+    return int(bool(violations))
 
 
 if __name__ == "__main__":
