@@ -24,7 +24,7 @@ from supmim_jax.data.loader import Dataset
 from supmim_jax.errors import SetupError
 from supmim_jax.models.masking import Mask
 from supmim_jax.models.vit import patchify, pixels, unpatchify
-from supmim_jax.objectives import OBJECTIVES
+from supmim_jax.objectives import PREDICTORS
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def restore(checkpoint: Checkpoint) -> Restored:
 
     def split():
         with nnx.use_eager_sharding(False):
-            predictor = OBJECTIVES[cfg.objective.name].predictor(cfg, rngs=nnx.Rngs(0))
+            predictor = PREDICTORS[cfg.objective.name](cfg, rngs=nnx.Rngs(0))
             return train_step.parts(predictor)
 
     graph, params, _, fixed = jax.eval_shape(split)

@@ -19,3 +19,5 @@ OBJECTIVES = {
     "segmentation": Segmentation,
     "vqgan": VQGANTraining,
 }
+# What has `mask` and `predict` of an objective, with no parameters but those that these need.
+PREDICTORS = OBJECTIVES | {"cmae": MAE}

@@ -47,11 +47,6 @@ class MAE(nnx.Module):
         (tokens,) = self.encoder.encode((self.encoder.embed(images, visible=mask),), key)
         return tokens
 
-    @classmethod
-    def predictor(cls, cfg: Config, *, rngs: nnx.Rngs) -> nnx.Module:
-        """What has `mask` and `predict`, with no parameters but those that these need."""
-        return MAE(cfg, rngs=rngs)
-
     def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLxP, from the kept patches of float images."""
         tokens = self.encoded(images, mask)

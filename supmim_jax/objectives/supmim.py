@@ -83,11 +83,6 @@ class SupMIM(Classifier):
             return self.encoder.embed(images, visible=mask)
         return self.encoder.embed(images, masked=(mask, self.mask_embedding[...]))
 
-    @classmethod
-    def predictor(cls, cfg: Config, *, rngs: nnx.Rngs) -> nnx.Module:
-        """What has `mask` and `predict`, with no parameters but those that these need."""
-        return cls(cfg, rngs=rngs)
-
     def predict(self, images, mask: masking.Mask) -> jax.Array:
         """Predictions for every patch, float32 BxLx(outputs), from masked float images."""
         (tokens,) = self.encoder.encode((self.embed_masked(images, mask),))
