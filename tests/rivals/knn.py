@@ -128,7 +128,7 @@ def costs(k: int) -> str:
 
 
 def search_program(k: int, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
-    """What `knn.neighbours` runs at ImageNet size, lowered without arrays, and how often."""
+    """The program of `knn.neighbours` at ImageNet size, but for a single CPU; how often it runs."""
     size, queries, dim = IMAGENET
     query_chunk, chunk = (
         knn._chunk(*x) for x in ((queries, knn.QUERY_CHUNK), (size, knn.BANK_CHUNK))
