@@ -124,13 +124,9 @@ def embed(
             embedded += len(arrays["name"])
             arrays["embedding"] = arrays["embedding"].astype(jnp.dtype(dtype))
             _write_npz(paths[i], arrays)
-    broken = 0
-    if multihost.active():
-        multihost.gather("embedded", "done", PATIENCE)
-    if jax.process_index() == 0:
-        broken = _finish(out, parts, paths, single)
-    if multihost.active():
-        multihost.gather("written", "done", PATIENCE)
+    multihost.gather("embedded", "done", PATIENCE)
+    broken = _finish(out, parts, paths, single) if jax.process_index() == 0 else 0
+    multihost.gather("written", "done", PATIENCE)
     return {"embedded": embedded, "broken": broken}
 
 

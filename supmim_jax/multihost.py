@@ -197,6 +197,8 @@ def barrier(name: str) -> None:
 
 def gather(topic: str, here: str, patience: float = PATIENCE) -> list[str]:
     """What each process says about `topic`, a name used once; all must call it."""
+    if not active():
+        return [here]
     key = f"{ROOT}/gather/{topic}"
     _store().key_value_set(f"{key}/{_me()}", here)
     return [_heard(f"{key}/{i}", i, patience) for i in hosts]

@@ -104,11 +104,8 @@ def verify(directory: epath.Path) -> None:
       Damaged: SHA256SUMS or a file is missing or differs.
       SetupError: there are more files than were saved.
     """
-    problem = _problem(directory)
-    if multihost.active():
-        topic = f"verify/{next(_calls)}"
-        problem = next(filter(None, multihost.gather(topic, problem, PATIENCE)), "")
-    if problem:
+    found = multihost.gather(f"verify/{next(_calls)}", _problem(directory), PATIENCE)
+    if problem := next(filter(None, found), ""):
         raise Damaged(f"{directory} is damaged: {problem}")
     known = {*read(directory), *VOLATILE}
     if more := [name for name in files(directory) if name not in known]:
@@ -138,9 +135,7 @@ def _problem(directory: epath.Path) -> str:
 
 def _different(listed: dict[str, str], present: dict[str, epath.Path]) -> list[str]:
     """Files of this process's share that differ from the list."""
-    names = sorted(listed)
-    if multihost.active():
-        names = names[jax.process_index() :: jax.process_count()]
+    names = sorted(listed)[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = dict(zip(names, pool.map(lambda name: digest(present[name]), names)))
     return [
