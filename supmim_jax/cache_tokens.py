@@ -74,7 +74,7 @@ def tokenize(
         f"here: {len(missing)} shards, {total} views.",
         file=sys.stderr,
     )
-    bound = encoder.BoundTokenizer(prog, sharding.put(arrays, prog.arrays))
+    bound = prog.bind({"tokenizer": sharding.put(arrays, prog.arrays)})
     layout = jax.NamedSharding(mesh, sharding.BATCH)
 
     def encoded(batch: dict[str, np.ndarray]) -> tuple[jax.Array, np.ndarray]:

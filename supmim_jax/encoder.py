@@ -4,6 +4,7 @@ They are built from the run's config alone, whatever its objective, and weights 
 afterwards.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +32,16 @@ class EncoderProgram:
 
     def bind(self, params: Any) -> "BoundEncoder":
         """The encoder with the inference part of a train state's `params`."""
-        return BoundEncoder(self, {name: params[name] for name in self.params})
+        own = {name: params[name] for name in self.params}
+        return BoundEncoder(own, functools.partial(self.features, own))
 
 
 @dataclass(frozen=True)
 class BoundEncoder:
     """An inference program with its weights: the `Encoder` that evaluators are given."""
 
-    program: EncoderProgram
     params: Any
-
-    def features(self, images: jax.Array) -> Features:
-        return self.program.features(self.params, images)
+    features: Callable[[jax.Array], Features]
 
 
 @dataclass(frozen=True)
@@ -62,25 +61,19 @@ class TokenizerProgram:
 
     def bind(self, params: Any) -> "BoundTokenizer":
         """The tokenizer with the weights of a train state's `params`."""
-        return BoundTokenizer(self, params["tokenizer"])
+        arrays = params["tokenizer"]
+        encode, decode = (functools.partial(x, arrays) for x in (self.encode, self.decode))
+        return BoundTokenizer(self.num_codes, arrays, encode, decode)
 
 
 @dataclass(frozen=True)
 class BoundTokenizer:
     """A tokenizer program with its arrays: the `Tokenizer` that evaluators are given."""
 
-    program: TokenizerProgram
+    num_codes: int
     arrays: Any
-
-    @property
-    def num_codes(self) -> int:
-        return self.program.num_codes
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        return self.program.encode(self.arrays, images)
-
-    def decode(self, ids: jax.Array) -> jax.Array:
-        return self.program.decode(self.arrays, ids)
+    encode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array], jax.Array]
 
 
 def build_encoder(cfg: Config, batch_size: int, mesh: Mesh) -> EncoderProgram:

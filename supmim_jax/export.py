@@ -100,7 +100,8 @@ def _program(
 ) -> tuple[Callable[[jax.Array], dict[str, jax.Array]], jax.ShapeDtypeStruct, list[str]]:
     """The encoder in float32 with its weights bound, its abstract input, and its outputs' names."""
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    bound = encoder.build_encoder(changed(cfg, model={"dtype": "float32"}), 1, mesh).bind(params)
+    program = encoder.build_encoder(changed(cfg, model={"dtype": "float32"}), 1, mesh)
+    bound = program.bind(params)
     names = {"embedding": "pooled", "tokens": "tokens"}
     if "head" in bound.params:
         names["logits"] = "logits"
@@ -110,7 +111,7 @@ def _program(
         return {name: features[ours] for name, ours in names.items()}
 
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *bound.program.images.shape[1:]), jnp.uint8)
+    images = jax.ShapeDtypeStruct((batch, *program.images.shape[1:]), jnp.uint8)
     return function, images, list(names)
 
 
