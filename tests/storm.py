@@ -218,16 +218,20 @@ def undisturbed(times: int, directory: Path, data_dir: str) -> Run:
     return run
 
 
-def storm(number: int, times: int, seed: int, run: Run, left_alone: Run) -> list[dict]:
+def storm(
+    number: int, times: int, seed: int, run: Run, left_alone: Run, first: list[tuple[str, int]]
+) -> list[dict]:
     """The attempts of `run` that was disturbed so often, and then ended like `left_alone`.
+
+    The first ones come to these points, for the last of so many times.
 
     Raises:
       Wrong: an attempt or the run is not as it must be.
     """
     draw, found, takes = random.Random(seed), [], 15.0
     for i in range(times):
-        until = run.saved() + draw.randint(1, SHARE)
-        at = FIRST[i] if i < len(FIRST) and times > 9 else None
+        at, share = first[i] if i < len(first) else None, draw.randint(1, SHARE)
+        until = run.saved() + (SHARE if at else share)
         found.append(disturb(run, number, until, takes, draw, at))
         if found[-1]["point"] in ("a step", "step"):
             takes = 0.8 * takes + 0.2 * 1.2 * found[-1]["took"]
@@ -267,7 +271,8 @@ def main() -> None:
             left_alone = undisturbed(given.times, directory, data_dir)
             place = f"gs://{gcs.BUCKET}" if given.bucket else directory
             run = left_alone.another(epath.Path(place) / "run", directory / "run.log")
-            found = storm(number, given.times, given.seed, run, left_alone)
+            first = FIRST if given.times > 9 else []
+            found = storm(number, given.times, given.seed, run, left_alone, first)
         except Wrong as wrong:
             sys.exit(f"wrong: {wrong}")
     report(found, run.steps)

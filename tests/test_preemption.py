@@ -17,27 +17,6 @@ from supmim_jax import checkpoint, multihost
 from supmim_jax.data import fractals
 
 
-@pytest.fixture
-def draws(monkeypatch):
-    """The next attempts of a storm come to these points, for the last of so many times."""
-    points = []
-
-    class Drawn(storm.random.Random):
-        def random(self):
-            return 1.0  # no time, no delay
-
-        def choice(self, among):
-            return points[0][0]
-
-        def randint(self, low, high):
-            if low == high == 1 or high == storm.SHARE:
-                return high
-            return points.pop(0)[1]
-
-    monkeypatch.setattr(storm.random, "Random", Drawn)
-    return points
-
-
 @pytest.fixture(scope="module")
 def left_alone(data_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
@@ -62,23 +41,21 @@ def in_each_place(*long: str) -> pytest.MarkDecorator:
 
 
 @in_each_place("bucket")
-def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(
-    draws, left_alone, place, tmp_path
-):
+def test_a_run_that_is_killed_again_and_again_ends_as_if_left_alone(left_alone, place, tmp_path):
     """In the middle of a line and of a save."""
-    draws += [("half a line", 2), ("before commit", 2)]
+    points = [("half a line", 2), ("before commit", 2)]
     run = left_alone.another(place / "run", tmp_path / "run.log")
-    found = storm.storm(signal.SIGKILL, len(draws), 0, run, left_alone)
+    found = storm.storm(signal.SIGKILL, 2, 0, run, left_alone, points)
     assert [x["point"] for x in found] == ["half a line", "before commit"]
     assert found[1]["done"] > found[1]["saved"]
 
 
 @in_each_place("local")
-def test_a_run_that_is_told_to_stop_loses_no_step(draws, left_alone, place, tmp_path):
+def test_a_run_that_is_told_to_stop_loses_no_step(left_alone, place, tmp_path):
     """In the middle of a save and of an evaluation."""
-    draws += [("before commit", 2), ("evaluation", 3)]
+    points = [("before commit", 2), ("evaluation", 3)]
     run = left_alone.another(place / "run", tmp_path / "run.log")
-    found = storm.storm(signal.SIGTERM, len(draws), 0, run, left_alone)
+    found = storm.storm(signal.SIGTERM, 2, 0, run, left_alone, points)
     assert [x["point"] for x in found] == ["before commit", "evaluation"]
     assert found[1]["saved"] >= found[0]["saved"] > 0
 
