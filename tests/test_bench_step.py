@@ -36,6 +36,8 @@ def test_fields_and_tables(cfg):
     assert 0 < took["min_s"] <= took["median_s"] <= took["max_s"]
     assert took["images_per_s"] == pytest.approx(cfg.batch_size / took["median_s"])
     rate = result["counts"]["model_flops"] / took["median_s"] / 8
+    rows = cfg.batch_size * 25
+    assert {"512x512x512", f"{rows}x32x64", f"{rows}x64x32"} <= set(result["peak"])
     assert result["mfu"] == pytest.approx(rate / max(result["peak"].values()))
     assert result["counts"]["ratio"] == pytest.approx(1.0, abs=0.05)
     assert result["memory"]["bytes"] > 1e5 and result["memory"]["by"] == "the compiler"
@@ -65,14 +67,6 @@ def test_a_pipeline_that_is_slow_is_seen(cfg, monkeypatch):
         bench.fed_by_pipeline(cfg, None, prog, 11)
     with pytest.raises(SetupError, match="--rival and --data"):
         bench.measure(cfg, rounds=2, steps=1, data=True, rival=True)
-
-
-def test_the_peak_is_of_the_steps_dtype_and_shapes(cfg):
-    cfg = changed(cfg, model={"dtype": "bfloat16"})
-    found = bench.matmul_peak(cfg, jax.devices()[0])
-    rows = cfg.batch_size * 25
-    assert {"512x512x512", f"{rows}x32x64", f"{rows}x64x32"} <= set(found)
-    assert all(rate > 0 for rate in found.values())
 
 
 def test_random_batches_have_ids_of_the_codebook(cfg, one_device):

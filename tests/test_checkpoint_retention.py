@@ -8,12 +8,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from etils import epath
-from orbax.checkpoint.path import atomicity
 
 from supmim_jax import checkpoint
 from supmim_jax.batch import TrainState
-from supmim_jax.checkpoint import checksums
 from supmim_jax.checkpoint import save as save_module
 from supmim_jax.config import (
     CheckpointConfig,
@@ -88,22 +85,6 @@ def test_only_the_newest_stay_where_nothing_else_is_asked(tmp_path):
 def test_a_best_that_was_not_measured_is_refused(tmp_path):
     with pytest.raises(SetupError, match="'knn', but the evaluation gives top1, linear"):
         checkpoint.Checkpoints(tmp_path, RULES).best.measured(1, {"top1": 1.0, "linear": 2.0})
-
-
-def test_a_checkpoint_on_gs_is_committed_by_a_file_and_has_sums_too(tmp_path, monkeypatch):
-    local = checksums.temporary_path_class(epath.Path(tmp_path))
-    assert issubclass(local, checksums.Summed)
-    assert issubclass(local, atomicity.AtomicRenameTemporaryPath)
-    by_file = checksums.temporary_path_class(epath.Path("gs://bucket/run"))
-    assert issubclass(by_file, atomicity.CommitFileTemporaryPath)
-    monkeypatch.setattr(checksums, "temporary_path_class", lambda root: by_file)
-    checkpoints = checkpoint.Checkpoints(tmp_path, RULES)
-    save(checkpoints, 3)
-    checkpoints.wait()
-    assert checkpoints.newest().step == 3
-    assert (tmp_path / "checkpoints/3/commit_success.txt").stat().st_mtime_ns >= (
-        tmp_path / "checkpoints/3/SHA256SUMS"
-    ).stat().st_mtime_ns
 
 
 SIZE = 1 << 20  # numbers in the states on the small disk: 4 MiB

@@ -182,12 +182,6 @@ def test_a_mistake_is_answered_by_a_paragraph_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_probe_without_a_checkpoint_is_answered_by_a_paragraph(tmp_path):
-    out = python("-m", "supmim_jax.probe", f"--checkpoint={tmp_path}")
-    assert out.returncode == 2 and "There is no checkpoint in" in out.stderr
-    assert "Traceback" not in out.stderr
-
-
 def test_training_from_the_command_line(data_dir, tmp_path):
     more = "--config.epochs=0.4", "--config.checkpoint.every=1"
     out = python(*train_command(tmp_path, data_dir, *more), JAX_NUM_CPU_DEVICES="2")

@@ -100,7 +100,10 @@ def test_a_save_that_was_killed_in_a_bucket_is_removed_and_does_not_count(beasts
     run = here / "run"
     train(beasts, run, stop_at=2, devices=ONE)
     half = run / "checkpoints" / "4"
-    for name, path in storage.files(run / "checkpoints" / "2").items():
+    saved = storage.files(run / "checkpoints" / "2")
+    written = [storage.stat(saved[x]).mtime for x in ("SHA256SUMS", "commit_success.txt")]
+    assert written == sorted(written)  # the commit comes last
+    for name, path in saved.items():
         if name != "commit_success.txt":
             path.copy(half / name)
     assert checkpoint.steps(run) == [2]

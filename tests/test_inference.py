@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from conftest import python, save, save_initial
+from conftest import ONE, python, save, save_initial
 from etils import epath
 from PIL import Image
-from test_processes import ended, free_port, started
+from test_processes import ended, places, started
 
 import supmim_jax
 from supmim_jax import embed, encoder, export, sharding
@@ -44,7 +44,6 @@ COLOUR = Config(
     objective=SupervisedConfig(),
 )
 NAMES = [f"beast {i}" for i in range(COLOUR.data.num_classes)]
-ONE = jax.devices()[:1]
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +351,7 @@ def test_two_processes_share_the_work(run, folder, whole, tmp_path):
     _, complete, _ = whole
     command = ["-m", "supmim_jax.embed", f"--checkpoint={run}", f"--images={folder}"]
     command += [f"--out={tmp_path / 'shared.npz'}", "--shard=3", "--batch_size=2"]
-    place = ["--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
-    commands = [[*command, *place, f"--process_id={i}"] for i in range(2)]
+    commands = [[*command, *place] for place in places(2)]
     *both, refused = ended(started([*commands, [*command, "--name=fractals/tiny"]]))
     for process in both:
         assert process.code == 0, process.err

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 import tensorflow_datasets as tfds
-from conftest import REPOSITORY, python
+from conftest import ONE, REPOSITORY, python
 
 from supmim_jax import cli, probe
 from supmim_jax.checkpoint import Checkpoint
@@ -29,7 +29,6 @@ from supmim_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("build_once")
 
-ONE = jax.devices()[:1]
 NAMES = sorted(p.stem for p in Path(REPOSITORY, "configs/probes").glob("*.py"))
 ALL = ("top1", "knn", "retrieval", "linear", "few_shot", "segmentation")
 EVERYTHING = EvalConfig(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import FAST, REPOSITORY
+from conftest import ONE, python
 from etils import epath
 from scipy import stats
 
@@ -106,7 +105,7 @@ def test_runs_of_a_seed_begin_alike_and_see_the_same_images(small, one_device):
         cfg = dataclasses.replace(run, seed=3)
         built = TrainStep.build(cfg, one_device)
         params.append(built.init(jax.random.key(cfg.seed)).params["encoder"])
-        batch = next(Dataset.open(cfg).train(sharding.make_mesh(cfg.mesh, jax.devices()[:1])))
+        batch = next(Dataset.open(cfg).train(sharding.make_mesh(cfg.mesh, ONE)))
         ids.append(np.asarray(batch.id))
         views.append(np.asarray(batch.views[0]))
     jax.tree.map(np.testing.assert_array_equal, *params)
@@ -184,13 +183,8 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     (tmp_path / "mine.py").write_text(FILE.format(data_dir=data_dir))
 
     def command(*more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "supmim_jax.study", "--study=mine.py", "--out=out", *more],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": REPOSITORY, "XLA_FLAGS": FAST},
-            capture_output=True,
-            text=True,
-        )
+        flags = "--study=mine.py", "--out=out", *more
+        return python("-m", "supmim_jax.study", *flags, cwd=tmp_path)
 
     done = command("--only=without-0,with-1", "--jobs=2")
     assert done.returncode == 0, done.stderr + done.stdout
