@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import FAST, REPOSITORY
+from test_processes import wait_for
 
 from supmim_jax import checkpoint
 from supmim_jax.data import fractals
@@ -99,10 +99,3 @@ def test_a_preempted_job_saves_is_queued_again_and_goes_on(slurm, environment, d
         subprocess.run(["scancel", job], check=True)
     log = Path(out).read_text()
     assert step > 3 and log.count("processes: 0 on") == 1
-
-
-def wait_for(true, seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
