@@ -119,9 +119,7 @@ def open_tokenizer(cfg: Config, dataset: Dataset, directory: epath.Path, like: d
         else:
             images = dataset.first_images(target.fit_images)
             codebook = kmeans.fit(target, cfg.model.patch, images, cfg.seed)
-    if jax.process_count() > 1:
-        codebook = _host(multihost_utils.broadcast_one_to_all(codebook))
-    return codebook
+    return multihost_utils.broadcast_one_to_all(codebook)
 
 
 def save_fitted(cfg: Config, arrays: dict, directory: epath.Path) -> None:

@@ -189,9 +189,8 @@ class Run:
         self.clock = Clock(self.numbers["seconds"])
         path = self.workdir.path
         self.writer = MetricsWriter(path, first, cfg.total_steps, cfg.log.tensorboard)
-        evaluated = self.writer.evaluated  # which process 0 alone knows
-        if jax.process_count() > 1:
-            evaluated = multihost_utils.broadcast_one_to_all(np.bool_(evaluated))
+        # Process 0 alone knows this.
+        evaluated = multihost_utils.broadcast_one_to_all(np.bool_(self.writer.evaluated))
         self.evaluated = first if evaluated else None
         if self.changes:
             self.numbers |= {x: self.changes[x] for x in ("skipped_batches", "roll_backs")}
