@@ -209,9 +209,12 @@ def _search_on_host(
     """As `_search`, for a single CPU, whose cores share the queries of these numbers."""
     parts = np.array_split(numbers_Q, os.cpu_count() or 1)
     best = [np.full((len(part), k), NOTHING) for part in parts]
+    following = _similarity(queries_QxD, bank_CxNxD, 0)
     with ThreadPoolExecutor(len(parts)) as pool:
         for number in range(len(bank_CxNxD)):
-            similarity = np.asarray(_similarity(queries_QxD, bank_CxNxD, number))
+            similarity = np.asarray(following)
+            if number + 1 < len(bank_CxNxD):  # computed while these are looked at
+                following = _similarity(queries_QxD, bank_CxNxD, number + 1)
             offset = number * similarity.shape[1]
             chunks = [similarity[part - numbers_Q[0], : size - offset] for part in parts]
             own = [part - offset if leave_one_out else None for part in parts]
