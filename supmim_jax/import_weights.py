@@ -27,9 +27,12 @@ from supmim_jax.workdir import CLASS_NAMES
 
 READERS = {"timm": timm.read, "transformers": transformers.read}
 SOURCES = ("augreg", *READERS)
+WITHOUT_DATA = changed(Config(), data={"name": ""})  # a default would pass for what they learned
 
 
-def load(source: str, path: Path, base: Config) -> tuple[Config, dict, tuple[str, ...]]:
+def load(
+    source: str, path: Path, base: Config = WITHOUT_DATA
+) -> tuple[Config, dict, tuple[str, ...]]:
     """The config, the parameters and the names of the classes of the model at `path`.
 
     There are no names, (), where the file has none.
@@ -116,7 +119,7 @@ def save(workdir: epath.Path, cfg: Config, params: dict, class_names: Sequence[s
 
 
 def main() -> None:
-    base = from_configdict(CONFIG.value) if CONFIG.value is not None else Config()
+    base = from_configdict(CONFIG.value) if CONFIG.value is not None else WITHOUT_DATA
     with storage.fetched(epath.Path(PATH.value)) as path:
         cfg, params, class_names = load(FROM.value, path, base)
     save(epath.Path(WORKDIR.value), cfg, params, class_names)

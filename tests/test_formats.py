@@ -9,6 +9,7 @@ from flax import traverse_util
 from supmim_jax import export, import_weights, probe
 from supmim_jax.checkpoint import BEGIN, Checkpoint
 from supmim_jax.config import Config, MAEConfig, changed
+from supmim_jax.errors import SetupError
 from supmim_jax.formats import files, timm
 from supmim_jax.train_step import TrainStep
 
@@ -137,6 +138,17 @@ def test_probe_measures_of_an_imported_encoder_what_it_measures_of_the_run(mae, 
     import_weights.save(imported, *import_weights.load("transformers", tmp_path / "out", cfg))
     found, original = (probe.probe(Checkpoint.open(str(x))).results for x in (imported, run))
     assert found == original
+
+
+def test_imported_weights_belong_to_no_data_but_those_that_are_named(supervised, tmp_path):
+    run, imported = save_initial(supervised, tmp_path / "run"), epath.Path(tmp_path / "imported")
+    export.export(run, "timm", tmp_path / "out")
+    import_weights.save(imported, *import_weights.load("timm", tmp_path / "out"))
+    checkpoint = Checkpoint.open(str(imported))
+    with pytest.raises(SetupError, match=r"config\.data\.name is ''.*imported without --config"):
+        probe.probe(checkpoint)
+    card = export.model_card(checkpoint, "timm", "", ())
+    assert "The weights were imported" in card and "fractals" not in card
 
 
 def test_the_command_makes_a_checkpoint_that_a_run_may_resume(cfg, one_device, tmp_path):

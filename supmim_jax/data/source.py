@@ -153,6 +153,12 @@ class Source:
 
 def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     """tfds's builder of the data set, which exists."""
+    if not cfg.name:
+        raise SetupError(
+            "config.data.name is '', no name of a data set: these weights were imported without "
+            "--config, and no data belong to them. Probe them with --config "
+            "configs/probes/<name>.py, or import them with a --config that names a data set."
+        )
     check_name(cfg.name, "config.data.name")
     name, _, variant = cfg.name.partition("/")
     where = cfg.data_dir or "the default directory of tfds"
