@@ -108,7 +108,8 @@ def probe(
     dataset = open_data(run, asked, mesh)
     data = dataset.cfg.data
     model = encoder.restore(checkpoint, mesh, dataset.cfg.eval.batch_size)
-    if hidden := unknown_heads(run.data, data):
+    hidden = unknown_heads(run.data, data)
+    if hidden and run.objective.leaves != "tokenizer":
         model = WithoutHeads(model, hidden)
     results = evals.run_all(model, dataset, data.eval_split, mesh)
     return Report(checkpoint, asked, data, mesh, results)
@@ -194,6 +195,12 @@ def main() -> None:
             refused.append(str(error))
             continue
         rows.append(report.row())
+        # Only of classifiers and their own classes: not an error where others are measured, too.
+        if "top1" in report.asked.eval.which and "top1" not in report.results.metrics:
+            left_out = f"{location}: top1 is left out: the run has no classifier of these classes."
+            if not report.results.metrics:
+                refused.append(f"{left_out} Ask for others: knn, linear, few_shot.")
+            print(left_out, file=sys.stderr)
         if report.results.errors:
             refused.append(evals.told(report.results.errors, location))
         try:

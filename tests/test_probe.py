@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 import tensorflow_datasets as tfds
-from conftest import ONE, REPOSITORY, python
+from conftest import ONE, REPOSITORY, python, save_initial
 
 from supmim_jax import cli, probe
 from supmim_jax.checkpoint import Checkpoint
@@ -17,6 +17,7 @@ from supmim_jax.config import (
     HeadTrainingConfig,
     KNNConfig,
     LinearProbeConfig,
+    MAEConfig,
     MasksConfig,
     ProbeConfig,
     ProbeDataConfig,
@@ -143,6 +144,15 @@ def test_a_mistake_is_answered_by_a_paragraph(arguments, message):
     arguments = ["--config=configs/probes/fractals.py", *arguments]  # of two the last counts
     out = command("--checkpoint=/nowhere", *arguments)
     assert out.returncode == 2 and message in out.stderr and "Traceback" not in out.stderr
+
+
+def test_a_probe_that_measures_nothing_says_why(cfg, data_dir, tmp_path):
+    run = save_initial(changed(cfg, objective=MAEConfig()), tmp_path / "run")
+    out = command(
+        *("--config=configs/probes/fractals.py:tiny", f"--data_dir={data_dir}"),
+        *(f"--checkpoint={run}", "--config.eval.which=('top1',)"),
+    )
+    assert out.returncode == 2 and f"{run}: top1 is left out" in out.stderr
 
 
 REFUSED = (

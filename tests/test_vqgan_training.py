@@ -16,9 +16,12 @@ from supmim_jax import encoder, probe, sharding, tokenizers, train_step, visuali
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import (
     AdversarialConfig,
+    MasksConfig,
     MeshConfig,
     OptimConfig,
     PerceptualConfig,
+    ProbeConfig,
+    ProbeDataConfig,
     VQGANConfig,
     VQGANObjectiveConfig,
     changed,
@@ -227,6 +230,8 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     assert train(vqgan, tmp_path / "parts", devices=ONE) | {"seconds": whole["seconds"]} == whole
     probed = probe.probe(Checkpoint.open(str(tmp_path / "whole")), devices=ONE).results.metrics
     assert probed == {name: whole[name] for name in ("psnr", "codes_used", "perplexity")}
+    masks = ProbeConfig(data=ProbeDataConfig(masks=MasksConfig(field="segmentation")))
+    assert probe.probe(Checkpoint.open(str(tmp_path / "whole")), masks).results.metrics["psnr"] > 0
     target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
     run = changed(cfg, objective={"target": target})
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)
