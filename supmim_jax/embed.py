@@ -35,7 +35,6 @@ from supmim_jax.inference import BrokenImage, Encoder
 
 PLAN = "plan.json"
 PATIENCE = 86400  # seconds for other processes to do their share
-OTHER_FILES = (".npy", ".csv", ".tsv", ".json", ".h5", ".hdf5", ".pkl", ".pt", ".safetensors")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -100,11 +99,12 @@ def embed(
             f"--out {out}: Parquet is written by pyarrow (pip install -e '.[parquet]'), as float32 "
             f"or float16. Take .npz instead."
         )
-    if out.suffix in OTHER_FILES:
-        raise SetupError(
-            f"--out {out}: no {out.suffix} is written. Take *.npz, *.parquet or a directory."
-        )
     single = out.suffix in (".npz", ".parquet")
+    if out.suffix[1:2].isalpha() and not single and not out.is_dir():
+        raise SetupError(
+            f"--out {out}: no {out.suffix} is written. Take *.npz, *.parquet, or for a directory a "
+            f"name without such an ending."
+        )
     if single and out.exists():
         raise SetupError(f"--out {out} already exists. Choose another, or remove it first.")
     parts = out.with_name(f"{out.name}.parts") if single else out

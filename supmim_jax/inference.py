@@ -62,7 +62,7 @@ def load(
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
     if (path / files.WEIGHTS).exists():
         with storage.fetched(path) as local:
-            cfg, params, names = import_weights.load("", local, Config())
+            cfg, params, names = import_weights.load("", local)
         program = programs.build_encoder(cfg, mesh.size, mesh)
         bound = program.bind(sharding.put(params, program.params))
     else:
@@ -76,6 +76,8 @@ def load(
         bound = programs.restore(checkpoint, mesh, mesh.size)
         of_classes = cfg.objective.leaves == "classifier"
         names = workdir.class_names(checkpoint.workdir) if of_classes else ()
+    if not 0 <= max_value < np.inf:
+        raise SetupError(f"max_value is {max_value}; it must be 0 (not known) or more.")
     cfg = changed(cfg, data={"max_value": max_value or cfg.data.max_value})
     return Encoder(cfg, bound, names, mesh, str(path))
 
@@ -160,6 +162,7 @@ class Encoder:
                 f"This run's objective, {self.config.objective.name!r}, trained no classifier: "
                 f"there is nothing to predict. Take `embed`, or another run."
             )
+        _check_count("top", top)
         softmax = self.config.objective.classification.loss == "softmax"
         to_probability = jax.nn.softmax if softmax else jax.nn.sigmoid
         rows = self._joined(images, batch_size, lambda features: to_probability(features.logits))
@@ -201,10 +204,16 @@ class Encoder:
 
         The devices have IN_FLIGHT batches to do while the caller handles one.
         """
-        size = -(-batch_size // self.mesh.size) * self.mesh.size
+        devices = self.mesh.size
+        size = -(-batch_size // devices) * devices
         layout = jax.NamedSharding(self.mesh, sharding.BATCH)
         pending, images = deque(), iter(images)
-        while rows := list(itertools.islice(images, size)):
+        for first in itertools.count():
+            if not (rows := list(itertools.islice(images, size))):
+                break
+            if not first:  # of few images, few programs: the batch is the next power of two
+                each = 1 << (-(-len(rows) // devices) - 1).bit_length()
+                size = min(size, each * devices)
             batch = np.zeros((size, *rows[0].shape), np.uint8)
             batch[: len(rows)] = rows
             pending.append((len(rows), self.features(jax.device_put(batch, layout))))
@@ -215,12 +224,16 @@ class Encoder:
     def _joined(
         self, images: Any, batch_size: int, take: Callable[[Features], jax.Array]
     ) -> np.ndarray:
-        if batch_size < 1:
-            raise SetupError(f"batch_size is {batch_size}; it must be 1 or more.")
+        _check_count("batch_size", batch_size)
         prepared = prefetched(self.preprocess, _listed(images))
         return np.concatenate(
             [np.asarray(take(x))[:count] for count, x in self.batches(prepared, batch_size)]
         )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise SetupError(f"{name} is {value!r}; it must be a whole number, 1 or more.")
 
 
 def _listed(images: Any) -> list:
@@ -233,6 +246,11 @@ def _listed(images: Any) -> list:
     if hasattr(images, "ndim"):  # an array, of one image or of several
         images = np.asarray(images)
         images = images if images.ndim == 4 else [images]
+    if not isinstance(images, Iterable):
+        raise SetupError(
+            f"Images are given as {type(images).__name__}; expected are paths, a folder, PIL "
+            f"images or uint8 arrays."
+        )
     if not (images := list(images)):
         raise SetupError("No images were given.")
     return images

@@ -239,7 +239,7 @@ def test_names_are_noted_by_training(supervised, tmp_path):
     assert names[:2] == ["class 0", "class 1"]
 
 
-def test_bad_input_is_one_error_that_names_it(loaded, cfg, tmp_path):
+def test_bad_input_is_one_error_that_names_it(run, loaded, cfg, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.png").write_text("no image")
     for images, message in (
@@ -254,8 +254,16 @@ def test_bad_input_is_one_error_that_names_it(loaded, cfg, tmp_path):
     ):
         with pytest.raises(SetupError, match=message):
             loaded.embed(images)
-    with pytest.raises(SetupError, match="batch_size is 0"):
-        loaded.embed(picture(), batch_size=0)
+    for wrong in (0, 2.0):
+        with pytest.raises(SetupError, match=f"batch_size is {wrong}"):
+            loaded.embed(picture(), batch_size=wrong)
+    with pytest.raises(SetupError, match="top is -1"):
+        loaded.predict(picture(), top=-1)
+    with pytest.raises(SetupError, match="given as NoneType"):
+        loaded.embed(None)
+    with pytest.raises(SetupError, match="max_value is -1"):
+        supmim_jax.load(run, max_value=-1)
+    assert loaded.embed(3 * [picture()], batch_size=2**40).shape == (3, 32)  # of as many as fit
     for size in ((1, 1), (3, 20_000)):
         assert np.isfinite(loaded.embed(picture(0, *size))).all()
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((9, 9), 60_000, np.uint16))
@@ -341,10 +349,12 @@ def test_what_embed_cannot_write_is_refused_before_anything_is_computed(loaded, 
     (tmp_path / "odd" / "l\udce9.png").write_bytes(b"")
     with pytest.raises(SetupError, match=r"odd has a file 'l\\udce9\.png'.*UTF-8"):
         embed.folder(epath.Path(tmp_path / "odd"))
-    images, out = embed.Images(["x"], {}.get, {}), epath.Path(tmp_path / "x.npy")
-    with pytest.raises(SetupError, match=r"no \.npy is written"):
-        embed.embed(loaded, images, out, checkpoint="x")
-    assert not out.exists()
+    images = embed.Images(["x"], {}.get, {})
+    for ending in ("npy", "txt", "nzp"):
+        out = epath.Path(tmp_path / f"x.{ending}")
+        with pytest.raises(SetupError, match=rf"no \.{ending} is written"):
+            embed.embed(loaded, images, out, checkpoint="x")
+        assert not out.exists()
 
 
 def test_two_processes_share_the_work(run, folder, whole, tmp_path):
