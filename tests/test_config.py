@@ -67,6 +67,7 @@ def test_a_config_comes_back_through_the_door(objective):
         ("model.width", 10**9, "config.model.width is 1000000000; it must be 1 to 65536"),
         ("data.channels", 1.0, "config.data.channels is 1.0; known are 1, 3"),
         ("objective.name", [], "config.objective.name is []; known are 'supervised'"),
+        ("objective.name", "mae", "name is 'mae', but the other fields are those of 'supmim'"),
         ("objective", {"name": {}}, "config.objective.name is {}; known are 'supervised'"),
         ("data.name", "a\nb", "config.data.name is 'a\\nb', which has control characters"),
         ("data.name", "\ud800", "or is not Unicode; it must be one line of text"),

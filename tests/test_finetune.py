@@ -13,6 +13,7 @@ from supmim_jax import encoder as encoder_module
 from supmim_jax import init_from, sharding
 from supmim_jax.config import (
     Config,
+    MAEConfig,
     MeshConfig,
     VQGANConfig,
     VQGANObjectiveConfig,
@@ -141,11 +142,14 @@ def test_what_is_not_an_encoder_is_refused(cfg, supervised, source, one_device, 
     tokenizer = VQGANConfig(filters=4, multipliers=(1, 1), res_blocks=1, groups=2, code_dim=4)
     vqgan = changed(cfg, objective=VQGANObjectiveConfig(tokenizer=tokenizer))
     other = save(vqgan, tmp_path / "vqgan", random_state(vqgan, 7))
-    for base, workdir, message in (
-        (supervised, other, "has no params/encoder; it has params/tokenizer"),
-        (vqgan, source[0], "objective 'vqgan' trains no encoder"),
+    mae = changed(cfg, objective=MAEConfig(decoder=cfg.objective.decoder))
+    headless = save(mae, tmp_path / "mae", random_state(mae, 7))
+    for base, workdir, head, message in (
+        (supervised, other, "new", "objective 'vqgan', which trains a tokenizer and no encoder"),
+        (supervised, headless, "keep", "objective 'mae', which trains no head of that kind"),
+        (vqgan, source[0], "new", "objective 'vqgan' trains no encoder"),
     ):
-        cfg = changed(base, init={"checkpoint": workdir})
+        cfg = changed(base, init={"checkpoint": workdir, "head": head})
         with pytest.raises(SetupError, match=message):
             init_from.InitialState.open(cfg, TrainStep.build(cfg, one_device))
 

@@ -83,7 +83,16 @@ def _build(kind: type, values: Any, path: str):
 
 def _value(hint: Any, spec: dataclasses.Field, value: Any, path: str):
     if isinstance(hint, types.UnionType):
-        hint = _member(typing.get_args(hint), value, path)
+        kinds = typing.get_args(hint)
+        hint = _member(kinds, value, path)
+        others = [kind for kind in kinds if value.keys() <= kind.__dataclass_fields__.keys()]
+        if others and hint not in others:
+            given = others[0].__dataclass_fields__["name"].default
+            raise ConfigError(
+                f"{path}.name is {_shown(value['name'])}, but the other fields are those of "
+                f"{given!r}: to override the name does not change them. Take a config file with "
+                f"{_shown(value['name'])}."
+            )
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     if typing.get_origin(hint) is Literal:
