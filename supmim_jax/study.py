@@ -231,7 +231,8 @@ def table(study: Study, rows: list[dict]) -> str:
                 interval = "" if math.isnan(found.margin) else f" ± {found.margin:.2f}"
                 line[metric] += f" ({found.differences.mean():+.2f}{interval})"
         lines.append(line)
-    text = [f"| {' | '.join(line.values())} |" for line in lines]
+    cells = [[x.replace("|", r"\|") for x in line.values()] for line in lines]
+    text = [f"| {' | '.join(line)} |" for line in cells]
     return "\n".join([text[0], "|---" * len(lines[0]) + "|", *text[1:]])
 
 
@@ -340,7 +341,8 @@ def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
             if code:
                 failed[cell] = code
             rows = write(study, pool.out)
-            print(f"{cell}: {f'ended with {code}' if code else 'done'}, {len(rows)} cells are done")
+            ending = f"ended with {code}" if code else "done"
+            print(f"{cell}: {ending}; done are {len(rows)} of {len(study.runs) * len(study.seeds)}")
         time.sleep(0.5)
     return failed
 
@@ -361,8 +363,21 @@ def asked(study: Study, only: str) -> list[Cell]:
     return [cell for cell in cells if not names or {cell.run, str(cell)} & {*names}]
 
 
+def reason(cell: Cell, code: int, out: epath.Path) -> str:
+    """What is told of a cell that failed: its code, its log, and the last error in that."""
+    log = out / f"{cell}.log"
+    said = [x for x in log.read_bytes().decode(errors="replace").splitlines() if "error: " in x]
+    return f"{cell} with {code} ({log}). {said[-1] if said else ''}".rstrip()
+
+
 def main() -> None:
     study = cli.read(STUDY.value, lambda module: module.study(), "--study")
+    # By name: the file's Study is that of supmim_jax.study, which as a command is __main__.
+    if type(study).__name__ != Study.__name__:
+        raise SetupError(
+            f"--study {STUDY.value}: study() returns {type(study).__name__}, expected a Study of "
+            f"supmim_jax.study."
+        )
     if BASELINE.value:
         study = dataclasses.replace(study, baseline=BASELINE.value)
     out = epath.Path(OUT.value)
@@ -379,11 +394,9 @@ def main() -> None:
     if rows := write(study, out):
         print(f"{study.question}\n\n{table(study, rows)}")
     if failed:
-        logs = first_few(
-            [f"{cell} with {code} ({out / str(cell)}.log)" for cell, code in failed.items()]
-        )
+        told = first_few([reason(cell, code, out) for cell, code in failed.items()], "\n  ")
         code = multihost.EXIT_TRY_AGAIN if 1 in failed.values() else multihost.EXIT_SETUP
-        cli.fail(f"Some cells ended early: {logs}. The same command goes on with them.", code)
+        cli.fail(f"Some cells ended early:\n  {told}\nThe same command goes on with them.", code)
 
 
 if __name__ == "__main__":
