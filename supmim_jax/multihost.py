@@ -390,8 +390,8 @@ def stopped() -> tuple[str, int]:
     Of several processes those that were not sent the signal themselves name SIGTERM.
     """
     number = _first[0] if _first else signal.SIGTERM
-    said = f"Stopped by {signal.Signals(number).name}; nothing that was done is lost."
-    return f"{said} The same command goes on.", 128 + number
+    said = f"Stopped by {signal.Signals(number).name}. The same command goes on from what is saved."
+    return said, 128 + number
 
 
 def told_to_stop(step: int) -> bool:

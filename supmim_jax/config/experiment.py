@@ -507,7 +507,11 @@ def debug(config: Config) -> Config:
         optim={"warmup_epochs": 0.25},
         batch_size=32,
         epochs=1,
-        eval={"batch_size": 32, "every": 0},
+        eval={
+            "batch_size": 32,
+            "every": 0,
+            "segmentation": {"max_examples": 100, "training": {"steps": 20}},
+        },
         checkpoint={"keep_best": ""},  # which needs an evaluation on the way
         mesh=MeshConfig(),
         log={"every": 5},
