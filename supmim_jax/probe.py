@@ -198,9 +198,10 @@ def main() -> None:
         # Only of classifiers and their own classes: not an error where others are measured, too.
         if "top1" in report.asked.eval.which and "top1" not in report.results.metrics:
             left_out = f"{location}: top1 is left out: the run has no classifier of these classes."
-            if not report.results.metrics:
+            if report.results.metrics:
+                print(left_out, file=sys.stderr)
+            else:
                 refused.append(f"{left_out} Ask for others: knn, linear, few_shot.")
-            print(left_out, file=sys.stderr)
         if report.results.errors:
             refused.append(evals.told(report.results.errors, location))
         try:
