@@ -342,7 +342,8 @@ def run_cells(study: Study, cells: list[Cell], pool: Pool) -> dict[Cell, int]:
                 failed[cell] = code
             rows = write(study, pool.out)
             ending = f"ended with {code}" if code else "done"
-            print(f"{cell}: {ending}; done are {len(rows)} of {len(study.runs) * len(study.seeds)}")
+            every = len(study.runs) * len(study.seeds)
+            print(f"{cell}: {ending}; {len(rows)} of {every} cells are done")
         time.sleep(0.5)
     return failed
 

@@ -203,7 +203,7 @@ def test_a_study_ends_resumes_and_gives_the_numbers_of_a_run_alone(data_dir, tmp
     assert [x["metrics"] for x in again] == [x["metrics"] for x in rows]
     (tmp_path / "out" / "with-0").write_text("in its way")
     failed = command("--only=with-0")
-    assert failed.returncode == 2 and "done are 2 of 4" in failed.stdout
+    assert failed.returncode == 2 and "2 of 4 cells are done" in failed.stdout
     assert re.search(r"with-0 with 2 \(.*with-0\.log\)\. error: .*with-0", failed.stderr)
     wrong = command("--only=nobody")
     assert wrong.returncode == 2 and "nobody" in wrong.stderr and "without, with" in wrong.stderr
