@@ -208,10 +208,11 @@ class Encoder:
         size = -(-batch_size // devices) * devices
         layout = jax.NamedSharding(self.mesh, sharding.BATCH)
         pending, images = deque(), iter(images)
-        for first in itertools.count():
+        for number in itertools.count():
             if not (rows := list(itertools.islice(images, size))):
                 break
-            if not first:  # of few images, few programs: the batch is the next power of two
+            # Fewer images than a batch would have: a power of two, so that few programs do.
+            if number == 0:
                 each = 1 << (-(-len(rows) // devices) - 1).bit_length()
                 size = min(size, each * devices)
             batch = np.zeros((size, *rows[0].shape), np.uint8)
