@@ -57,6 +57,8 @@ def load(
     Raises:
       SetupError: there is no such checkpoint, it is damaged, or leaves no encoder.
     """
+    if not 0 <= max_value < np.inf:
+        raise SetupError(f"max_value is {max_value}; it must be 0 (not known) or more.")
     text = os.fspath(location)
     path = storage.location(text, searched=False)
     mesh = sharding.make_mesh(MeshConfig(), devices or jax.local_devices())
@@ -76,8 +78,6 @@ def load(
         bound = programs.restore(checkpoint, mesh, mesh.size)
         of_classes = cfg.objective.leaves == "classifier"
         names = workdir.class_names(checkpoint.workdir) if of_classes else ()
-    if not 0 <= max_value < np.inf:
-        raise SetupError(f"max_value is {max_value}; it must be 0 (not known) or more.")
     cfg = changed(cfg, data={"max_value": max_value or cfg.data.max_value})
     return Encoder(cfg, bound, names, mesh, str(path))
 

@@ -51,13 +51,13 @@ class InitialState:
         except SetupError as error:
             raise SetupError(f"config.init.checkpoint: {error}") from None
         theirs = checkpoint.config
-        trained, left = theirs.objective.name, theirs.objective.leaves
-        if left == "tokenizer":
+        trained, leaves = theirs.objective.name, theirs.objective.leaves
+        if leaves == "tokenizer":
             raise SetupError(
                 f"config.init.checkpoint {path} is of objective {trained!r}, which trains a "
                 f"tokenizer and no encoder. Name another run."
             )
-        if keep and left != cfg.objective.leaves:
+        if keep and leaves != cfg.objective.leaves:
             raise SetupError(
                 f"config.init.head is 'keep', but {path} is of objective {trained!r}, which trains "
                 f"no head of that kind. Set config.init.head to 'new'."

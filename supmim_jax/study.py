@@ -365,10 +365,11 @@ def asked(study: Study, only: str) -> list[Cell]:
 
 
 def reason(cell: Cell, code: int, out: epath.Path) -> str:
-    """What is told of a cell that failed: its code, its log, and the last error in that."""
+    """What is told of a cell that failed: its code, its log, and the end of that."""
     log = out / f"{cell}.log"
-    said = [x for x in log.read_bytes().decode(errors="replace").splitlines() if "error: " in x]
-    return f"{cell} with {code} ({log}). {said[-1] if said else ''}".rstrip()
+    # The last line, as the log may have errors of earlier attempts, too.
+    said = log.read_bytes().decode(errors="replace").strip().rpartition("\n")[2]
+    return f"{cell} with {code} ({log}). {said}".rstrip()
 
 
 def main() -> None:
