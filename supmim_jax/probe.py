@@ -53,6 +53,13 @@ class Report:
         first = {"checkpoint": place, "encoder": self.checkpoint.config.objective.name}
         return first | metrics | {"epochs": f"{self.checkpoint.epochs:.0f}", "seconds": seconds}
 
+    def left_out(self) -> list[str]:
+        """What was asked of heads that the run does not have, or that know other classes."""
+        done = {*self.results.metrics, *self.results.errors}
+        if self.checkpoint.config.objective.leaves == "tokenizer":
+            return []
+        return [x for x in ("top1", "miou") if x in self.asked.eval.which and x not in done]
+
     def document(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         device = self.mesh.devices.flat[0]
@@ -195,15 +202,14 @@ def main() -> None:
             refused.append(str(error))
             continue
         rows.append(report.row())
-        # A run without such a classifier may still be measured by the others: that is no error.
-        encodes = checkpoint.config.objective.leaves != "tokenizer"
-        metrics = report.results.metrics
-        if encodes and "top1" in report.asked.eval.which and "top1" not in metrics:
-            left_out = f"{location}: top1 is left out: the run has no classifier of these classes."
-            if metrics:
-                print(left_out, file=sys.stderr)
+        if names := report.left_out():
+            said = (
+                f"{location}: left out: {', '.join(names)}. The run has no head for these classes."
+            )
+            if report.results.metrics:  # no error: the others were asked for, too
+                print(said, file=sys.stderr)
             else:
-                refused.append(f"{left_out} Ask for others: knn, linear, few_shot.")
+                refused.append(f"{said} Ask for others: knn, linear, few_shot or segmentation.")
         if report.results.errors:
             refused.append(evals.told(report.results.errors, location))
         try:

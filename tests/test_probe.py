@@ -22,6 +22,7 @@ from supmim_jax.config import (
     ProbeConfig,
     ProbeDataConfig,
     SegmentationConfig,
+    SegmentationObjectiveConfig,
     changed,
 )
 from supmim_jax.config.configdict import from_configdict, to_configdict
@@ -152,7 +153,19 @@ def test_a_probe_that_measures_nothing_says_why(cfg, data_dir, tmp_path):
         *("--config=configs/probes/fractals.py:tiny", f"--data_dir={data_dir}"),
         *(f"--checkpoint={run}", "--config.eval.which=('top1',)"),
     )
-    assert out.returncode == 2 and f"{run}: top1 is left out" in out.stderr
+    assert out.returncode == 2 and f"{run}: left out: top1. " in out.stderr
+
+
+def test_a_head_for_other_masks_is_left_out_by_name(cfg, tmp_path):
+    of = MasksConfig(field="segmentation")
+    cfg = changed(cfg, objective=SegmentationObjectiveConfig(), data={"masks": of})
+    run = Checkpoint.open(save_initial(cfg, tmp_path / "run"))
+    found = {}
+    for classes in (of.num_classes, of.num_classes + 9):
+        data = ProbeDataConfig(masks=changed(of, num_classes=classes), eval_split="validation[:64]")
+        report = probe.probe(run, ProbeConfig(data=data, eval=EvalConfig(which=("miou",))), ONE)
+        found[classes] = "miou" in report.results.metrics, report.left_out()
+    assert list(found.values()) == [(True, []), (False, ["miou"])]
 
 
 REFUSED = (

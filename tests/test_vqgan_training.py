@@ -231,7 +231,8 @@ def test_a_run_resumes_and_its_tokens_are_a_target(cfg, vqgan, one_device, tmp_p
     probed = probe.probe(Checkpoint.open(str(tmp_path / "whole")), devices=ONE).results.metrics
     assert probed == {name: whole[name] for name in ("psnr", "codes_used", "perplexity")}
     masks = ProbeConfig(data=ProbeDataConfig(masks=MasksConfig(field="segmentation")))
-    assert probe.probe(Checkpoint.open(str(tmp_path / "whole")), masks).results.metrics["psnr"] > 0
+    report = probe.probe(Checkpoint.open(str(tmp_path / "whole")), masks)
+    assert report.results.metrics["psnr"] > 0 and report.left_out() == []
     target = dataclasses.replace(TINY, path=str(tmp_path / "whole"))
     run = changed(cfg, objective={"target": target})
     results = train(run, tmp_path / "supmim", stop_at=2, devices=ONE)

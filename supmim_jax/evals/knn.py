@@ -28,7 +28,7 @@ from supmim_jax import sharding
 from supmim_jax.evals import features
 
 # Most rows in one product: memory depends on them, results only as far as products round.
-QUERY_CHUNK, BANK_CHUNK = 1024, 8192  # 32 MiB of similarities at once, or 64
+QUERY_CHUNK, BANK_CHUNK = 1024, 8192  # 32 MiB of similarities; one CPU holds two of them
 LEAST_CHUNK = 128  # a whole number of any kernel's tiles, so that a row's place can't matter
 NOWHERE = np.iinfo(np.int32).max  # index of a neighbour not found yet
 
