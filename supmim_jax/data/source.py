@@ -178,8 +178,9 @@ def _builder(cfg: DataConfig) -> tfds.core.DatasetBuilder:
     except Exception as error:  # tfds wraps what json and protobuf raise in many ways
         raise SetupError(
             f"config.data.name is {cfg.name!r}, which tfds cannot open in {where} "
-            f"(config.data.data_dir): {_first_line(error)}. If it is there, its metadata are "
-            f"damaged: prepare it again. Of images make one by `{PREPARE} --image_folder`."
+            f"(config.data.data_dir): {_first_line(error)}. Prepare it: `{PREPARE} --name "
+            f"{cfg.name}`, or of images `{PREPARE} --image_folder`. If it is there, its metadata "
+            f"are damaged: prepare it again."
         ) from None
     if not epath.Path(builder.data_dir).exists():
         option = f" --data_dir {cfg.data_dir}" if cfg.data_dir else ""
