@@ -13,6 +13,7 @@ kernels for each program may still round differently).
 """
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -28,8 +29,11 @@ from supmim_jax import sharding
 from supmim_jax.evals import features
 
 # Most rows in one product: memory depends on them, results only as far as products round.
-QUERY_CHUNK, BANK_CHUNK = 1024, 8192  # 32 MiB of similarities; one CPU holds two of them
-LEAST_CHUNK = 128  # a whole number of any kernel's tiles, so that a row's place can't matter
+QUERY_CHUNK, BANK_CHUNK = 2048, 8192  # 64 MiB of similarities; one CPU holds two of them
+# Whole numbers of a kernel's tiles, so that a row's place can't matter.
+LEAST_QUERIES, LEAST_CHUNK = 16, 128
+ROWS = 64  # to compare at a time: what comes of it stays in the cache of a core
+CORES = os.cpu_count() or 1
 NOWHERE = np.iinfo(np.int32).max  # index of a neighbour not found yet
 
 
@@ -61,16 +65,15 @@ def neighbours(
     """
     features.check_finite(queries_QxD, "queries of kNN")
     features.check_finite(bank_NxD, "bank of kNN")
-    query_chunk = _chunk(len(queries_QxD), QUERY_CHUNK)
-    bank = _placed(bank_NxD, _chunk(len(bank_NxD), BANK_CHUNK), mesh)
-    one_cpu = mesh.size == 1 and mesh.devices.item().platform == "cpu"
+    query_chunk = _chunk(len(queries_QxD), QUERY_CHUNK, LEAST_QUERIES)
+    bank = _placed(bank_NxD, _chunk(len(bank_NxD), BANK_CHUNK, LEAST_CHUNK), mesh)
     options = {"k": k, "size": len(bank_NxD), "leave_one_out": leave_one_out}
     found = []
     for first in range(0, len(queries_QxD), query_chunk):
-        chunk = _normalised(queries_QxD[first : first + query_chunk])
-        host = (features.padded(chunk, query_chunk), np.asarray(first, np.int32))
+        chunk = queries_QxD[first : first + query_chunk]
+        host = (_normalised(chunk, query_chunk), np.asarray(first, np.int32))
         queries = sharding.put(host, sharding.replicated(host, mesh))
-        if one_cpu:
+        if isinstance(bank, np.ndarray):
             numbers = np.arange(first, first + len(chunk))
             best = _search_on_host(queries[0], numbers, bank, **options)
         else:
@@ -200,31 +203,33 @@ def _search(queries_QxD, first, bank_CxNxD, *, k: int, size: int, leave_one_out:
 def _search_on_host(
     queries_QxD: jax.Array,
     numbers_Q: np.ndarray,
-    bank_CxNxD: jax.Array,
+    bank_CxNxD: np.ndarray,
     *,
     k: int,
     size: int,
     leave_one_out: bool,
-) -> Neighbours:
+) -> tuple[np.ndarray, np.ndarray]:
     """As `_search`, for a single CPU, whose cores share the queries of these numbers."""
-    parts = np.array_split(numbers_Q, os.cpu_count() or 1)
+    parts = np.array_split(numbers_Q, CORES)
+    bounds = np.cumsum([0, *map(len, parts)])
     best = [np.full((len(part), k), NOTHING) for part in parts]
-    following = _similarity(queries_QxD, bank_CxNxD, 0)
-    with ThreadPoolExecutor(len(parts)) as pool:
+    following = _similarity(queries_QxD, jax.device_put(bank_CxNxD[0]))
+    with ThreadPoolExecutor(CORES) as pool:
         for number in range(len(bank_CxNxD)):
             similarity = np.asarray(following)
             if number + 1 < len(bank_CxNxD):  # computed while these are looked at
-                following = _similarity(queries_QxD, bank_CxNxD, number + 1)
+                following = _similarity(queries_QxD, jax.device_put(bank_CxNxD[number + 1]))
             offset = number * similarity.shape[1]
-            chunks = [similarity[part - numbers_Q[0], : size - offset] for part in parts]
+            real = similarity[:, : size - offset]
+            chunks = [real[a:b] for a, b in itertools.pairwise(bounds)]
             own = [part - offset if leave_one_out else None for part in parts]
             best = list(pool.map(_nearer, best, chunks, [offset] * len(parts), own))
-    return Neighbours(*_from_keys(np.concatenate(best)))
+    return _from_keys(np.sort(np.concatenate(best), axis=1))
 
 
 @jax.jit
-def _similarity(queries_QxD: jax.Array, bank_CxNxD: jax.Array, number) -> jax.Array:
-    return jnp.matmul(queries_QxD, bank_CxNxD[number].T, precision=jax.lax.Precision.HIGHEST)
+def _similarity(queries_QxD: jax.Array, rows_NxD: jax.Array) -> jax.Array:
+    return jnp.matmul(queries_QxD, rows_NxD.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def _nearer(
@@ -232,27 +237,33 @@ def _nearer(
 ) -> np.ndarray:
     """Keys of the k best of those so far and of a chunk, without each query's row `own_Q`.
 
-    Only what is nearer than the k-th so far is sorted. Before there are k, a bound takes its place:
-    k + 1 rows of the chunk, of which one may be the query itself, are at least as near.
+    The k-th is the last of them, the others are in no order. Only what is nearer than the k-th so
+    far is looked at. Before there are k, a bound takes its place: k + 1 rows of the chunk, of which
+    one may be the query itself, are at least as near.
     """
     (queries, entries), k = similarity_QxN.shape, best_QxK.shape[1]
     last, _ = _from_keys(best_QxK[:, -1:])
-    nearer = similarity_QxN > last
+    least = np.nextafter(last, np.float32(np.inf))
     if np.isneginf(last).any():
-        size = max(entries // (3 * (k + 1)), 1)  # of groups, whose maxima are fewer to look at
+        size = max(entries // max(3 * (k + 1), 256), 1)  # of groups: their maxima are fewer
         groups = entries // size
         grouped = similarity_QxN[:, : size * groups].reshape(queries, size, groups).max(axis=1)
-        least = max(groups - (k + 1), 0)
-        nearer &= similarity_QxN >= np.partition(grouped, least, axis=1)[:, least, None]
+        among = max(groups - (k + 1), 0)
+        least = np.maximum(least, np.partition(grouped, among, axis=1)[:, among, None])
+    nearer = [
+        first * entries + np.flatnonzero(similarity_QxN[part] >= least[part])
+        for first in range(0, queries, ROWS)
+        for part in [slice(first, first + ROWS)]
+    ]
+    row, column = np.divmod(np.concatenate(nearer), entries)
     if own_Q is not None:
-        here = np.flatnonzero((own_Q >= 0) & (own_Q < entries))
-        nearer[here, own_Q[here]] = False
-    row, column = np.divmod(np.flatnonzero(nearer), entries)
+        other = column != own_Q[row]
+        row, column = row[other], column[other]
     counts = np.bincount(row, minlength=queries)
     place = k + np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     keys = np.pad(best_QxK, ((0, 0), (0, counts.max(initial=0))), constant_values=NOTHING)
     keys[row, place] = _keys(similarity_QxN[row, column], offset + column)
-    return np.sort(keys, axis=1)[:, :k]
+    return np.partition(keys, k - 1, axis=1)[:, :k]
 
 
 def _keys(similarity: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -296,30 +307,41 @@ def _candidates(x_QxN: jax.Array, k: int) -> tuple[jax.Array, Callable[[jax.Arra
     return among.reshape(queries, -1), column
 
 
-def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array:
-    """The normalised bank on the mesh, CxNxD: C chunks of N rows, zeros at the end."""
-    dim = bank_NxD.shape[1]
+def _placed(bank_NxD: np.ndarray, chunk: int, mesh: Mesh) -> jax.Array | np.ndarray:
+    """The normalised bank, CxNxD: C chunks of N rows, zeros at the end.
+
+    It is on the mesh; where that is a single CPU, it is a host array, whose chunks XLA reads where
+    they are.
+    """
+    chunks = features.round_up(-(-len(bank_NxD) // chunk), mesh.size)
+    shape = (chunks, chunk, bank_NxD.shape[1])
 
     def part(span) -> np.ndarray:
         first, stop, _ = span[0].indices(chunks)
-        block = np.zeros((stop - first, chunk, dim), np.float32)
-        for i in range(first, stop):
-            real = _normalised(bank_NxD[i * chunk : (i + 1) * chunk])
-            block[i - first, : len(real)] = real
+        block = np.empty((stop - first, *shape[1:]), np.float32)
+        rows = [bank_NxD[i * chunk : (i + 1) * chunk] for i in range(first, stop)]
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(_normalised, rows, [chunk] * len(block), block))
         return block
 
-    chunks = features.round_up(-(-len(bank_NxD) // chunk), mesh.size)
-    return jax.make_array_from_callback((chunks, chunk, dim), features.by_rows(mesh), part)
+    if mesh.size == 1 and mesh.devices.item().platform == "cpu":
+        return part((slice(None),))
+    return jax.make_array_from_callback(shape, features.by_rows(mesh), part)
 
 
-def _chunk(total: int, most: int) -> int:
+def _chunk(total: int, most: int, least: int) -> int:
     """Rows in each of as few chunks as `most` allows; not of the number of devices.
 
     Chunks of equal size leave little to padding: 10,000 rows are 2 x 5,120, not 2 x 8,192.
     """
-    return features.round_up(-(-total // -(-total // most)), LEAST_CHUNK)
+    return features.round_up(-(-total // -(-total // most)), least)
 
 
-def _normalised(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def _normalised(x_NxD: np.ndarray, rows: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Float32 rows of length 1, with zeros below, `rows` in all; in `out` if given."""
+    x_NxD = np.asarray(x_NxD, np.float32)
+    out = np.empty((rows, x_NxD.shape[1]), np.float32) if out is None else out
+    length = np.sqrt(np.einsum("nd,nd->n", x_NxD, x_NxD))  # one pass, where a norm takes three
+    np.divide(x_NxD, np.maximum(length, 1e-12)[:, None], out=out[: len(x_NxD)])
+    out[len(x_NxD) :] = 0
+    return out

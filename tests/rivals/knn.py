@@ -130,9 +130,8 @@ def costs(k: int) -> str:
 def search_program(k: int, mesh: Mesh) -> tuple[jax.stages.Lowered, int]:
     """The program of `knn.neighbours` at ImageNet size, but for a single CPU; how often it runs."""
     size, queries, dim = IMAGENET
-    query_chunk, chunk = (
-        knn._chunk(*x) for x in ((queries, knn.QUERY_CHUNK), (size, knn.BANK_CHUNK))
-    )
+    query_chunk = knn._chunk(queries, knn.QUERY_CHUNK, knn.LEAST_QUERIES)
+    chunk = knn._chunk(size, knn.BANK_CHUNK, knn.LEAST_CHUNK)
     one = (jax.ShapeDtypeStruct((query_chunk, dim), "float32"), jax.ShapeDtypeStruct((), "int32"))
     shape = (features.round_up(-(-size // chunk), mesh.size), chunk, dim)
     bank = jax.ShapeDtypeStruct(shape, "float32", sharding=features.by_rows(mesh))
