@@ -153,14 +153,14 @@ def test_processes_share_the_shards(cfg, caches, cache, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 5}, r"tokens\.seed: 0; 5"),
+        ({"seed": 5}, r"run: config\.seed: 0; 5"),
         ({"epochs": 9}, r"3 views .* 9\. Set config.tokens.views=3"),
-        ({"data": {"flip": False}}, r"tokens\.augmentation\.flip: True; False"),
+        ({"data": {"flip": False}}, r"config\.data\.flip: True; False"),
         ({"data": {"train_split": "train[64:128]"}}, r"train_split: 'train\[:64\]'"),
-        ({"data": {"background": (0, 0, 0)}}, r"shown\.background"),
-        ({"data": {"max_value": 255.0}}, r"shown\.max_value"),
-        ({"model": {"patch": 5}}, r"tokens\.model\.patch: 4; 5"),
-        ({"objective": {"target": {"codes": 17}}}, r"tokens\.tokenizer\.codes: 16; 17"),
+        ({"data": {"background": (0, 0, 0)}}, r"config\.data\.background"),
+        ({"data": {"max_value": 255.0}}, r"config\.data\.max_value"),
+        ({"model": {"patch": 5}}, r"config\.model\.patch: 4; 5"),
+        ({"objective": {"target": {"codes": 17}}}, r"config\.objective\.target\.codes: 16; 17"),
     ],
 )
 def test_a_cache_of_another_run_is_refused_naming_the_difference(cfg, cache, change, named):
@@ -185,11 +185,11 @@ def test_crops_around_the_centre_have_a_cache_and_moving_ones_have_none(
         target = a.views[0] if a.target is None else a.target
         ids = tokenizer.encode(codes["target"]["tokenizer"], target)
         assert (np.asarray(ids) == np.asarray(b.tokens)).all()
-    with pytest.raises(SetupError, match=r"contrastive_crop\.alpha: 0\.6; 0\.1"):
+    with pytest.raises(SetupError, match=r"config\.data\.contrastive_crop\.alpha: 0\.6; 0\.1"):
         Dataset.open(with_cache(around(alpha=0.1), directory))
     Dataset.open(with_cache(around(threshold=0.5), directory))  # of other boxes
     for other in (changed(cfg, data={"crop": "inception"}), cfg):
-        with pytest.raises(SetupError, match=r"augmentation\.crop: 'contrastive'; '\w+'"):
+        with pytest.raises(SetupError, match=r"config\.data\.crop: 'contrastive'; '\w+'"):
             Dataset.open(with_cache(other, directory))
     with pytest.raises(ConfigError, match="boxes is 'heat_map'"):
         cache_tokens.tokenize(around("heat_map"), caches / "moving", views=3)
@@ -208,7 +208,7 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
     del before["augmentation"]["augment"]
     directory = epath.Path("there")
     for stored in (before, timm, fingerprint(augment="rand_augment", crop="inception_tf")):
-        with pytest.raises(SetupError, match=r"there .*tokens\.augmentation\.(augment|crop): "):
+        with pytest.raises(SetupError, match=r"there .*config\.data\.(augment|crop): "):
             token_cache.check_same(stored, augreg, directory)
     # What moves nothing is as it was: such caches stay valid.
     plain = fingerprint(augment="three_augment")
@@ -217,7 +217,7 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache):
-    with pytest.raises(SetupError, match=r"tokens\.data\.version: '\d.*'; '9\.9\.9'"):
+    with pytest.raises(SetupError, match=r"version of the data set: '\d.*'; '9\.9\.9'"):
         token_cache.TokenCache.open(with_cache(cfg, cache), "9.9.9")
 
 
@@ -341,7 +341,7 @@ def test_a_cache_in_use_is_not_written_over(cfg, cache):
     before = json.loads((cache / token_cache.MANIFEST).read_text())
     with pytest.raises(SetupError, match=r"3 views in shards of 50; .* 4"):
         cache_tokens.tokenize(cfg, cache, views=4, records_per_shard=50)
-    with pytest.raises(SetupError, match=r"tokens\.seed: 0; 1"):
+    with pytest.raises(SetupError, match=r"config\.seed: 0; 1"):
         cache_tokens.tokenize(changed(cfg, seed=1), cache, views=3, records_per_shard=50)
     assert json.loads((cache / token_cache.MANIFEST).read_text()) == before
 

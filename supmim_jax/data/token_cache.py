@@ -11,6 +11,7 @@ are noticed when they are read. A shard gets its name once it is complete.
 import dataclasses
 import hashlib
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -39,6 +40,15 @@ GEOMETRY = ("image_size", "channels", "crop", "min_crop_area", "resize", "flip")
 # not look at that have no such part, and are right for images that are neither.
 SHOWN = ("background", "max_value")
 RANDOM_GEOMETRY = ("augment", "augment_layers", "augment_magnitude")  # where it moves pixels
+# What a person knows the parts of a fingerprint as.
+KNOWN_AS = {
+    r"tokens\.data\.version": "version of the data set",
+    r"tokens\.augmentation\.rand_augment": "config.data.augment moves pixels",
+    r"tokens\.(augmentation|shown|data)\.": "config.data.",
+    r"tokens\.tokenizer\.": "config.objective.target.",
+    r"tokens\.(model\.|seed)": r"config.\1",
+    r"tokens\.tokenizer_sha256": "SHA-256 of the tokenizer",
+}
 AGAIN = "run supmim_jax.cache_tokens again: it writes what is missing."
 
 
@@ -129,10 +139,11 @@ def fingerprint(cfg: Config, tokenizer_digest: str, data_version: str) -> dict:
 
 def check_same(stored: dict, wanted: dict, directory: epath.Path) -> None:
     """Raises SetupError, naming each difference, unless both fingerprints are equal."""
-    changed = differences(stored, wanted, "tokens")
-    if changed:
+    if changed := "; ".join(differences(stored, wanted, "tokens")):
+        for part, known in KNOWN_AS.items():
+            changed = re.sub(part, known, changed)
         raise SetupError(
-            f"The token cache {directory} belongs to another run: {'; '.join(changed)} (there; "
+            f"The token cache {directory} belongs to another run: {changed} (there; "
             f"here). Write one for this config with `python -m supmim_jax.cache_tokens`, or leave "
             f"config.tokens.cache empty."
         )
