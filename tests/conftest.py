@@ -29,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -74,17 +75,37 @@ QUICK = SegmentationConfig(training=HeadTrainingConfig(steps=20))  # of the head
 ON_ONE = sharding.make_mesh(MeshConfig(), ONE)
 
 
+PLAIN = {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FAST}
+
+
+@functools.cache
+def forks() -> subprocess.Popen:
+    """The process of forks.py."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, f"{REPOSITORY}/tests/forks.py"]
+    return subprocess.Popen(command, env=os.environ | PLAIN, start_new_session=True, **pipes)
+
+
 def python(*arguments, cwd=REPOSITORY, **env: str) -> subprocess.CompletedProcess:
-    """A process of Python with one device, and what it printed."""
-    ours = {"PYTHONPATH": REPOSITORY, "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": FAST}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | ours | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """A process of Python with one device, and what it printed.
+
+    A command is run by forks.py, unless `env` sets what JAX reads as it is imported.
+    """
+    command, env = [sys.executable, *map(str, arguments)], PLAIN | env
+    changed = {x for x in env if x.startswith("JAX_") and env[x] != PLAIN.get(x)}
+    if arguments[0] != "-m" or changed - {"JAX_NUM_CPU_DEVICES"}:
+        options = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, cwd=cwd, env=os.environ | env, **options)
+    server, asked = forks(), {"arguments": command[1:], "cwd": str(cwd), "env": os.environ | env}
+    with tempfile.TemporaryDirectory() as directory:
+        asked["out"], asked["err"] = out, err = [f"{directory}/{x}" for x in ("out", "err")]
+        late = threading.Timer(300, os.killpg, (server.pid, signal.SIGKILL))
+        late.start()
+        print(json.dumps(asked), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        late.cancel()
+        printed = [Path(x).read_text() for x in (out, err)]
+    return subprocess.CompletedProcess(command, code, *printed)
 
 
 def train_command(workdir, data_dir, *more: str, config="debug_supervised") -> list[str]:
