@@ -204,7 +204,7 @@ def one_device():
     return ON_ONE
 
 
-BUILD = functools.cache(TrainStep.build)
+BUILD, BUILD_ENCODER = map(functools.cache, (TrainStep.build, encoder.build_encoder))
 UNUSED_BY_STEP = {
     "init": InitConfig(),
     "eval": EvalConfig(),
@@ -216,12 +216,16 @@ UNUSED_BY_STEP = {
 
 @pytest.fixture
 def build_once(monkeypatch) -> None:
-    """Runs with the same step and mesh share it, traced and compiled, also between tests."""
+    """Runs with the same step, encoder and mesh share them, compiled, also between tests."""
 
     def build(cfg: Config, mesh) -> TrainStep:
         return BUILD(dataclasses.replace(cfg, **UNUSED_BY_STEP), mesh)
 
+    def build_encoder(cfg: Config, batch_size: int, mesh) -> encoder.EncoderProgram:
+        return BUILD_ENCODER(dataclasses.replace(cfg, **UNUSED_BY_STEP), batch_size, mesh)
+
     monkeypatch.setattr(TrainStep, "build", build)
+    monkeypatch.setattr(encoder, "build_encoder", build_encoder)
 
 
 def save(cfg: Config, workdir, state: TrainState) -> str:

@@ -69,7 +69,8 @@ def assert_equal(found: tuple, expected: tuple) -> None:
     )
 
 
-FORMS = [("names", {}), ("none", {"encoder_input": "visible", "mask_ratio": 0.75})]
+VISIBLE = "none", {"encoder_input": "visible", "mask_ratio": 0.75}
+FORMS = [("names", {}), pytest.param(*VISIBLE, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("remat", "objective"), FORMS)
@@ -137,7 +138,9 @@ def test_a_step_for_v5p_has_the_kernel_once_per_segment(cfg, monkeypatch, remat,
     }
 
 
-@pytest.mark.parametrize(("remat", "objective"), FORMS)
+@pytest.mark.parametrize(
+    ("remat", "objective"), [pytest.param("names", {}, marks=pytest.mark.slow), VISIBLE]
+)
 def test_forms_for_one_cpu_give_what_jaxs_own_give(cfg, one_device, monkeypatch, remat, objective):
     """The loss and every gradient: attention, and matmuls with and without LayerScale."""
     model = {"layer_scale": 0.1, "drop_path": 0.0, "remat": remat}
@@ -184,7 +187,10 @@ def calls(cfg, mesh) -> Counter:
     return Counter(re.findall(r"custom_call @(__cudnn\S+?)\(", text))
 
 
-@pytest.mark.parametrize(("remat", "repeats"), [("none", 1), ("names", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "repeats"),
+    [pytest.param("none", 1, marks=pytest.mark.slow), ("names", 1), ("full", 2)],
+)
 def test_a_step_for_cuda_has_the_kernel_once_per_segment(
     cfg, one_device, monkeypatch, remat, repeats
 ):

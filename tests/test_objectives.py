@@ -163,7 +163,9 @@ def test_the_loss_of_a_model_of_four_patches_by_hand(which):
     np.testing.assert_allclose(found, by_hand, rtol=1e-5)
 
 
-@pytest.mark.parametrize("which", ["masked", "visible", "supervised"])
+@pytest.mark.parametrize(
+    "which", ["masked", "visible", pytest.param("supervised", marks=pytest.mark.slow)]
+)
 def test_every_term_falls_far_on_one_batch(cfg, supervised, one_device, which):
     base = supervised if which == "supervised" else changed(cfg, objective={"encoder_input": which})
     cfg = changed(

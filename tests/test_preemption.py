@@ -101,7 +101,13 @@ def test_who_is_behind_is_named(monkeypatch):
     assert multihost.behind() == f"process 1 on {socket.gethostname()} at step 40"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_to_all_of_a_runs_processes_loses_no_step_either(number, data_dir, tmp_path):
     """As `timeout` or a terminal sends it: also to the one that decodes, on whom the run waits."""
     fault = {"signal": number, "at": "batch", "count": 30, "group": True}
