@@ -13,6 +13,7 @@ written is dropped.
 
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -46,6 +47,13 @@ PER_HOST = ("data_dir", "workers", "threads", "prefetch")
 
 # In what JAX says of a device that it cannot use: another process has it, or it is not ready.
 MAY_PASS = ("in use", "OUT_OF_MEMORY", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")
+
+# What ml_collections says of a value for a whole section, and what to do.
+SECTION = (
+    r"^flag (--\S+?)=.*: Failed to parse .* as a ConfigDict: .*",
+    r"\1 is a section: give one of its fields, as in --config.optim.lr=3e-3, or take a config file "
+    r"with another section",
+)
 
 # What absl and ml_collections raise for a wrong flag, key or value.
 MISTAKES = (flags.Error, OSError, LookupError, AttributeError, TypeError, ValueError)
@@ -111,7 +119,8 @@ def parse(argv: list[str]) -> list[str]:
         # ml_collections wraps a KeyError, which str() shows quoted and with line ends as \\n.
         while isinstance(text, LookupError | AttributeError) and text.args:
             text = text.args[0]
-        return fail(f"{' '.join(str(text).split())} (in the command line)", EXIT_SETUP)
+        said = re.sub(*SECTION, " ".join(str(text).split()))
+        return fail(f"{said} (in the command line)", EXIT_SETUP)
 
 
 def define_process_flags() -> None:

@@ -156,6 +156,7 @@ def test_probe_and_picture_read_what_training_wrote(cfg, tmp_path):
             """error: 'mask_raito' Did you mean "mask_ratio\"""",
         ),
         (["--config.objective.mask_ratio=much"], "mask_ratio"),
+        (["--config.objective.target=pixels"], "--config.objective.target is a section: give one"),
         (["--config.batch_size=63"], "the 2 batch shards of the mesh"),
         (
             ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere"],
