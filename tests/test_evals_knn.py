@@ -87,6 +87,13 @@ def test_an_example_is_not_its_own_neighbour(one_device):
     assert (knn.neighbours(bank, bank, 1, mesh=one_device).index_QxK[:, 0] == np.arange(60)).all()
 
 
+def test_there_may_be_fewer_queries_than_cores(one_device, monkeypatch):
+    monkeypatch.setattr(knn, "CORES", 4)
+    bank = np.random.default_rng(0).normal(size=(60, 8))
+    found = knn.neighbours(bank[:3], bank, 60, mesh=one_device).index_QxK
+    assert found[:, 0].tolist() == [0, 1, 2] and (np.sort(found, axis=1) == np.arange(60)).all()
+
+
 def test_the_program_at_imagenet_size_fits_16_gb_and_is_shared_by_devices(meshes):
     peaks = []
     for mesh in meshes:

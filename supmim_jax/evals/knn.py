@@ -210,7 +210,7 @@ def _search_on_host(
     leave_one_out: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `_search`, for a single CPU, whose cores share the queries of these numbers."""
-    parts = np.array_split(numbers_Q, CORES)
+    parts = np.array_split(numbers_Q, min(CORES, len(numbers_Q)))
     bounds = np.cumsum([0, *map(len, parts)])
     best = [np.full((len(part), k), NOTHING) for part in parts]
     following = _similarity(queries_QxD, jax.device_put(bank_CxNxD[0]))
