@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, TensorBoard if asked for, and a line on the terminal."""
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -83,16 +82,6 @@ class MetricsWriter:
         if self.active and not storage.is_local(self.path):
             storage.write(self.path, "".join(self.lines))
             self.flushed = time.monotonic()
-
-
-def write_image(workdir: epath.Path, step: int, name: str, png: bytes) -> None:
-    """Shows an encoded image in TensorBoard, beside the run's curves."""
-    from clu import metric_writers
-    from matplotlib import image
-
-    writer = metric_writers.SummaryWriter(str(workdir))
-    writer.write_images(step, {name: image.imread(io.BytesIO(png))[None, ..., :3]})
-    writer.close()
 
 
 def values(line: str) -> dict:

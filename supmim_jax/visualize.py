@@ -17,7 +17,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from supmim_jax import cli, encoder, metrics, sharding, storage, tokenizers, train_step
+from supmim_jax import cli, encoder, sharding, storage, tokenizers, train_step
 from supmim_jax.checkpoint import Checkpoint
 from supmim_jax.config import Config, MeshConfig
 from supmim_jax.data.loader import Dataset
@@ -137,10 +137,7 @@ def main() -> None:
     images = batch.views[0][: COUNT.value]
     name = "tokens" if restored.tokenizer else "reconstruction"
     path = epath.Path(OUT.value or checkpoint.workdir / f"{name}.png")
-    png = draw(panels(restored, images, jax.random.key(cfg.seed)))
-    storage.write(path, png)
-    if TENSORBOARD.value:
-        metrics.write_image(checkpoint.workdir, checkpoint.step, name, png)
+    storage.write(path, draw(panels(restored, images, jax.random.key(cfg.seed))))
     print(path)
 
 
@@ -150,5 +147,4 @@ if __name__ == "__main__":
         "out", "", "PNG; default: in the workdir, named by what it shows", searched=False
     )
     COUNT = flags.DEFINE_integer("images", 8, "How many to show.", lower_bound=2)
-    TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Also an image for TensorBoard.")
     cli.start(main)
