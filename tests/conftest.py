@@ -89,10 +89,10 @@ def forks() -> subprocess.Popen:
 def python(*arguments, cwd=REPOSITORY, **env: str) -> subprocess.CompletedProcess:
     """A process of Python with one device, and what it printed.
 
-    A command is run by forks.py, unless `env` sets what JAX reads as it is imported.
+    A command is run by forks.py, unless `env` sets what JAX or OpenCV reads as it is imported.
     """
     command, env = [sys.executable, *map(str, arguments)], PLAIN | env
-    changed = {x for x in env if x.startswith("JAX_") and env[x] != PLAIN.get(x)}
+    changed = {x for x in env if x.startswith(("JAX_", "OPENCV_")) and env[x] != PLAIN.get(x)}
     if arguments[0] != "-m" or changed - {"JAX_NUM_CPU_DEVICES"}:
         options = {"capture_output": True, "text": True, "timeout": 300}
         return subprocess.run(command, cwd=cwd, env=os.environ | env, **options)
