@@ -1,7 +1,7 @@
 """Runs commands, each in a fork of this process, which has imported the libraries they need.
 
 To import them takes longer than most of what tests ask of a command. This package is imported in
-the fork, as by `python -m`. A line of JSON in is a command, a line out its exit code.
+the fork, as by `python -m`. A command comes as a line of JSON, and its exit code is the answer.
 """
 
 import importlib
@@ -19,7 +19,7 @@ LIBRARIES = (
 
 
 def forked() -> dict:
-    """The next command, in a process of its own; the process that makes these never returns."""
+    """The next command, in a process of its own; the parent never returns."""
     while line := sys.stdin.readline():
         if not (child := os.fork()):
             return json.loads(line)

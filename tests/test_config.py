@@ -180,15 +180,15 @@ def test_every_field_is_read_somewhere():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_file_loads_builds_and_traces(name, one_device):
+def test_every_config_file_loads_builds_and_lowers(name, one_device):
     source = Path(REPOSITORY, "configs", f"{name}.py").read_text()
     assert name == "base" or all(x in source for x in (f"configs/{name}.py", "Hardware:"))
     built = TrainStep.build(load(name), one_device)
-    built.step.trace(built.state, built.batch, built.frozen)
+    built.step.lower(built.state, built.batch, built.frozen)
 
 
 @pytest.mark.parametrize("runs", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_debug_shrinks_every_experiment_to_a_step_that_runs_here(one_device, runs):
+def test_debug_shrinks_every_experiment_to_a_small_step(one_device, runs):
     """All are built; of each objective, optimizer and form of a loss the smallest is traced or run.
 
     Other tests run a step of each.

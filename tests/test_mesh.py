@@ -45,7 +45,7 @@ def on_one_device():
     [
         (MESHES[-1], "masked"),
         *(pytest.param(mesh, "masked", marks=pytest.mark.slow) for mesh in MESHES[:-1]),
-        pytest.param(MESHES[-1], "visible", marks=pytest.mark.slow),
+        (MESHES[-1], "visible"),
     ],
     ids=lambda x: x if isinstance(x, str) else f"{x.data}x{x.fsdp}x{x.tensor}",
 )

@@ -226,9 +226,7 @@ def test_when_a_process_dies_the_others_say_so_and_the_run_goes_on(data_dir, tmp
     assert_same_run(whole, parts)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_saves_and_ends_all_and_the_run_goes_on(number, data_dir, tmp_path):
     run = train_command(tmp_path, data_dir, "--config.epochs=9999")
     processes = started([[*run, *flags] for flags in places(2)])

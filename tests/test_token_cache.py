@@ -214,6 +214,10 @@ def test_a_cache_is_of_one_family_of_moving_operations(cfg):
     plain = fingerprint(augment="three_augment")
     assert plain["augmentation"]["rand_augment"] is False and "augment" not in plain["augmentation"]
     token_cache.check_same(fingerprint(augment="none"), plain, directory)
+    with pytest.raises(SetupError, match=r"config\.data\.augment moves pixels: True; False"):
+        token_cache.check_same(augreg, plain, directory)
+    with pytest.raises(SetupError, match=r"run: SHA-256 of the tokenizer: '0+'; '1+'"):
+        token_cache.check_same(plain, plain | {"tokenizer_sha256": "1" * 64}, directory)
 
 
 def test_a_cache_of_another_version_of_the_data_is_refused(cfg, cache):

@@ -32,7 +32,7 @@ from supmim_jax.evals import features
 QUERY_CHUNK, BANK_CHUNK = 2048, 8192  # 64 MiB of similarities; one CPU holds two of them
 # Whole numbers of a kernel's tiles, so that a row's place can't matter.
 LEAST_QUERIES, LEAST_CHUNK = 16, 128
-ROWS = 64  # to compare at a time: what comes of it stays in the cache of a core
+ROWS = 64  # compared at a time, so that the result stays in a core's cache
 CORES = os.cpu_count() or 1
 NOWHERE = np.iinfo(np.int32).max  # index of a neighbour not found yet
 
@@ -251,9 +251,8 @@ def _nearer(
         among = max(groups - (k + 1), 0)
         least = np.maximum(least, np.partition(grouped, among, axis=1)[:, among, None])
     nearer = [
-        first * entries + np.flatnonzero(similarity_QxN[part] >= least[part])
-        for first in range(0, queries, ROWS)
-        for part in [slice(first, first + ROWS)]
+        at * entries + np.flatnonzero(similarity_QxN[at : at + ROWS] >= least[at : at + ROWS])
+        for at in range(0, queries, ROWS)
     ]
     row, column = np.divmod(np.concatenate(nearer), entries)
     if own_Q is not None:
